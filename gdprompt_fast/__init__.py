@@ -1,0 +1,19 @@
+"""Exact, low-memory meta-training: one gradient step on a text does what prompting with it does."""
+
+from .batch import MetaBatch
+from .meta.inner import InnerUpdate, inner_step
+from .meta.step import fast_meta_step
+from .options import MetaStepOutput
+from .reference.step import reference_meta_step
+from .targets import TeacherTargets
+
+__version__ = "0.1.0"
+__all__ = [
+    "InnerUpdate",
+    "MetaBatch",
+    "MetaStepOutput",
+    "TeacherTargets",
+    "fast_meta_step",
+    "inner_step",
+    "reference_meta_step",
+]

@@ -1,0 +1,1 @@
+"""The meta step: inner step, outer loss and the gradient through both."""

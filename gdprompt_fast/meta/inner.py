@@ -1,0 +1,130 @@
+"""The inner step: θ' = θ − η ∇L(contexts), for every group at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import check_model
+from ..batch import check_context_group, check_contexts, describe
+from ..ops.phase import Phase
+from ..ops.rows import GroupedRows
+from ..options import (
+    InnerParams,
+    check_ids_in_vocabulary,
+    check_inner,
+    check_inner_loss,
+    context_weights,
+    select_inner,
+)
+from ..update.attach import AdaptedModel
+from ..update.site import StepState
+
+
+def take_inner_steps(
+    adapted: AdaptedModel,
+    context_ids: Tensor,
+    context_mask: Tensor,
+    rows: GroupedRows,
+    steps: int,
+    keep_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Takes the inner steps; afterwards the sites of ``adapted`` are at θ'.
+
+    Returns:
+        The mean next-token NLL of every context at θ, [C], with its graph if ``keep_graph``, and the mean over
+        groups of the inner loss at θ, detached.
+    """
+    share_C, weight_CT = context_weights(rows.group_B, rows.groups, context_mask)
+    adapted.vocabulary.vocabulary.begin_contexts(context_ids, rows)
+    first: Tensor | None = None
+    for step in range(steps):
+        hidden_CTD = adapted.hidden_states(context_ids, rows, level=step)
+        dtype = torch.promote_types(hidden_CTD.dtype, torch.float32)
+        nll_C = adapted.vocabulary.context_loss(hidden_CTD, weight_CT.to(dtype))
+        loss_C = nll_C * share_C.to(dtype)
+        loss_G = loss_C.detach().new_zeros(rows.groups).index_add_(0, rows.group_B, loss_C.detach())
+        check_inner_loss(loss_G, step)
+        adapted.inner_step(loss_C.sum(), retain_graph=keep_graph and step == 0)
+        if first is None:
+            first, inner_loss = nll_C, loss_G.mean()
+    assert first is not None
+    return first, inner_loss
+
+
+class InnerUpdate:
+    """The θ' of every group, to run the model at; made by :func:`inner_step`."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self._adapted = adapted
+
+    @property
+    def groups(self) -> int:
+        """The number of groups, G."""
+        return self._adapted.state.groups
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, groups: Tensor) -> Iterator[None]:
+        """Inside, row b of any input to the model runs at θ' of group ``groups[b]``; for inference only.
+
+        ``model(...)`` and ``model.generate(...)`` work as ever, with the model's own attention, masks and
+        cache; their outputs have no graph.
+
+        Args:
+            model: the model the inner step was taken on.
+            groups: LongTensor [B], one group for each row of the inputs.
+
+        Raises:
+            ValueError: for another model or other groups; inside, for an input with another number of rows.
+        """
+        if model is not self._adapted.model:
+            raise ValueError("model: expected the one the inner step was taken on, got another")
+        if not isinstance(groups, Tensor) or groups.dtype != torch.long or groups.dim() != 1 or not len(groups):
+            raise ValueError(f"groups: expected a LongTensor [B], got {describe(groups)}")
+        if int(groups.min()) < 0 or int(groups.max()) >= self.groups:
+            raise ValueError(
+                f"groups: expected indices in [0, {self.groups}), got [{int(groups.min())}, {int(groups.max())}]"
+            )
+        with self._adapted.inference(GroupedRows(groups, self.groups)):
+            yield
+
+
+def inner_step(
+    model: nn.Module,
+    context_ids: Tensor,
+    context_mask: Tensor,
+    context_group: Tensor | None = None,
+    *,
+    inner_lr: float = 1e-3,
+    inner_steps: int = 1,
+    inner_params: InnerParams = "full",
+) -> InnerUpdate:
+    """θ'_i = θ − η ∇_θ L(c_i, θ) for every group i at once, kept in factors of the size of activations.
+
+    Args:
+        model, inner_lr, inner_steps, inner_params: as in :func:`gdprompt_fast.fast_meta_step`.
+        context_ids, context_mask, context_group: as in :class:`gdprompt_fast.MetaBatch`.
+
+    Returns:
+        The update, to be applied with :meth:`InnerUpdate.applied_to`. The model and its ``.grad`` are untouched.
+
+    Raises:
+        ValueError: for a bad argument, naming it, the expected and the given.
+        FloatingPointError: if an inner loss is not finite.
+    """
+    check_model(model)
+    check_contexts(context_ids, context_mask)
+    check_ids_in_vocabulary("context_ids", context_ids, len(model.get_input_embeddings().weight))
+    check_inner(inner_lr, inner_steps)
+    group = check_context_group(context_group, context_ids)
+    groups = int(group.max()) + 1
+    state = StepState(groups, float(inner_lr), Phase(second_order=False))
+    with torch.enable_grad():
+        adapted = AdaptedModel(model, select_inner(model, inner_params), state)
+        with adapted.differentiable():
+            take_inner_steps(adapted, context_ids, context_mask, GroupedRows(group, groups), inner_steps)
+    adapted.detach(level=inner_steps)
+    return InnerUpdate(adapted)

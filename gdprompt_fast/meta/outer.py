@@ -1,0 +1,51 @@
+"""The outer loss: KL to the teacher or NLL of the gold response at θ', and the language-modelling term at θ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..batch import MetaBatch
+from ..ops.rows import GroupedRows
+from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
+from ..options import context_weights
+from ..targets import TeacherTargets
+from ..update.attach import AdaptedModel
+
+
+def outer_target(
+    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, dtype: torch.dtype
+) -> Target:
+    """What each response token's prediction is compared with, in group-major order."""
+    if teacher is None:
+        ids_GM = token_rows.to_groups(batch.query_ids[batch.response_mask])
+        return GoldTarget(ids_GM, torch.promote_types(dtype, torch.float32))
+    logits, hidden = teacher.logits, teacher.hidden
+    return TeacherTarget(
+        None if logits is None else token_rows.to_groups(logits),
+        None if hidden is None else token_rows.to_groups(hidden),
+        teacher.head,
+    )
+
+
+def response_weights(batch: MetaBatch, outer_reduction: str, dtype: torch.dtype) -> Tensor:
+    """The weight of every response token in the outer loss, [R]."""
+    lengths_Q = batch.response_mask.sum(1)
+    per_query = torch.full_like(lengths_Q, 1, dtype=dtype) / len(lengths_Q)
+    if outer_reduction == "mean":
+        per_query = per_query / lengths_Q
+    return per_query.repeat_interleave(lengths_Q)
+
+
+def lm_loss(adapted: AdaptedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """The mean over rows of each row's mean next-token NLL at θ."""
+    one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
+    _, weight_BT = context_weights(one_group, 1, mask)
+    predicts = weight_BT > 0
+    hidden_ND = hidden_BTD[predicts]
+    rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]), dtype)
+    losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
+    return (losses_N * weight_BT[predicts].to(dtype)).sum() / len(ids)

@@ -1,0 +1,1 @@
+"""Twice-differentiable functions: each has a forward, a backward and a double backward of its own."""

@@ -1,0 +1,54 @@
+"""Where the products of the last backward become the gradient of a shared weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class WeightGradient:
+    """Sums Fᵀ U over all uses of one weight [O, I] without a temporary of its size per use.
+
+    The sum goes straight into the weight's ``.grad`` where there is one, and into one buffer, which autograd
+    then adopts as ``.grad``, where there is none.
+    """
+
+    def __init__(self, parameter: Tensor, transposed: bool = False) -> None:
+        self._parameter = parameter
+        self._transposed = transposed
+        self._sum: Tensor | None = None
+
+    def add_product(self, f_NO: Tensor, u_NI: Tensor) -> None:
+        """+= Fᵀ U."""
+        left, right = (u_NI, f_NO) if self._transposed else (f_NO, u_NI)
+        if self._sum is None and self._in_place() is None:
+            self._sum = left.T @ right
+        else:
+            self._buffer().addmm_(left.T, right)
+
+    def slice(self, start: int, stop: int) -> Tensor:
+        """The rows [start, stop) of the sum, to add to."""
+        return self._buffer()[start:stop]
+
+    def add_rows(self, index_N: Tensor, rows_NI: Tensor) -> None:
+        """Adds a row for every index."""
+        self._buffer().index_add_(0, index_N, rows_NI)
+
+    def add(self, value: Tensor) -> None:
+        self._buffer().add_(value)
+
+    def take(self) -> Tensor | None:
+        """What autograd still has to add to ``.grad``: None if it is there already."""
+        total, self._sum = self._sum, None
+        return total
+
+    def _in_place(self) -> Tensor | None:
+        return self._parameter.grad if self._parameter.is_leaf else None
+
+    def _buffer(self) -> Tensor:
+        in_place = self._in_place()
+        if in_place is not None:
+            return in_place
+        if self._sum is None:
+            self._sum = torch.zeros_like(self._parameter)
+        return self._sum

@@ -1,0 +1,15 @@
+"""The vocabulary-sized weight: losses at the head, lookups when it is tied, and its inner updates."""
+
+from .functions import context_loss, response_loss, tied_lookup
+from .state import Vocabulary
+from .target import GoldTarget, Target, TeacherTarget
+
+__all__ = [
+    "GoldTarget",
+    "Target",
+    "TeacherTarget",
+    "Vocabulary",
+    "context_loss",
+    "response_loss",
+    "tied_lookup",
+]

@@ -1,0 +1,241 @@
+"""The head W [V, D] at θ and, for every group, after each inner step, in dual form.
+
+The inner gradient of the head is Σ_t w_t B_tᵀ H_t, with H [S, D] the context's final states, w_t the weight of
+position t in the inner loss and B = softmax(z) − onehot(next token), [S, V]. B is far too large to keep, so it is
+made again, a block of columns at a time, from H and the log-sum-exp of its logits z. With A = w ∘ H,
+
+    W' = W − η Σ_k B_kᵀ A_k − η Σ_k onehot(c)ᵀ E_k
+
+where the second sum is there if the head is tied to the embedding: E_k are the cotangents of the lookups of the
+context's tokens c. Level k is θ after k inner steps; it has the first k terms of each sum.
+
+A use of W' at rows U with cotangents F [·, V] contributes Fᵀ U to its cotangent. Every such F is again made a block
+at a time, here in :meth:`Vocabulary.tile`; the gradients then need, beside sums over blocks, only the small
+products F P_kᵀ with the probabilities P_k, and F at the columns of the context's own tokens.
+
+Letters: G groups, S context positions of a group, M rows of a use, N any of these, v columns of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gradient import WeightGradient
+from ..phase import Phase
+from ..rows import GroupedRows
+from .block import Block, Columns, Slice, slices, wide
+from .target import Target
+
+
+class Projection(NamedTuple):
+    """Rows h to be multiplied with W'ᵀ at some level: z = h Wᵀ − η Σ_k (h A_kᵀ) B_k − η (h Σ_k E_kᵀ) onehot(c)."""
+
+    h_GND: Tensor
+    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level
+    lookup_match_GNS: Tensor | None  # h Σ_k E_kᵀ
+
+
+@dataclass
+class Use:
+    """A use of W' at rows U whose cotangent F is made a block at a time."""
+
+    u_GMD: Tensor
+    f_p_GMS: list[Tensor]  # F P_kᵀ, one for each k below the use's level
+    f_context_GMS: Tensor | None  # F at the context's tokens, F onehot(c)ᵀ
+
+
+@dataclass
+class Lookup:
+    """A use of the tied W' as an embedding: F = onehot(ids), U the cotangents of the rows looked up."""
+
+    level: int
+    ids_GM: Tensor
+    u_GMD: Tensor
+
+
+@dataclass
+class Adjoint:
+    """What the double backward of one inner step's loss needs to make its cotangents in any block."""
+
+    direction: Projection  # w ∘ (cotangent of ∂L/∂H)
+    use_match_GSM: list[Tensor]  # A Uᵀ, one for each use of the weights this step made
+    lookup_match: list[tuple[Tensor, Tensor]]  # (ids, A Uᵀ), likewise
+    center_GS: Tensor  # rowsum(P ∘ cotangent of B)
+
+
+@dataclass
+class HeadStep:
+    """The head's share of one inner step."""
+
+    states: Projection  # H
+    lse_GS: Tensor
+    mean_row_GSD: Tensor  # P W', the probability-weighted mean row
+    weight_GS: Tensor | None = None  # w, known once the inner backward starts
+    lookup_GSD: Tensor | None = None  # E
+    direction_GSD: Tensor | None = None  # w ∘ (cotangent of ∂L/∂H), if the double backward reached it
+    nll_weight_GS: Tensor | None = None  # weight of the position's NLL in the outer loss itself
+    adjoint: Adjoint | None = None
+
+    @property
+    def a_GSD(self) -> Tensor:
+        """A = w ∘ H."""
+        assert self.weight_GS is not None
+        return wide(self.states.h_GND) * self.weight_GS[..., None]
+
+
+class Tile(NamedTuple):
+    """Everything vocabulary-sized, in one block."""
+
+    p_GSv: dict[int, Tensor]  # P_k
+    b_GSv: dict[int, Tensor]  # B_k
+    f_GMv: list[Tensor]  # F of every use so far, in the order of Vocabulary.uses
+    z_cot_GSv: Tensor | None  # cotangent of the logits of the step asked for
+
+
+@dataclass
+class Vocabulary:
+    """The head's weight, the inner steps on it and the uses of its levels.
+
+    Args:
+        weight_VD: the head; the embedding too if tied_lookup is used with it.
+        padding_idx: of the tied embedding.
+        inner: whether the inner step moves it.
+        inner_lr: η.
+        phase: tells the inner backward from the last one.
+        gradient: where the outer gradient goes; None if frozen.
+    """
+
+    weight_VD: Tensor
+    padding_idx: int | None
+    inner: bool
+    inner_lr: float
+    phase: Phase
+    gradient: WeightGradient | None
+    steps: list[HeadStep] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    response: tuple[Projection, Tensor, Target] | None = None  # its logits' rows and lse, and its target
+    contexts: GroupedRows | None = None
+    context_ids_GS: Tensor | None = None
+    next_ids_GS: Tensor | None = None
+    tokens_per_context: int = 0
+
+    def begin_contexts(self, context_ids: Tensor, rows: GroupedRows) -> None:
+        """Sets the contexts [C, T] that every inner step of this meta step is taken on."""
+        self.contexts, self.tokens_per_context = rows, context_ids.shape[1]
+        self.context_ids_GS = rows.to_groups(context_ids, fill=-1).flatten(1)
+        self.next_ids_GS = rows.to_groups(context_ids.roll(-1, 1), fill=-1).flatten(1)
+
+    def terms(self, level: int) -> int:
+        """The number of inner updates in W' at ``level``."""
+        return level if self.inner else 0
+
+    def lookup_sum(self, level: int) -> Tensor | None:
+        """Σ_k E_k, [G, S, D]; None if there is none."""
+        found = [s.lookup_GSD for s in self.steps[: self.terms(level)] if s.lookup_GSD is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def project(self, h_GND: Tensor, level: int) -> Projection:
+        h, sum_GSD = wide(h_GND), self.lookup_sum(level)
+        match = [h @ step.a_GSD.transpose(1, 2) for step in self.steps[: self.terms(level)]]
+        lookup_match = None if sum_GSD is None else h @ wide(sum_GSD).transpose(1, 2)
+        return Projection(h_GND, match, lookup_match)
+
+    def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
+        """Rows times W'ᵀ at the columns of a block, [G, N, v]."""
+        z = block.project(rows.h_GND, self.weight_VD)
+        for k, match_GNS in enumerate(rows.match_GNS):
+            z.baddbmm_(match_GNS, b_GSv[k], alpha=-self.inner_lr)
+        if rows.lookup_match_GNS is not None:
+            assert self.context_ids_GS is not None
+            block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS * -self.inner_lr)
+        return z
+
+    def softmaxes(self, block: Block, steps: range) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """P_k and B_k of the given inner steps in a block."""
+        p: dict[int, Tensor] = {}
+        b: dict[int, Tensor] = {}
+        for k in steps:
+            step = self.steps[k]
+            p[k] = self.logits(block, step.states, b).sub_(step.lse_GS[..., None]).exp_()
+            assert self.next_ids_GS is not None
+            b[k] = block.subtract_one_hot_(p[k].clone(), self.next_ids_GS)
+        return p, b
+
+    def tile(self, block: Block, down_to: int) -> Tile:
+        """P, B and F of all steps and uses, made in the order of the double backward, ending with the
+        cotangent of the logits of step ``down_to``."""
+        last = len(self.steps)
+        p, b = self.softmaxes(block, range(last) if self.inner else range(down_to, down_to + 1))
+        f: list[Tensor] = []
+        if self.response is not None and self.uses:
+            rows, lse_GM, target = self.response
+            student = self.logits(block, rows, b).sub_(lse_GM[..., None]).exp_()
+            f.append(student.sub_(target.probabilities(block)))
+        z_cot: Tensor | None = None
+        for k in reversed(range(down_to, last if self.inner else down_to + 1)):
+            z_cot = self._logit_cotangent(block, self.steps[k], p[k], b, f, k)
+            f += [z_cot, b[k]]
+        return Tile(p, b, f, z_cot)
+
+    def _logit_cotangent(
+        self, block: Block, step: HeadStep, p: Tensor, b: dict[int, Tensor], f: list[Tensor], k: int
+    ) -> Tensor:
+        """P ∘ (B̄ − rowsum(P ∘ B̄)), plus the share of the NLL itself; B̄ = (w ∘ Ḋ) W'ᵀ − η Σ (A Uᵀ) F."""
+        z_cot = torch.zeros_like(p)
+        if step.adjoint is not None:
+            z_cot = self.logits(block, step.adjoint.direction, b)
+            for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
+                z_cot.baddbmm_(match_GSM, f_GMv, alpha=-self.inner_lr)
+            for ids_GM, match_GSM in step.adjoint.lookup_match:
+                block.add_at_(z_cot, ids_GM, match_GSM * -self.inner_lr)
+            z_cot.sub_(step.adjoint.center_GS[..., None]).mul_(p)
+        if step.nll_weight_GS is not None:
+            z_cot.addcmul_(b[k], step.nll_weight_GS[..., None])
+        return z_cot
+
+    def rows_at(self, ids_GN: Tensor, level: int) -> Tensor:
+        """W'[ids] of every group, [G, N, D]."""
+        block = Columns(ids_GN)
+        rows = wide(block.rows_of(self.weight_VD)).clone()
+        _, b = self.softmaxes(block, range(self.terms(level)))
+        for k, b_GSN in b.items():
+            rows.baddbmm_(b_GSN.transpose(1, 2), self.steps[k].a_GSD, alpha=-self.inner_lr)
+        sum_GSD = self.lookup_sum(level)
+        if sum_GSD is not None:
+            assert self.context_ids_GS is not None
+            match_GSN = block.matches(self.context_ids_GS, rows.dtype)
+            rows.baddbmm_(match_GSN.transpose(1, 2), wide(sum_GSD), alpha=-self.inner_lr)
+        return rows.to(self.weight_VD.dtype)
+
+    def at_next(self, f_context_GNS: Tensor) -> Tensor:
+        """From F at the context's tokens, F at each position's next token, [G, N, S]."""
+        by_context = f_context_GNS.unflatten(2, (-1, self.tokens_per_context))
+        return by_context.roll(-1, 3).flatten(2)
+
+    def complete_product(
+        self, f_w_GND: Tensor, f_p_GNS: list[Tensor], f_context_GNS: Tensor | None, level: int
+    ) -> Tensor:
+        """F W' from F W, F P_kᵀ and F at the context's tokens, [G, N, D]."""
+        if f_context_GNS is None:
+            return f_w_GND
+        for k, f_p in enumerate(f_p_GNS):
+            f_b = f_p - self.at_next(f_context_GNS)
+            f_w_GND = f_w_GND.baddbmm(f_b, self.steps[k].a_GSD, alpha=-self.inner_lr)
+        sum_GSD = self.lookup_sum(level)
+        if sum_GSD is not None:
+            f_w_GND = f_w_GND.baddbmm(f_context_GNS, wide(sum_GSD), alpha=-self.inner_lr)
+        return f_w_GND
+
+    def add_weight_gradient(self, block: Slice, f_GNv: Tensor, u_GND: Tensor) -> None:
+        """+= Fᵀ U at the rows of a block."""
+        if self.gradient is not None:
+            rows = self.gradient.slice(block.start, block.stop)
+            rows.addmm_(f_GNv.flatten(0, 1).to(rows.dtype).T, u_GND.flatten(0, 1).to(rows.dtype))
+
+    def blocks(self, tokens: int) -> list[Slice]:
+        return list(slices(len(self.weight_VD), tokens))

@@ -1,0 +1,144 @@
+"""The options and results that every implementation of a meta step shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import check_model
+from .batch import MetaBatch, check_tokens, describe
+from .targets import TeacherTargets, check_teacher
+
+InnerParams = str | Callable[[str, nn.Parameter], bool]
+LMBatch = tuple[Tensor, Tensor]
+BACKENDS = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class MetaStepOutput:
+    """Detached scalars of one meta step.
+
+    Attributes:
+        outer_loss: query_loss + λ · lm_loss, the loss whose gradient was added to ``.grad``.
+        query_loss: the mean over queries of KL or NLL at θ', summed (or averaged) over response tokens.
+        lm_loss: the mean over rows of each row's mean next-token NLL at θ, of the LM batch or the contexts.
+        inner_loss: the mean over groups of the inner loss at θ, before the first inner step.
+        backend: the implementation that ran.
+    """
+
+    outer_loss: Tensor
+    query_loss: Tensor
+    lm_loss: Tensor
+    inner_loss: Tensor
+    backend: str
+
+
+def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
+    """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones too),
+    ``"lora"`` the PEFT adapters, or those for which ``inner_params(name, parameter)`` is true.
+
+    Raises:
+        ValueError: if the choice is unknown or selects nothing.
+    """
+    if inner_params == "full":
+        chosen: Callable[[str, nn.Parameter], bool] = lambda name, _: ".lora_" not in name
+    elif inner_params == "lora":
+        chosen = lambda name, _: ".lora_" in name
+    elif callable(inner_params):
+        chosen = inner_params
+    else:
+        raise ValueError(
+            f'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, got {inner_params!r}'
+        )
+    selected = {name: p for name, p in model.named_parameters() if chosen(name, p)}
+    if not selected:
+        raise ValueError(f"inner_params: expected to select some parameters, got none with {inner_params!r}")
+    return selected
+
+
+def check_inner(inner_lr: Any, inner_steps: Any) -> None:
+    if not isinstance(inner_lr, int | float) or not math.isfinite(inner_lr) or inner_lr < 0:
+        raise ValueError(f"inner_lr: expected a finite number >= 0, got {inner_lr!r}")
+    if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
+        raise ValueError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
+
+
+def check_ids_in_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"{name}: expected token ids in [0, {vocabulary}), got [{int(ids.min())}, {int(ids.max())}]"
+        )
+
+
+def check_step(
+    model: nn.Module,
+    batch: MetaBatch,
+    inner_lr: float,
+    inner_steps: int,
+    objective: str,
+    teacher: TeacherTargets | None,
+    outer_reduction: str,
+    lm_weight: float,
+    lm_batch: LMBatch | None,
+    backend: str,
+) -> None:
+    """Checks the arguments of a meta step before anything is computed.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+    """
+    check_model(model)
+    if not isinstance(batch, MetaBatch):
+        raise ValueError(f"batch: expected a MetaBatch, got {describe(batch)}")
+    embedding = model.get_input_embeddings().weight
+    if batch.context_ids.device != embedding.device:
+        raise ValueError(f"batch: expected device {embedding.device} as the model, got {batch.context_ids.device}")
+    check_ids_in_vocabulary("context_ids", batch.context_ids, len(embedding))
+    check_ids_in_vocabulary("query_ids", batch.query_ids, len(embedding))
+    check_inner(inner_lr, inner_steps)
+    check_teacher(objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device)
+    if outer_reduction not in ("sum", "mean"):
+        raise ValueError(f'outer_reduction: expected "sum" or "mean", got {outer_reduction!r}')
+    if not isinstance(lm_weight, int | float) or not math.isfinite(lm_weight) or lm_weight < 0:
+        raise ValueError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
+    if lm_batch is not None:
+        check_lm_batch(lm_batch, len(embedding))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected at least one parameter with requires_grad, got none")
+
+
+def check_lm_batch(lm_batch: Any, vocabulary: int) -> None:
+    if not isinstance(lm_batch, tuple) or len(lm_batch) != 2:
+        raise ValueError(f"lm_batch: expected a pair (ids, mask), got {describe(lm_batch)}")
+    ids, mask = lm_batch
+    check_tokens("lm_batch", ids, mask, "[N, T]")
+    check_ids_in_vocabulary("lm_batch", ids, vocabulary)
+    if (mask.sum(1) < 2).any():
+        raise ValueError("lm_batch: expected at least 2 real tokens in every row")
+
+
+def check_inner_loss(loss_G: Tensor, step: int) -> None:
+    """A NaN or infinite inner loss would poison every meta-gradient; stop while ``.grad`` is untouched."""
+    bad = ~torch.isfinite(loss_G)
+    if bad.any():
+        group = int(bad.nonzero()[0])
+        raise FloatingPointError(
+            f"inner loss: expected a finite number, got {float(loss_G[group])} "
+            f"for group {group} at inner step {step + 1}"
+        )
+
+
+def context_weights(batch_group: Tensor, groups: int, context_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the inner loss: of each context in its group's mean [C], and of each position t in its
+    context's mean over the tokens t+1 it predicts [C, Tc] (the last position predicts none)."""
+    per_group = torch.bincount(batch_group, minlength=groups)
+    predicts = torch.zeros_like(context_mask, dtype=torch.float64)
+    predicts[:, :-1] = context_mask[:, 1:].double()
+    return 1.0 / per_group[batch_group].double(), predicts / predicts.sum(1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Plain materialised MAML by autograd: slow, and obviously right."""

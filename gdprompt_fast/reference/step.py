@@ -1,0 +1,129 @@
+"""The meta step written as the paper writes it. Everything in the engine is compared with this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..architecture import causal_lm
+from ..batch import MetaBatch
+from ..options import (
+    InnerParams,
+    LMBatch,
+    MetaStepOutput,
+    check_inner_loss,
+    check_step,
+    select_inner,
+)
+from ..targets import TeacherTargets
+
+Parameters = dict[str, Tensor]
+
+
+@contextmanager
+def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """PyTorch's fused attention has no double backward (pytorch issue 116350); its math kernel has."""
+    inner = causal_lm(model)
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
+def logits_at(model: nn.Module, theta: Parameters, ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of the model with the parameters ``theta`` in place of its own."""
+    return functional_call(model, theta, kwargs={"input_ids": ids, "use_cache": False}).logits
+
+
+def next_token_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Each row's mean next-token NLL, [B]."""
+    nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return (nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
+
+
+def response_losses(logits: Tensor, batch: MetaBatch, rows: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """KL(teacher ‖ student), or NLL without a teacher, of every response token of the queries ``rows``."""
+    mask = batch.response_mask[rows]
+    student = logits[:, :-1][mask[:, 1:]].log_softmax(-1)
+    if teacher_logits is None:
+        return F.nll_loss(student, batch.query_ids[rows][mask], reduction="none")
+    position = torch.zeros(batch.response_mask.shape, dtype=torch.long, device=mask.device)
+    position[batch.response_mask] = torch.arange(len(teacher_logits), device=mask.device)
+    target = teacher_logits[position[rows][mask]].log_softmax(-1)
+    return (target.exp() * (target - student)).sum(-1)
+
+
+def reference_meta_step(
+    model: nn.Module,
+    batch: MetaBatch,
+    *,
+    inner_lr: float = 1e-3,
+    inner_steps: int = 1,
+    inner_params: InnerParams = "full",
+    objective: str = "kl",
+    teacher: TeacherTargets | None = None,
+    outer_reduction: str = "sum",
+    lm_weight: float = 0.0,
+    lm_batch: LMBatch | None = None,
+    first_order: bool = False,
+    backend: str = "auto",
+) -> MetaStepOutput:
+    """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
+
+    The same arguments, result and effect on ``.grad``; θ' is a dense copy of the inner parameters, and the
+    meta-gradient is autograd's own double backward. Memory: one adapted copy with its gradient and graph.
+    """
+    check_step(
+        model, batch, inner_lr, inner_steps, objective, teacher, outer_reduction, lm_weight, lm_batch, backend
+    )
+    inner = {
+        name: p if p.requires_grad else p.detach().requires_grad_()
+        for name, p in select_inner(model, inner_params).items()
+    }
+    teacher_logits = teacher.materialised_logits() if teacher is not None else None
+    inner_loss, query_loss = [], []
+    with twice_differentiable_attention(model):
+        for group in range(batch.groups):
+            contexts = (batch.context_group == group).nonzero().flatten()
+            queries = (batch.query_group == group).nonzero().flatten()
+            theta: Parameters = dict(inner)
+            for step in range(inner_steps):
+                logits = logits_at(model, theta, batch.context_ids[contexts])
+                loss = next_token_nll(logits, batch.context_ids[contexts], batch.context_mask[contexts]).mean()
+                check_inner_loss(loss.detach()[None], step)
+                if step == 0:
+                    inner_loss.append(loss.detach())
+                grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
+                theta = {n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)}
+            if len(queries) == 0:
+                continue
+            losses = response_losses(
+                logits_at(model, theta, batch.query_ids[queries]), batch, queries, teacher_logits
+            )
+            if outer_reduction == "mean":
+                losses = losses / batch.response_mask[queries].sum(1).repeat_interleave(
+                    batch.response_mask[queries].sum(1)
+                )
+            loss = losses.sum() / len(batch.query_ids)
+            query_loss.append(loss.detach())
+            loss.backward()
+        ids, mask = lm_batch if lm_batch is not None else (batch.context_ids, batch.context_mask)
+        lm = next_token_nll(logits_at(model, {}, ids), ids, mask).mean()
+        (lm_weight * lm).backward()
+    query_total = torch.stack(query_loss).sum()
+    return MetaStepOutput(
+        outer_loss=query_total + lm_weight * lm.detach(),
+        query_loss=query_total,
+        lm_loss=lm.detach(),
+        inner_loss=torch.stack(inner_loss).mean(),
+        backend="reference",
+    )

@@ -1,0 +1,50 @@
+"""Embeddings of their own: learned positions, and tokens where the head is not tied to them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.embedding import InnerEmbedding, inner_embedding
+from ..ops.phase import weight_handle
+from .site import Site, StepState, outer_gradient, rule_for
+
+
+def check_embedding(module: nn.Module) -> None:
+    """Only the plain lookup has the gradient of our rules."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option):
+            raise ValueError(f"model: expected embeddings without {option}, got {module}")
+
+
+def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
+    """Ids shared by all rows ([1, T], as positions are) repeated for each."""
+    return ids.expand(rows, -1) if len(ids) == 1 else ids
+
+
+class EmbeddingSite(Site):
+    def __init__(self, module: nn.Module, inner: dict[str, bool], state: StepState) -> None:
+        super().__init__(state)
+        check_embedding(module)
+        gradient = outer_gradient(module.weight)
+        self.table = InnerEmbedding(
+            module.weight.detach(),
+            module.padding_idx,
+            inner=inner["weight"],
+            inner_lr=state.inner_lr,
+            phase=state.phase,
+            gradient=gradient,
+        )
+        self.handle = weight_handle((module.weight, gradient))
+        if inner["weight"]:
+            self.moved = [self.handle]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (ids,) = inputs
+        handle = self.moved[0] if self.moved else self.handle
+        ids = rows_of_ids(ids, len(self.state.rows))
+        return inner_embedding(ids, handle, self.table, self.state.rows, self.state.level)
+
+
+@rule_for("torch.nn.modules.sparse.Embedding")
+def embedding(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+    return EmbeddingSite(module, inner, state)

@@ -1,0 +1,50 @@
+"""Linear layers: the update stays in the factors X and E of the context (ops/linear.py)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.gradient import WeightGradient
+from ..ops.linear import InnerLinear, inner_linear
+from ..ops.phase import weight_handle
+from .site import Site, StepState, outer_gradient, rule_for
+
+
+class LinearSite(Site):
+    """y = x W'ᵀ + b'. ``transposed``: the module stores its weight as [I, O]."""
+
+    def __init__(
+        self, module: nn.Module, inner: dict[str, bool], state: StepState, transposed: bool = False
+    ) -> None:
+        super().__init__(state)
+        weight, bias = module.weight, module.bias
+        weight_gradient = WeightGradient(weight, transposed) if weight.requires_grad else None
+        bias_gradient = outer_gradient(bias)
+        self.layer = InnerLinear(
+            weight.detach().T if transposed else weight.detach(),
+            None if bias is None else bias.detach(),
+            inner_weight=inner["weight"],
+            inner_bias=inner.get("bias", False),
+            inner_lr=state.inner_lr,
+            phase=state.phase,
+            weight_gradient=weight_gradient,
+            bias_gradient=bias_gradient,
+        )
+        self.handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
+        if any(inner.values()):
+            self.moved = [self.handle]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        handle = self.moved[0] if self.moved else self.handle
+        return inner_linear(x, handle, self.layer, self.state.rows, self.state.level)
+
+
+@rule_for("torch.nn.modules.linear.Linear")
+def linear(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+    return LinearSite(module, inner, state)
+
+
+@rule_for("transformers.pytorch_utils.Conv1D")
+def conv1d(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+    return LinearSite(module, inner, state, transposed=True)

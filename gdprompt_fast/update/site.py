@@ -1,0 +1,84 @@
+"""A site: one layer of the model at θ and at every group's θ'; and the registry of layer types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops.gradient import WeightGradient
+from ..ops.phase import Phase
+from ..ops.rows import GroupedRows
+
+
+@dataclass
+class StepState:
+    """What all sites of one meta step share.
+
+    Attributes:
+        groups: G, the number of adapted models.
+        inner_lr: η.
+        phase: where the step is.
+        rows: the groups of the rows now going through the model.
+        level: the number of inner steps behind the weights in use now.
+    """
+
+    groups: int
+    inner_lr: float
+    phase: Phase
+    rows: GroupedRows = field(init=False)
+    level: int = 0
+
+
+class Site:
+    """A layer whose parameters the inner step may move.
+
+    ``moved`` holds a tensor for whatever the inner step moves, at the current level: the parameters of every
+    group, or a handle without elements where the update is kept in factors (see ops/linear.py). Either way the
+    inner step is ``moved − η ∂L/∂moved``, and autograd sees the dependence.
+    """
+
+    moved: list[Tensor]
+
+    def __init__(self, state: StepState) -> None:
+        self.state = state
+        self.moved = []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The module's forward at the current level, for the rows now going through the model."""
+        raise NotImplementedError
+
+
+Rule = Callable[[nn.Module, dict[str, bool], StepState], Site]
+_RULES: dict[str, Rule] = {}
+
+
+def rule_for(*types: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for layers of these types, named ``module.Class`` so that none has to be imported.
+
+    A rule takes the module, for each of its own parameters whether the inner step moves it, and the state.
+    """
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule for exactly this type: a subclass may compute something else."""
+    return _RULES.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+def outer_gradient(parameter: Tensor | None) -> WeightGradient | None:
+    """Where the outer gradient of a parameter is summed; None if it is frozen or absent."""
+    return WeightGradient(parameter) if parameter is not None and parameter.requires_grad else None
+
+
+def per_group(parameter: Tensor, groups: int) -> Tensor:
+    """A small parameter as [G, *shape], one for each group, with a graph to the parameter if it is trained."""
+    expanded: Any = parameter.expand(groups, *parameter.shape)
+    return expanded if parameter.requires_grad else expanded.detach().requires_grad_()

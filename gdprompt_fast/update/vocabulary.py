@@ -1,0 +1,65 @@
+"""The head, and the token embedding where the two are tied: the update stays in the context's final states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.phase import weight_handle
+from ..ops.rows import GroupedRows
+from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
+from .embedding import check_embedding, rows_of_ids
+from .site import Site, StepState, outer_gradient
+
+
+class VocabularySite(Site):
+    """The head as losses and logits, and (:meth:`forward`) the tied embedding's lookup."""
+
+    def __init__(self, head: nn.Module, embedding: nn.Module | None, inner: bool, state: StepState) -> None:
+        super().__init__(state)
+        if embedding is not None:
+            check_embedding(embedding)
+        gradient = outer_gradient(head.weight)
+        self.vocabulary = Vocabulary(
+            head.weight.detach(),
+            padding_idx=None if embedding is None else embedding.padding_idx,
+            inner=inner,
+            inner_lr=state.inner_lr,
+            phase=state.phase,
+            gradient=gradient,
+        )
+        self.handle = weight_handle((head.weight, gradient))
+        if inner:
+            self.moved = [self.handle]
+
+    @property
+    def _handle(self) -> Tensor:
+        return self.moved[0] if self.moved else self.handle
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (ids,) = inputs
+        ids = rows_of_ids(ids, len(self.state.rows))
+        return tied_lookup(ids, self._handle, self.vocabulary, self.state.rows, self.state.level)
+
+    def context_loss(self, hidden_CTD: Tensor, weight_CT: Tensor) -> Tensor:
+        """Weighted next-token NLL of every context, [C]."""
+        return context_loss(hidden_CTD, weight_CT, self._handle, self.vocabulary, self.state.level)
+
+    def response_loss(self, hidden_RD: Tensor, target: Target, rows: GroupedRows) -> Tensor:
+        """KL(target ‖ student) of every response token, [R]."""
+        return response_loss(
+            hidden_RD, target, self._handle, self.vocabulary, rows, self.state.level
+        )
+
+    @torch.no_grad()
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """All logits [B, T, V], for inference."""
+        rows, vocabulary = self.state.rows, self.vocabulary
+        h_GND = rows.tokens_to_groups(hidden_BTD)
+        projection = vocabulary.project(h_GND, self.state.level)
+        terms = range(vocabulary.terms(self.state.level))
+        out = h_GND.new_empty(*h_GND.shape[:2], len(vocabulary.weight_VD))
+        for block in vocabulary.blocks(h_GND.shape[0] * h_GND.shape[1]):
+            _, b = vocabulary.softmaxes(block, terms)
+            out[..., block.start : block.stop] = vocabulary.logits(block, projection, b)
+        return rows.tokens_from_groups(out, hidden_BTD.shape[1:-1])
