@@ -52,16 +52,13 @@ def predicting_states(hidden_BTd: Tensor, response_mask: Tensor) -> Tensor:
 
 def check_deterministic(model: nn.Module) -> None:
     """The meta-gradient of a step with dropout is not defined: the inner and outer pass would see other models."""
-    if not model.training:
-        return
     for name, module in model.named_modules():
-        rates = [module.p] if isinstance(module, nn.Dropout) else [getattr(module, "attention_dropout", 0.0)]
-        for rate in rates:
-            if isinstance(rate, float) and rate > 0:
-                raise ValueError(
-                    f"model: expected no active dropout, got {rate} in {name or type(module).__name__}; "
-                    "call model.eval() or set the rate to 0"
-                )
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"model: expected no active dropout, got {rate} in {name or type(module).__name__}; "
+                "call model.eval() or set the rate to 0"
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -73,7 +70,7 @@ def check_model(model: nn.Module) -> None:
     inner = causal_lm(model)
     backbone_and_head(model)
     check_deterministic(model)
-    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+    if any(vars(module).get("gradient_checkpointing", False) for module in inner.modules()):
         raise ValueError(
             "model: gradient checkpointing is on; it recomputes with the wrong weights inside a meta step. "
             "Call model.gradient_checkpointing_disable() first"

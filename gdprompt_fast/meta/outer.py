@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import MetaBatch
+from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
 from ..options import context_weights
 from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
+from ..update.site import StepState
 
 
 def outer_target(
@@ -37,10 +39,12 @@ def response_weights(batch: MetaBatch, outer_reduction: str, dtype: torch.dtype)
     return per_query.repeat_interleave(lengths_Q)
 
 
-def lm_loss(adapted: AdaptedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def lm_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """The mean over rows of each row's mean next-token NLL at θ."""
     one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
+    adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False)))
+    with adapted.differentiable():
+        hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
     _, weight_BT = context_weights(one_group, 1, mask)
     predicts = weight_BT > 0
     hidden_ND = hidden_BTD[predicts]

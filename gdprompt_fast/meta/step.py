@@ -79,16 +79,18 @@ def fast_meta_step(
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
             contexts = GroupedRows(batch.context_group, batch.groups)
-            keep_graph = lm_weight > 0 and lm_batch is None
+            lm_on_contexts = lm_weight > 0 and lm_batch is None
             nll_C, inner_loss = take_inner_steps(
-                adapted, batch.context_ids, batch.context_mask, contexts, inner_steps, keep_graph
+                adapted, batch.context_ids, batch.context_mask, contexts, inner_steps, lm_on_contexts
             )
             query_loss = _query_loss(adapted, batch, teacher, outer_reduction, inner_steps)
-            lm = nll_C.mean() if lm_batch is None else lm_loss(adapted, *lm_batch)
-            outer = query_loss + lm_weight * lm if lm_weight > 0 else query_loss
-            outer.backward()
+            lm = nll_C.mean()
+            (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
+        if lm_batch is not None:
+            lm = lm_loss(model, *lm_batch)
+            (lm_weight * lm).backward()
     return MetaStepOutput(
-        outer_loss=outer.detach(),
+        outer_loss=query_loss.detach() + lm_weight * lm.detach(),
         query_loss=query_loss.detach(),
         lm_loss=lm.detach(),
         inner_loss=inner_loss,

@@ -1,0 +1,142 @@
+"""Checkpoints that are whole or not there, and a metrics file that goes with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .data import ShuffledSampler
+
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "training_state.pt"
+MODEL_FOLDER = "model"
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has ``write`` fill a temporary folder beside ``folder`` and puts that in its place.
+
+    A process killed in the middle leaves a temporary folder (removed by the next call), never a
+    ``folder`` with parts missing.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The model (of a PEFT model its adapters) as safetensors, with its tokenizer."""
+    # PEFT would otherwise look on the hub whether the embeddings have been resized.
+    extra = {"save_embedding_layers": False} if _is_peft(model) else {}
+    model.save_pretrained(folder, **extra)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights of :func:`save_model` back into ``model``."""
+    if _is_peft(model):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        return
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)  # type: ignore[attr-defined]
+    model.load_state_dict(saved.state_dict())
+
+
+def save_checkpoint(
+    output: Path,
+    step: int,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    sampler: ShuffledSampler,
+) -> None:
+    """Writes everything that continuing after ``step`` needs, then removes older checkpoints."""
+    state = {
+        "step": step,
+        "sampler_position": sampler.position,
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+    def write(folder: Path) -> None:
+        save_model(model, tokenizer, folder / MODEL_FOLDER)
+        torch.save(state, folder / STATE_FILE)
+
+    newest = output / CHECKPOINTS / f"step-{step:08d}"
+    write_folder(newest, write)
+    for folder in _checkpoints(output):
+        if folder != newest:
+            shutil.rmtree(folder)
+
+
+def load_checkpoint(
+    output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sampler: ShuffledSampler
+) -> int:
+    """Puts the newest checkpoint back; returns its step, or 0 without a change if there is none."""
+    checkpoints = _checkpoints(output)
+    if not checkpoints:
+        return 0
+    state: dict[str, Any] = torch.load(
+        checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True
+    )
+    load_weights(model, checkpoints[-1] / MODEL_FOLDER)
+    optimizer.load_state_dict(state["optimizer"])
+    sampler.position = state["sampler_position"]
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return int(state["step"])
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return sorted((output / CHECKPOINTS).glob("step-*"))
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+class MetricsLog:
+    """A JSONL file with one row a step; opened at ``step``, it forgets what came after."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        write_file(path, "".join(f"{row}\n" for row in rows[:step]))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends a row; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,230 @@
+"""The command line: ``gdprompt demo``, ``gdprompt train`` and ``gdprompt evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers.utils.logging import disable_progress_bar
+
+from .checkpoint import write_json
+from .data import Limits, tokenise_triples
+from .data.people import make_people_data, people_tokenizer
+from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
+from .evaluation import InnerStep, tune_inner_lr
+from .loading import DTYPES, add_lora, choose_device, load_examples, load_model, positions
+from .options import check_inner, select_inner
+from .report import results_table
+from .run import TestSet, claim_output, measure, run, summaries
+from .train import TrainOptions
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+Work = Callable[[], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 1 (failed on the way), 2 (bad input) or 130."""
+    args = _parser().parse_args(arguments)
+    disable_progress_bar()  # of transformers, for the writing of files: it would break ours
+    try:
+        work: Work = args.prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        work()
+    except FloatingPointError as error:
+        print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\ngdprompt {args.command}: interrupted; --resume continues a run", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def prepare_demo(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt demo``."""
+    device = choose_device(args.device)
+    options = demo_options(args.steps, args.seed)
+    if args.test_examples < 1:
+        raise ValueError(f"test_examples: expected an integer >= 1, got {args.test_examples}")
+    claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
+
+    def work() -> None:
+        data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
+        tokenizer = people_tokenizer()
+        limits = Limits(POSITIONS, POSITIONS, POSITIONS)
+        examples = tokenise_triples(data.train, tokenizer, limits).examples
+        unseen = tokenise_triples(data.test, tokenizer, limits).examples
+        model = demo_model(tokenizer, args.seed).to(device)
+        test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+        run(model, tokenizer, examples, options, args.output, test=test)
+
+    return work
+
+
+def prepare_train(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
+    options = _train_options(args)
+    device = choose_device(args.device)
+    model, tokenizer = load_model(args.model, args.dtype, device)
+    if args.lora_rank:
+        model = add_lora(model, args.lora_rank, args.seed)
+    select_inner(model, options.inner_params)
+    teacher = None
+    if options.objective == "kl":
+        teacher, _ = load_model(args.teacher or args.model, args.dtype, device)
+    room = positions(model) - (options.answer_tokens if teacher is not None else 0)
+    triples = load_examples(args.data, model, tokenizer, _limits(args, room))
+    print(f"{args.data}: {triples}")
+    test = None
+    if args.test_data:
+        held_out = load_examples(args.test_data, model, tokenizer, _limits(args, positions(model)))
+        print(f"{args.test_data}: {held_out}")
+        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
+    claim_output(args.output, {**_settings(args), "examples": len(triples.examples)}, args.resume)
+    return lambda: run(model, tokenizer, triples.examples, options, args.output, teacher, test)
+
+
+def prepare_evaluate(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
+    check_inner(args.inner_lr, args.inner_steps)
+    model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
+    select_inner(model, args.inner_params)
+    triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))
+    print(f"{args.data}: {triples}")
+    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
+
+    def work() -> None:
+        inner = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
+        if args.tune_inner_lr:
+            inner = tune_inner_lr(
+                model, test.examples, inner, test.inner_lr_grid, test.batch_size
+            ).inner
+        result = measure(model, tokenizer, inner, test)
+        print(f"\n{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
+        if args.results:
+            write_json(args.results, result)
+
+    return work
+
+
+def _train_options(args: argparse.Namespace) -> TrainOptions:
+    return TrainOptions(**{f.name: getattr(args, f.name) for f in fields(TrainOptions)})
+
+
+def _limits(args: argparse.Namespace, room: int) -> Limits:
+    """The limits asked for, within the ``room`` that the model has positions for."""
+    limits = (args.max_context_tokens, args.max_query_tokens, args.max_prompt_tokens)
+    return Limits(*(min(limit, room) for limit in limits))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues."""
+    free = ("device", "eval_batch_size", "output", "prepare", "resume")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gdprompt", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, what: str, prepare: Callable[[argparse.Namespace], Work]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(prepare=prepare)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
+    parser.add_argument("--eval-batch-size", type=int, default=32, help="examples at once")
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    what = "Meta-train a small model from scratch on made-up facts; no download, minutes on a CPU."
+    parser = _command(commands, "demo", what, prepare_demo)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
+    parser.add_argument("--steps", type=int, default=OPTIONS.steps, help="outer steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights")
+    parser.add_argument(
+        "--test-examples", type=int, default=TEST_EXAMPLES, help="passages to measure on"
+    )
+    _add_resume(parser)
+
+
+def _add_train(commands: Any) -> None:
+    what = "Meta-train a transformers model on triples of context, query and response."
+    parser = _command(commands, "train", what, prepare_train)
+    _add_model_and_data(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
+    parser.add_argument("--teacher", type=Path, help="folder of the kl teacher; None: --model's")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of LoRA adapters; 0: train all")
+    _add_inner_lr_grid(parser)
+    _add_resume(parser)
+    types = get_type_hints(TrainOptions)
+    for option in fields(TrainOptions):
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=types[option.name],
+            default=option.default,
+            choices=option.metadata["choices"],
+            help=option.metadata["help"],
+        )
+
+
+def _add_evaluate(commands: Any) -> None:
+    what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
+    parser = _command(commands, "evaluate", what, prepare_evaluate)
+    _add_model_and_data(parser)
+    parser.add_argument("--inner-lr", type=float, default=1e-3, help="rate η of the inner step")
+    parser.add_argument("--inner-steps", type=int, default=1, help="inner steps on a context")
+    parser.add_argument(
+        "--inner-params", default="full", choices=("full", "lora"), help="what the inner step moves"
+    )
+    parser.add_argument(
+        "--tune-inner-lr", action="store_true", help="take the best rate of the grid instead"
+    )
+    _add_inner_lr_grid(parser)
+    parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
+    parser.add_argument(
+        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
+    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
+    for part, tokens in (("context", 256), ("query", 128), ("prompt", 384)):
+        parser.add_argument(
+            f"--max-{part}-tokens",
+            type=int,
+            default=tokens,
+            help=f"drop a record whose {part} row is longer",
+        )
+
+
+def _add_inner_lr_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inner-lr-grid",
+        type=float,
+        nargs="+",
+        default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        help="inner rates of which an untrained model gets its best",
+    )
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")

@@ -1,0 +1,91 @@
+"""Models, tokenizers and data as the command line names them, checked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .architecture import check_model
+from .data import Example, Limits, TokenisedTriples, read_triples, tokenise_triples
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one that is there, got {name!r} ({error})") from None
+
+
+def load_model(
+    folder: Path, dtype: str, device: torch.device
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer from a transformers model folder, or one of PEFT adapters.
+
+    Raises:
+        ValueError: if there is no such folder, or the engine does not know the architecture.
+    """
+    adapters = (folder / "adapter_config.json").is_file()
+    if not adapters and not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with a config.json, got {folder}")
+    model = _load_adapters(folder, dtype) if adapters else _load_base(folder, dtype)
+    check_model(model.eval())
+    return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def _load_base(folder: Path, dtype: str) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+
+
+def _load_adapters(folder: Path, dtype: str) -> nn.Module:
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], is_trainable=True)
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
+    """``model`` with trainable adapters of this rank on every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def load_examples(
+    path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> TokenisedTriples:
+    """The examples in a JSONL file that the model can read, and how many were dropped.
+
+    Raises:
+        ValueError: naming the file and the line, or the tokenizer and model that do not fit.
+    """
+    triples = tokenise_triples(read_triples(path), tokenizer, limits)
+    check_vocabulary(triples.examples, model)
+    return triples
+
+
+def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max(max(*e.context, *e.prompt, *e.response) for e in examples)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"tokenizer: expected ids below the model's vocabulary of {vocabulary}, got {largest}"
+        )
+
+
+def positions(model: nn.Module) -> int:
+    """The longest row that the model has positions for."""
+    return int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]

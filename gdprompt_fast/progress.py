@@ -1,0 +1,21 @@
+"""One kind of progress bar for everything that takes time."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress_bar(total: int, what: str, unit: str, done: int = 0, leave: bool = True) -> tqdm:
+    """A bar on stderr; where that is no terminal, a line every ten seconds."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=what,
+        unit=unit,
+        leave=leave,
+        mininterval=interval,
+        dynamic_ncols=True,
+    )

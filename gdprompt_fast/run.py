@@ -1,0 +1,162 @@
+"""A whole run, of the demo and of ``gdprompt train``: evaluate, meta-train, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import read_metrics, write_file, write_json
+from .data import Example
+from .evaluation import InnerStep, Summary, evaluate, fine_tuned_answers, tune_inner_lr
+from .report import draw_figure, not_improved, results_table
+from .train import METRICS_FILE, TrainOptions, train
+
+SETTINGS_FILE = "run.json"
+RESULTS_FILE = "results.json"
+TABLE_FILE = "results.md"
+FIGURE_FILE = "figure.png"
+SAMPLES, SAMPLE_TOKENS = 3, 16  # answers shown, and the longest of them
+
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What a run is measured on.
+
+    Attributes:
+        examples: none of which is trained on.
+        inner_lr_grid: the inner rates of which the model before training gets the best one.
+        batch_size: examples evaluated at once.
+    """
+
+    examples: Sequence[Example]
+    inner_lr_grid: Sequence[float]
+    batch_size: int
+
+
+def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Makes ``output`` the folder of a run with these settings.
+
+    Raises:
+        ValueError: if it holds a run already and ``resume`` is off, or a run with other settings.
+    """
+    path = output / SETTINGS_FILE
+    known = json.loads(json.dumps(settings))
+    if path.exists():
+        if not resume:
+            raise ValueError(
+                f"output: expected a folder without a run, got {output}; "
+                "add --resume to continue it or give another --output"
+            )
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted(old.keys() | known.keys()):
+            if old.get(name) != known.get(name):
+                raise ValueError(
+                    f"{name}: expected {old.get(name)!r} as in the run in {output}, "
+                    f"got {known.get(name)!r}"
+                )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: expected a new or empty folder, got {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, known)
+
+
+def run(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: TrainOptions,
+    output: Path,
+    teacher: nn.Module | None = None,
+    test: TestSet | None = None,
+) -> None:
+    """Meta-trains ``model`` into ``output`` and, with a test set, reports before and after.
+
+    ``output`` was claimed with :func:`claim_output`; what it already holds is not done again.
+    """
+    model.eval()
+    path = output / RESULTS_FILE
+    results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if test is not None and "before" not in results:
+        results["before"] = _measure_at_best(model, tokenizer, options, test)
+        write_json(path, results)
+    train(model, tokenizer, examples, options, output, teacher)
+    if test is not None:
+        results["after"] = measure(model, tokenizer, options.inner, test)
+        write_json(path, results)
+        text = describe_results(results, tokenizer, test)
+        write_file(output / TABLE_FILE, text)
+        print(f"\n{text}")
+    metrics = read_metrics(output / METRICS_FILE)
+    draw_figure(summaries(results), metrics, output / FIGURE_FILE)
+    print(f"model, metrics and figure: {output}")
+
+
+def measure(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, inner: InnerStep, test: TestSet
+) -> dict[str, Any]:
+    """The three settings on a test set, and the first few answers after fine-tuning, for JSON."""
+    scores = evaluate(model, test.examples, inner, test.batch_size)
+    answers = fine_tuned_answers(
+        model, test.examples[:SAMPLES], inner, tokenizer.eos_token_id, SAMPLE_TOKENS
+    )
+    return {
+        "inner": asdict(inner),
+        "settings": {setting: asdict(of.summary()) for setting, of in scores.items()},
+        "fine_tuned_answers": [decode(tokenizer, answer) for answer in answers],
+    }
+
+
+def _measure_at_best(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions, test: TestSet
+) -> dict[str, Any]:
+    """As :func:`measure`, at the best inner rate of the grid."""
+    tuned = tune_inner_lr(model, test.examples, options.inner, test.inner_lr_grid, test.batch_size)
+    tried = {f"{lr:g}": asdict(summary) for lr, summary in tuned.tried.items()}
+    return {**measure(model, tokenizer, tuned.inner, test), "inner_lr_tried": tried}
+
+
+def summaries(results: Results) -> dict[str, dict[str, Summary]]:
+    """The summaries in results read from JSON, by name and setting."""
+    return {
+        name: {setting: Summary(**fields) for setting, fields in result["settings"].items()}
+        for name, result in results.items()
+    }
+
+
+def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> str:
+    """The table of a finished run, what did not improve, and a few answers."""
+    measured = summaries(results)
+    before, after = results["before"], results["after"]
+    tried = ", ".join(before["inner_lr_tried"])
+    lines = [
+        f"{len(test.examples)} examples that were not trained on, ± one standard error:",
+        "",
+        results_table(measured),
+        "",
+        f"Fine-Tuning before: η = {before['inner']['lr']:g}, the best for it of {tried}; "
+        f"after: η = {after['inner']['lr']:g}, as trained.",
+        *not_improved(measured["before"], measured["after"]),
+    ]
+    for index, example in enumerate(test.examples[:SAMPLES]):
+        lines += [
+            "",
+            f"passage: {decode(tokenizer, example.context)}",
+            f"query:   {decode(tokenizer, example.query)}",
+            f"gold:    {decode(tokenizer, example.response)}",
+            f"before:  {before['fine_tuned_answers'][index]}",
+            f"after:   {after['fine_tuned_answers'][index]}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids, without BOS and EOS."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

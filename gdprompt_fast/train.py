@@ -1,0 +1,173 @@
+"""Meta-training: Adam on the gradients of ``fast_meta_step``, from any point to the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import (
+    MODEL_FOLDER,
+    MetricsLog,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+    write_folder,
+)
+from .data import Example, ShuffledSampler, meta_batch
+from .evaluation import InnerStep
+from .meta.step import fast_meta_step
+from .options import MetaStepOutput, check_inner
+from .progress import progress_bar
+from .teacher import teach
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def _option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that is also a command-line option, with its help text."""
+    return field(default=default, metadata={"help": what, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What training does; every field is an option of the command line.
+
+    Raises:
+        ValueError: naming the option, what was expected and what was given.
+    """
+
+    steps: int = _option(1000, "outer steps")
+    batch_size: int = _option(16, "examples in an outer step")
+    outer_lr: float = _option(1e-5, "highest learning rate of Adam, reached after the warm-up")
+    warmup_steps: int = _option(50, "steps of linear warm-up; a cosine to zero follows")
+    clip_norm: float = _option(1.0, "largest norm of the meta-gradient; a larger one is scaled")
+    inner_lr: float = _option(1e-3, "learning rate η of the inner step")
+    inner_steps: int = _option(1, "inner gradient steps on a context")
+    inner_params: str = _option("full", "what the inner step moves", ("full", "lora"))
+    objective: str = _option(
+        "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
+    )
+    lm_weight: float = _option(0.0, "weight λ of the next-token loss on the contexts")
+    answer_tokens: int = _option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    checkpoint_every: int = _option(200, "steps between checkpoints")
+    seed: int = _option(0, "seed of the order of the examples")
+
+    def __post_init__(self) -> None:
+        check_inner(self.inner_lr, self.inner_steps)
+        for name in ("steps", "batch_size", "answer_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        for name in ("outer_lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "lm_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+
+    @property
+    def inner(self) -> InnerStep:
+        """The inner step, as evaluation takes it."""
+        return InnerStep(self.inner_lr, self.inner_steps, self.inner_params)
+
+    def learning_rate(self, step: int) -> float:
+        """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
+        if step < self.warmup_steps:
+            return self.outer_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.outer_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    options: TrainOptions,
+    output: Path,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
+
+    Writes ``metrics.jsonl`` (a row a step), ``checkpoints/`` (the newest one) and, at the end,
+    ``model/``. On a CPU a run that was killed and continued ends with the very bits of one that was
+    not: the losses of a step follow from its number and the weights alone.
+
+    Args:
+        model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
+            step with dropout is not defined.
+        teacher: the frozen model that the KL objective matches; None for the gold objective.
+    """
+    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
+    sampler = ShuffledSampler(len(examples), options.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    start = load_checkpoint(output, model, optimizer, sampler)
+    with (
+        closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
+        progress_bar(options.steps, "meta-training", "step", done=start) as bar,
+    ):
+        for step in range(start, options.steps):
+            batch = [examples[index] for index in sampler.take(options.batch_size)]
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate(step)
+            losses = _losses_with_gradients(model, batch, options, tokenizer, teacher)
+            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
+            optimizer.step()
+            optimizer.zero_grad()
+            row = _row(step + 1, losses, norm, options)
+            metrics.write(row)
+            bar.set_postfix_str(
+                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}", refresh=False
+            )
+            bar.update()
+            if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer, sampler)
+    write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
+
+
+def _losses_with_gradients(
+    model: nn.Module,
+    examples: Sequence[Example],
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: nn.Module | None,
+) -> MetaStepOutput:
+    """One meta step; the meta-gradient of the batch is added to ``.grad``."""
+    if teacher is not None:
+        batch, targets = teach(teacher, examples, tokenizer.eos_token_id, options.answer_tokens)
+    else:
+        batch, targets = meta_batch(examples).to(next(model.parameters()).device), None
+    return fast_meta_step(
+        model,
+        batch,
+        inner_lr=options.inner_lr,
+        inner_steps=options.inner_steps,
+        inner_params=options.inner_params,
+        objective=options.objective,
+        teacher=targets,
+        lm_weight=options.lm_weight,
+    )
+
+
+def _row(
+    step: int, losses: MetaStepOutput, norm: torch.Tensor, options: TrainOptions
+) -> dict[str, float]:
+    return {
+        "step": step,
+        "outer_loss": float(losses.outer_loss),
+        "query_loss": float(losses.query_loss),
+        "lm_loss": float(losses.lm_loss),
+        "inner_loss": float(losses.inner_loss),
+        "gradient_norm": float(norm),
+        "learning_rate": options.learning_rate(step - 1),
+    }

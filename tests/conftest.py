@@ -1,0 +1,157 @@
+"""Tiny models and batches that every test of the engine builds on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from gdprompt_fast import MetaBatch
+
+VOCABULARY = 67
+logging.getLogger("transformers").setLevel(logging.ERROR)
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+# initializer_range is large so that second-order terms are of the size of first-order ones.
+SIZES: dict[str, Any] = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    initializer_range=0.3,
+)
+
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-biases": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "llama-tied-padding-token": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, tie_word_embeddings=True, pad_token_id=0)
+    ),
+    "llama-untied-padding-token": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0)),
+    "qwen2-biases-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen2-sliding-layers": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+    ),
+    "qwen3-head-norms": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
+    "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            n_positions=32,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            initializer_range=0.3,
+        )
+    ),
+}
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., torch.nn.Module]:
+    """``tiny_model(name, dtype)``: a seeded model of MODELS in eval mode, norms and biases off their defaults."""
+
+    def build(name: str = "llama-tied", dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = MODELS[name]().to(dtype).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def lora_model(tiny_model: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """``lora_model(name, rank)``: a PEFT model with adapters that are not zero."""
+    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
+
+    def build(name: str = "llama-tied", rank: int = 2, **config: Any) -> torch.nn.Module:
+        model = peft.get_peft_model(
+            tiny_model(name),
+            peft.LoraConfig(r=rank, lora_alpha=4, target_modules="all-linear", **config),
+        )
+        for parameter_name, parameter in model.named_parameters():
+            if ".lora_" in parameter_name:
+                parameter.data.normal_(std=0.3)
+        return model
+
+    return build
+
+
+def ragged(lengths: list[int], width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids [N, width] and the mask of their real lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (len(lengths), width), generator=generator)
+    return ids, torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+
+
+def last_tokens(mask: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The mask of the last ``counts`` real tokens of each row."""
+    position = torch.arange(mask.shape[1])[None]
+    lengths = mask.sum(1, keepdim=True)
+    return mask & (position >= lengths - torch.tensor(counts)[:, None])
+
+
+@pytest.fixture
+def make_batch() -> Callable[[str], MetaBatch]:
+    """``make_batch(kind)``: ragged batches with one or more contexts and queries in a group."""
+
+    def build(kind: str = "one-each", seed: int = 0) -> MetaBatch:
+        contexts = {"one-each": [8, 5, 7], "grouped": [8, 6, 8, 3, 8], "uneven": [7, 4]}[kind]
+        queries = {"one-each": [6, 6, 4], "grouped": [6, 4, 6, 5], "uneven": [6, 5, 6]}[kind]
+        responses = {"one-each": [3, 1, 2], "grouped": [3, 1, 4, 2], "uneven": [1, 2, 3]}[kind]
+        groups: dict[str, Any] = {
+            "one-each": {},
+            # several contexts and queries in a group, out of order
+            "grouped": dict(
+                context_group=torch.tensor([0, 2, 1, 0, 1]), query_group=torch.tensor([1, 0, 1, 2])
+            ),
+            # a group without a query
+            "uneven": dict(context_group=torch.tensor([1, 0]), query_group=torch.tensor([1, 1, 1])),
+        }[kind]
+        context_ids, context_mask = ragged(contexts, 8, seed)
+        query_ids, query_mask = ragged(queries, 6, seed + 1)
+        return MetaBatch(
+            context_ids,
+            context_mask,
+            query_ids,
+            query_mask,
+            last_tokens(query_mask, responses),
+            **groups,
+        )
+
+    return build

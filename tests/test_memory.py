@@ -1,0 +1,149 @@
+"""No buffer of (examples × parameters), (tokens × vocabulary) or T × T: asserted by shape and in bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.ops import attention
+from gdprompt_fast.ops.vocabulary import block
+from gdprompt_fast.report.memory import PeakMemory, model_tensors, peak_bytes_over_model
+
+EXAMPLES, CONTEXT, QUERY, RESPONSE, VOCABULARY, HIDDEN = 6, 24, 8, 2, 1024, 64
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=3 * HIDDEN,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+@pytest.fixture
+def batch() -> MetaBatch:
+    context, query = torch.randint(VOCABULARY, (EXAMPLES, CONTEXT)), torch.randint(VOCABULARY, (EXAMPLES, QUERY))
+    response = torch.zeros_like(query, dtype=torch.bool)
+    response[:, -RESPONSE:] = True
+    return MetaBatch(
+        context, torch.ones_like(context, dtype=torch.bool), query, torch.ones_like(response), response
+    )
+
+
+@pytest.fixture
+def teacher(model: LlamaForCausalLM, batch: MetaBatch) -> TeacherTargets:
+    ids = torch.cat([batch.context_ids, batch.query_ids], 1)
+    response = torch.cat([torch.zeros_like(batch.context_mask), batch.response_mask], 1)
+    return TeacherTargets.from_model(model, ids, torch.ones_like(response), response)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2], ids=lambda s: f"{s}-steps")
+def test_no_large_buffer_exists_at_any_time(
+    model: LlamaForCausalLM,
+    batch: MetaBatch,
+    teacher: TeacherTargets,
+    inner_steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = EXAMPLES * CONTEXT
+    monkeypatch.setattr(block, "TILE_ELEMENTS", tokens * 64)
+    monkeypatch.setattr(attention, "TILE_ELEMENTS", EXAMPLES * 4 * CONTEXT * 8)
+    smallest_weight = EXAMPLES * HIDDEN * HIDDEN // 2  # the k and v projections of every example
+    limits = {
+        "tokens × vocabulary": tokens * VOCABULARY,
+        "response tokens × vocabulary": EXAMPLES * RESPONSE * VOCABULARY,
+        "examples × parameters of one layer": smallest_weight,
+    }
+    gradient_sizes = {p.numel() for p in model.parameters()}
+    activations = tokens * 3 * HIDDEN  # the widest activation: the gate of the MLP
+    seen: list[int] = []
+
+    def watch(tensor: Tensor) -> None:
+        seen.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+
+    with PeakMemory(model_tensors(model), on_new=watch):
+        fast_meta_step(model, batch, teacher=teacher, inner_steps=inner_steps)
+    largest = max(size for size in seen if size not in gradient_sizes)
+    assert largest <= activations, f"a buffer of {largest} elements, more than any activation ({activations})"
+    assert activations < limits["tokens × vocabulary"]
+    assert max(gradient_sizes) < limits["tokens × vocabulary"]
+
+
+def test_the_step_keeps_no_buffer_of_the_size_of_a_weight_when_gradients_exist(
+    model: LlamaForCausalLM, batch: MetaBatch, teacher: TeacherTargets
+) -> None:
+    fast_meta_step(model, batch, teacher=teacher)
+    weights = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    weights |= {shape[::-1] for shape in weights}
+    shapes: list[tuple[int, ...]] = []
+    with PeakMemory(model_tensors(model), on_new=lambda t: shapes.append(tuple(t.shape))):
+        fast_meta_step(model, batch, teacher=teacher)
+    dense = [shape for shape in shapes if shape in weights]
+    assert not dense, f"temporaries of the size of a weight: {dense}"
+
+
+def test_the_meta_gradient_becomes_grad_without_a_copy(
+    model: LlamaForCausalLM, batch: MetaBatch, teacher: TeacherTargets
+) -> None:
+    model.zero_grad(set_to_none=True)
+    inputs = [*vars(batch).values(), teacher.hidden]
+    memory = PeakMemory([*model_tensors(model), *inputs])
+    before = memory.live_bytes
+    with memory:
+        fast_meta_step(model, batch, teacher=teacher)
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    assert memory.live_bytes - before == gradients, "the step left something behind, or a gradient was copied"
+
+
+def test_memory_is_that_of_two_sets_of_activations_and_does_not_grow_with_adapted_copies(
+    model: LlamaForCausalLM,
+    batch: MetaBatch,
+    teacher: TeacherTargets,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # a tile in proportion to this small model, as the default is to a real one
+    monkeypatch.setattr(block, "TILE_ELEMENTS", EXAMPLES * CONTEXT * 64)
+
+    def ordinary() -> None:
+        ids = torch.cat([batch.context_ids, batch.query_ids], 1)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    fast = peak_bytes_over_model(model, lambda: fast_meta_step(model, batch, teacher=teacher))
+    plain = peak_bytes_over_model(model, ordinary)
+    sequential = peak_bytes_over_model(model, lambda: reference_meta_step(model, batch, teacher=teacher))
+    assert fast <= 1.8 * plain, f"{fast} bytes over the model, {plain} for an ordinary step"
+    assert fast <= 0.75 * sequential, f"{fast} bytes, {sequential} for the sequential loop"
+
+
+def test_lora_outside_needs_no_gradient_of_the_size_of_a_base_weight(batch: MetaBatch) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=True,
+        )
+    )
+    model = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules="all-linear")).eval()
+    sizes: list[int] = []
+    smallest = 256 * 256  # the attention projections
+    with PeakMemory(model_tensors(model), on_new=lambda t: sizes.append(t.numel())):
+        fast_meta_step(model, batch, objective="gold")
+    tokens = EXAMPLES * CONTEXT
+    dense = {p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n}
+    assert not [n for n in sizes if n in dense and n != tokens * 1024], "a dense gradient of a frozen weight"
+    assert smallest in dense

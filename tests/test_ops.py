@@ -1,0 +1,235 @@
+"""Every op: its values, and its first and second derivatives by finite differences in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from gdprompt_fast.ops import attention as attention_module
+from gdprompt_fast.ops.attention import attention
+from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
+from gdprompt_fast.ops.gradient import WeightGradient
+from gdprompt_fast.ops.linear import InnerLinear, inner_linear
+from gdprompt_fast.ops.norm import norm
+from gdprompt_fast.ops.phase import Phase, weight_handle
+from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.swiglu import swiglu
+from gdprompt_fast.report.memory import PeakMemory
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 7), (1, 2, 3, 4)], ids=str)
+def test_norm_equals_pytorch_and_is_twice_differentiable(center: bool, shape: tuple[int, ...]) -> None:
+    x, weight, bias = leaf(*shape), leaf(shape[0], shape[-1]), leaf(shape[0], shape[-1])
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm(x, weight, bias, eps=1e-3, center=center)
+
+    plain = F.layer_norm if center else F.rms_norm
+    rows = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    expected = plain(x, shape[-1:], eps=1e-3) * weight.view(rows) + bias.view(rows)
+    torch.testing.assert_close(op(x, weight, bias), expected)
+    assert gradcheck(op, (x, weight, bias))
+    assert gradgradcheck(op, (x, weight, bias))
+
+
+def test_norm_without_bias_is_twice_differentiable() -> None:
+    inputs = leaf(2, 3, 5), leaf(2, 5)
+    assert gradgradcheck(lambda x, w: norm(x, w, None, eps=1e-3, center=False), inputs)
+
+
+def test_swiglu_equals_pytorch_and_is_twice_differentiable() -> None:
+    gate, up = leaf(3, 4), leaf(3, 4)
+    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
+    assert gradcheck(swiglu, (gate, up))
+    assert gradgradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize("window", [None, 1, 2], ids=lambda w: f"window-{w}")
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=lambda h: f"{h[0]}-query-{h[1]}-key-heads")
+@pytest.mark.parametrize("tile", [1 << 21, 40], ids=["one-block", "many-blocks"])
+def test_attention_equals_pytorch_and_is_twice_differentiable(
+    window: int | None, heads: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", tile)
+    tokens = 5
+    q, k, v = leaf(2, heads[0], tokens, 3), leaf(2, heads[1], tokens, 3), leaf(2, heads[1], tokens, 3)
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, scale=0.7, window=window)
+
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if window is not None:
+        visible &= torch.ones(tokens, tokens, dtype=torch.bool).triu(1 - window)
+    expected = F.scaled_dot_product_attention(q, k, v, visible, scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(op(q, k, v), expected.transpose(1, 2))
+    assert gradcheck(op, (q, k, v))
+    assert gradgradcheck(op, (q, k, v))
+
+
+def test_attention_keeps_no_square_buffer_and_its_passes_stay_below_the_tile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tile, tokens = 1 << 14, 128
+    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", tile)
+    largest = 0
+
+    def watch(tensor: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+
+    inputs = [leaf(1, 2, tokens, 4) for _ in range(3)]
+    with PeakMemory(inputs, on_new=watch) as memory:
+        out = attention(*inputs, scale=0.5)
+        grads = torch.autograd.grad(out.pow(2).sum(), inputs, create_graph=True)
+        after_backward = memory.live_bytes
+        sum(g.pow(2).sum() for g in grads).backward()
+    assert largest <= tile, f"a buffer of {largest} elements, more than the tile's {tile}"
+    one = inputs[0].numel() * 8
+    assert after_backward < 16 * one < tokens * tokens * 2 * 8 * 16
+
+
+@pytest.mark.parametrize("op", ["norm", "swiglu", "attention"])
+def test_third_derivatives_raise(op: str) -> None:
+    ops: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "norm": (lambda x, w: norm(x, w, None, eps=1e-3, center=False), [leaf(2, 3, 4), leaf(2, 4)]),
+        "swiglu": (swiglu, [leaf(3, 4), leaf(3, 4)]),
+        "attention": (lambda q, k, v: attention(q, k, v, scale=1.0), [leaf(1, 1, 3, 2) for _ in range(3)]),
+    }
+    function, inputs = ops[op]
+    first = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op} is differentiable twice only"):
+        torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs, create_graph=True)
+
+
+def inner_linear_twice(
+    x_context: Tensor, weight: Tensor, bias: Tensor, x_query: Tensor, groups: list[Tensor], steps: int
+) -> Tensor:
+    """Inner steps of a nonlinear loss at one linear layer, then a query at the weights they make."""
+    contexts, queries = (GroupedRows(group, 3) for group in groups)
+    phase = Phase(second_order=True)
+    weight_gradient, bias_gradient = WeightGradient(weight), WeightGradient(bias)
+    layer = InnerLinear(
+        weight.detach(),
+        bias.detach(),
+        inner_weight=True,
+        inner_bias=True,
+        inner_lr=0.3,
+        phase=phase,
+        weight_gradient=weight_gradient,
+        bias_gradient=bias_gradient,
+    )
+    handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
+    for level in range(steps):
+        y = inner_linear(x_context, handle, layer, contexts, level)
+        with phase.inner():
+            (gradient,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
+        handle = handle - 0.3 * gradient
+    return inner_linear(x_query, handle, layer, queries, steps)
+
+
+def materialised_linear(
+    x_context: Tensor, weight: Tensor, bias: Tensor, x_query: Tensor, groups: list[Tensor], steps: int
+) -> Tensor:
+    out = torch.zeros(*x_query.shape[:-1], len(weight), dtype=x_query.dtype)
+    for g in range(3):
+        w, b = weight, bias
+        for _ in range(steps):
+            loss = F.linear(x_context[groups[0] == g], w, b).sin().sum()
+            dw, db = torch.autograd.grad(loss, (w, b), create_graph=True)
+            w, b = w - 0.3 * dw, b - 0.3 * db
+        out = out.index_put(((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], w, b))
+    return out
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    "groups",
+    [([0, 1, 2], [0, 1, 2]), ([2, 0, 0, 1], [1, 1, 0, 2, 1]), ([0, 1, 2], [2])],
+    ids=["one-each", "ragged", "groups-without-queries"],
+)
+def test_inner_linear_equals_materialised_weights_and_its_double_backward_is_right(
+    groups: tuple[list[int], list[int]], steps: int
+) -> None:
+    group = [torch.tensor(g) for g in groups]
+    inputs = leaf(len(groups[0]), 2, 3), leaf(4, 3), leaf(4), leaf(len(groups[1]), 3, 3)
+    assert_same_value_and_gradients(
+        lambda *x: inner_linear_twice(*x, group, steps),
+        lambda *x: materialised_linear(*x, group, steps),
+        inputs,
+    )
+
+
+def assert_same_value_and_gradients(
+    op: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> None:
+    """The gradient of what follows an inner step goes through the double backward of the op."""
+    out, expected = op(*inputs), plain(*inputs)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, direction)
+    for g, e in zip(got, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+
+
+def inner_embedding_once(table: Tensor, ids: list[Tensor], groups: list[Tensor]) -> Tensor:
+    contexts, queries = (GroupedRows(group, 2) for group in groups)
+    phase, gradient = Phase(second_order=True), WeightGradient(table)
+    layer = InnerEmbedding(
+        table.detach(), padding_idx=0, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+    )
+    handle = weight_handle((table, gradient))
+    y = inner_embedding(ids[0], handle, layer, contexts, 0)
+    with phase.inner():
+        (step,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
+    return inner_embedding(ids[1], handle - 0.3 * step, layer, queries, 1)
+
+
+def test_inner_embedding_equals_a_materialised_table_and_its_double_backward_is_right() -> None:
+    ids = [torch.tensor([[1, 2, 1], [0, 3, 2]]), torch.tensor([[1, 0], [2, 3], [4, 1]])]
+    groups = [torch.tensor([0, 1]), torch.tensor([1, 1, 0])]
+    table = leaf(5, 3)
+
+    def plain(table: Tensor) -> Tensor:
+        rows = []
+        for row, g in enumerate(groups[1]):
+            loss = F.embedding(ids[0][groups[0] == g], table, padding_idx=0).sin().sum()
+            (step,) = torch.autograd.grad(loss, table, create_graph=True)
+            rows.append(F.embedding(ids[1][row], table - 0.3 * step, padding_idx=0))
+        return torch.stack(rows)
+
+    assert_same_value_and_gradients(
+        lambda table: inner_embedding_once(table, ids, groups), plain, (table,)
+    )
+
+
+def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
+    weight, x = leaf(4, 3), leaf(1, 2, 3)
+    gradient = WeightGradient(weight)
+    layer = InnerLinear(
+        weight.detach(),
+        None,
+        inner_weight=True,
+        inner_bias=False,
+        inner_lr=0.1,
+        phase=Phase(second_order=True),
+        weight_gradient=gradient,
+        bias_gradient=None,
+    )
+    y = inner_linear(x, weight_handle((weight, gradient)), layer, GroupedRows(torch.tensor([0]), 1), 0)
+    with pytest.raises(RuntimeError, match="inner_linear is differentiable once outside an inner step only"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,0 +1,213 @@
+"""Training: options, resuming to the bit, whole checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gdprompt_fast.train
+from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
+from gdprompt_fast.data import Example, Limits, tokenise_triples
+from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.loading import add_lora
+from gdprompt_fast.train import TrainOptions, train
+
+TOKENIZER = people_tokenizer()
+GOLD = TrainOptions(
+    steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
+    lm_weight=0.1, checkpoint_every=3,
+)  # fmt: skip
+KL = dataclasses.replace(GOLD, objective="kl", answer_tokens=3)
+LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
+
+
+def tiny_llama(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    data = make_people_data(5, 1, seed=0).train  # fewer than the run draws: it goes round
+    return tokenise_triples(data, TOKENIZER, Limits(64, 64, 64)).examples
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def killed_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` that works ``calls`` times and then kills."""
+    left = [calls]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def run(
+    options: TrainOptions, examples: list[Example], output: Path, lora: bool = False
+) -> dict[str, torch.Tensor]:
+    """A run from the same initial model; its final weights."""
+    model = tiny_llama()
+    if lora:
+        model = add_lora(model, rank=2, seed=0)
+    teacher = tiny_llama(seed=1).eval() if options.objective == "kl" else None
+    train(model, TOKENIZER, examples, options, output, teacher)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "lora"),
+    [(GOLD, False), (KL, False), (LORA, True)],
+    ids=["gold", "kl", "kl with LoRA inside and outside"],
+)
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(
+    options: TrainOptions,
+    lora: bool,
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if lora:
+        pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    uninterrupted = run(options, examples, tmp_path / "a", lora)
+    with monkeypatch.context() as patch:
+        step = killed_after(5, gdprompt_fast.train.fast_meta_step)
+        patch.setattr(gdprompt_fast.train, "fast_meta_step", step)
+        with pytest.raises(Killed):
+            run(options, examples, tmp_path / "b", lora)
+    assert len(read_metrics(tmp_path / "b" / "metrics.jsonl")) == 5
+    assert not (tmp_path / "b" / "model").exists()
+    resumed = run(options, examples, tmp_path / "b", lora)
+    assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
+    files = sorted(path.name for path in (tmp_path / "a" / "model").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b" / "model").iterdir())
+    for name in ["metrics.jsonl", *(f"model/{file}" for file in files)]:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted = run(GOLD, examples, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed_after(1, torch.save))
+        with pytest.raises(Killed):
+            run(GOLD, examples, tmp_path / "b")
+    whole = [path.name for path in (tmp_path / "b" / "checkpoints").glob("step-*")]
+    assert whole == ["step-00000003"]
+    resumed = run(GOLD, examples, tmp_path / "b")
+    assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_finished_run_can_be_resumed_without_a_change(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    first = run(GOLD, examples, tmp_path)
+    again = run(GOLD, examples, tmp_path)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == GOLD.steps
+
+
+def test_the_saved_model_is_the_trained_one(examples: list[Example], tmp_path: Path) -> None:
+    weights = run(GOLD, examples, tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(weights[name], value) for name, value in loaded.state_dict().items())
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
+def test_training_lowers_the_loss(examples: list[Example], tmp_path: Path) -> None:
+    run(dataclasses.replace(GOLD, steps=30, lm_weight=0.0), examples, tmp_path)
+    losses = [row["query_loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_metrics_have_a_row_a_step(examples: list[Example], tmp_path: Path) -> None:
+    run(GOLD, examples, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, GOLD.steps + 1))
+    for row in rows:
+        assert row["outer_loss"] == pytest.approx(row["query_loss"] + 0.1 * row["lm_loss"])
+        assert row["gradient_norm"] > 0 and row["inner_loss"] > 0
+
+
+def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        train(model, TOKENIZER, examples, GOLD, tmp_path)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    options = dataclasses.replace(GOLD, steps=100, warmup_steps=10)
+    rates = [options.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(options.outer_lr / 10)
+    assert max(rates) == rates[9] == rates[10] == options.outer_lr
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[99] < 0.001 * options.outer_lr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", -1),
+        ("outer_lr", 0.0),
+        ("clip_norm", float("nan")),
+        ("inner_lr", -0.1),
+        ("inner_steps", 0),
+        ("lm_weight", -1.0),
+        ("checkpoint_every", 0),
+    ],
+)
+def test_a_bad_option_is_an_error_that_names_it(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+        dataclasses.replace(GOLD, **{name: value})
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+
+    def half(path: Path) -> None:
+        (path / "one").write_text("1")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_folder(folder, half)
+    assert not folder.exists()
+    write_folder(folder, lambda path: (path / "two").write_text("2"))  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "two"]
+
+
+def test_reopened_metrics_forget_rows_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')  # killed in the middle of a row
+    log = MetricsLog(path, step=1)
+    log.write({"step": 2})
+    log.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
