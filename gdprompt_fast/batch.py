@@ -19,7 +19,9 @@ def describe(value: Any) -> str:
 def check_tokens(name: str, ids: Any, mask: Any, shape: str) -> None:
     """Checks a right-padded pair of token ids [N, T] (int64) and mask [N, T] (bool)."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"{name}_ids: expected a non-empty LongTensor {shape}, got {describe(ids)}")
+        raise ValueError(
+            f"{name}_ids: expected a non-empty LongTensor {shape}, got {describe(ids)}"
+        )
     check_mask(f"{name}_mask", mask, ids, shape)
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
@@ -31,7 +33,9 @@ def check_tokens(name: str, ids: Any, mask: Any, shape: str) -> None:
 
 def check_mask(name: str, mask: Any, ids: Tensor, shape: str) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
-        raise ValueError(f"{name}: expected a BoolTensor {shape} = {list(ids.shape)}, got {describe(mask)}")
+        raise ValueError(
+            f"{name}: expected a BoolTensor {shape} = {list(ids.shape)}, got {describe(mask)}"
+        )
     if mask.device != ids.device:
         raise ValueError(f"{name}: expected device {ids.device} as the ids, got {mask.device}")
 
@@ -49,7 +53,9 @@ def check_contexts(context_ids: Any, context_mask: Any) -> None:
 
 
 def check_group(name: str, group: Any, rows: int, like: Tensor) -> Tensor:
-    """``group`` as a LongTensor [rows] of non-negative indices; None stands for one group per row."""
+    """``group`` as a LongTensor [rows] of non-negative indices; None stands for one group per
+    row.
+    """
     if group is None:
         return torch.arange(rows, device=like.device)
     if not isinstance(group, Tensor) or group.dtype != torch.long or group.shape != (rows,):
@@ -74,8 +80,9 @@ def check_context_group(context_group: Any, context_ids: Tensor) -> Tensor:
 class MetaBatch:
     """Contexts to take the inner step on and queries to answer after it.
 
-    A *group* owns one θ': its inner loss is the mean over its contexts of each context's mean next-token
-    NLL, and any number of queries is answered at it. Padding is on the right; padded positions have no loss.
+    A *group* owns one θ': its inner loss is the mean over its contexts of each context's mean
+    next-token NLL, and any number of queries is answered at it. Padding is on the right; padded
+    positions have no loss.
 
     Args:
         context_ids: LongTensor [C, Tc].
@@ -83,8 +90,10 @@ class MetaBatch:
         query_ids: LongTensor [Q, Tq], a query and then its response.
         query_mask: BoolTensor [Q, Tq], True on real tokens.
         response_mask: BoolTensor [Q, Tq], True on the response tokens (the ones predicted).
-        context_group: LongTensor [C], the group owning each context; one group per row by default (C == Q).
-        query_group: LongTensor [Q], the group whose θ' answers each query; the row's own by default.
+        context_group: LongTensor [C], the group owning each context; one group per row by default
+            (C == Q).
+        query_group: LongTensor [Q], the group whose θ' answers each query; the row's own by
+            default.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -110,7 +119,8 @@ class MetaBatch:
         contexts, queries = len(self.context_ids), len(self.query_ids)
         if self.context_group is None and self.query_group is None and contexts != queries:
             raise ValueError(
-                "context_group, query_group: expected both when the numbers of contexts and queries differ, "
+                "context_group, query_group: expected both when the numbers of contexts and "
+                "queries differ, "
                 f"got None with {contexts} contexts and {queries} queries"
             )
         context_group = check_context_group(self.context_group, self.context_ids)
@@ -118,7 +128,8 @@ class MetaBatch:
         groups = int(context_group.max()) + 1
         if int(query_group.max()) >= groups:
             raise ValueError(
-                f"query_group: group {int(query_group.max())} has no context (context_group has {groups} groups)"
+                f"query_group: group {int(query_group.max())} has no context (context_group "
+                f"has {groups} groups)"
             )
         object.__setattr__(self, "context_group", context_group)
         object.__setattr__(self, "query_group", query_group)
@@ -134,14 +145,21 @@ class MetaBatch:
 
 
 def check_response(response_mask: Any, ids: Tensor, mask: Tensor, shape: str) -> None:
-    """Every row has a response, within its real tokens, with something before it to predict it from."""
+    """Every row has a response, within its real tokens, with something before it to predict it
+    from.
+    """
     check_mask("response_mask", response_mask, ids, shape)
     if (response_mask & ~mask).any():
         row = int((response_mask & ~mask).any(1).nonzero()[0])
-        raise ValueError(f"response_mask: expected response tokens to be real tokens, got padding in row {row}")
+        raise ValueError(
+            f"response_mask: expected response tokens to be real tokens, got padding in row {row}"
+        )
     if not response_mask.any(1).all():
         row = int((~response_mask.any(1)).nonzero()[0])
-        raise ValueError(f"response_mask: expected at least one response token in every row, got none in row {row}")
+        raise ValueError(
+            "response_mask: expected at least one response token in every row, got none in "
+            f"row {row}"
+        )
     if response_mask[:, 0].any():
         row = int(response_mask[:, 0].nonzero()[0])
         raise ValueError(

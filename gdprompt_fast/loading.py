@@ -56,9 +56,17 @@ def _load_adapters(folder: Path, dtype: str) -> nn.Module:
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """``model`` with trainable adapters of this rank on every linear layer but the head."""
-    from peft import LoraConfig, get_peft_model
+    """``model`` with trainable adapters of this rank on every linear layer but the head.
 
+    Raises:
+        ValueError: if the rank is not positive, or PEFT is not installed.
+    """
+    if rank < 1:
+        raise ValueError(f"lora_rank: expected an integer >= 0, got {rank}")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("lora_rank: expected PEFT to be installed (pip install peft)") from None
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
@@ -78,12 +86,27 @@ def load_examples(
 
 
 def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    """The model has an embedding for every token of the examples."""
+    vocabulary = vocabulary_size(model)
     largest = max(max(*e.context, *e.prompt, *e.response) for e in examples)
     if largest >= vocabulary:
         raise ValueError(
             f"tokenizer: expected ids below the model's vocabulary of {vocabulary}, got {largest}"
         )
+
+
+def check_same_vocabulary(teacher: nn.Module, model: nn.Module) -> None:
+    """The teacher's predictions are over the model's own tokens."""
+    if vocabulary_size(teacher) != vocabulary_size(model):
+        raise ValueError(
+            f"teacher: expected the model's vocabulary of {vocabulary_size(model)}, "
+            f"got {vocabulary_size(teacher)}"
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """The number of rows of the embedding, V."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def positions(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import check_model
+from .architecture import causal_lm, check_model
 from .batch import MetaBatch, check_tokens, describe
 from .targets import TeacherTargets, check_teacher
 
@@ -25,8 +25,10 @@ class MetaStepOutput:
 
     Attributes:
         outer_loss: query_loss + λ · lm_loss, the loss whose gradient was added to ``.grad``.
-        query_loss: the mean over queries of KL or NLL at θ', summed (or averaged) over response tokens.
-        lm_loss: the mean over rows of each row's mean next-token NLL at θ, of the LM batch or the contexts.
+        query_loss: the mean over queries of KL or NLL at θ', summed (or averaged) over response
+            tokens.
+        lm_loss: the mean over rows of each row's mean next-token NLL at θ, of the LM batch or the
+            contexts.
         inner_loss: the mean over groups of the inner loss at θ, before the first inner step.
         backend: the implementation that ran.
     """
@@ -39,25 +41,30 @@ class MetaStepOutput:
 
 
 def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
-    """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones too),
-    ``"lora"`` the PEFT adapters, or those for which ``inner_params(name, parameter)`` is true.
+    """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones
+    too), ``"lora"`` the PEFT adapters, or those for which ``inner_params(name, parameter)`` is
+    true.
 
     Raises:
         ValueError: if the choice is unknown or selects nothing.
     """
-    if inner_params == "full":
-        chosen: Callable[[str, nn.Parameter], bool] = lambda name, _: ".lora_" not in name
-    elif inner_params == "lora":
-        chosen = lambda name, _: ".lora_" in name
-    elif callable(inner_params):
+    if callable(inner_params):
         chosen = inner_params
+    elif inner_params in ("full", "lora"):
+
+        def chosen(name: str, _: nn.Parameter) -> bool:
+            return (".lora_" in name) == (inner_params == "lora")
+
     else:
         raise ValueError(
-            f'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, got {inner_params!r}'
+            'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, '
+            f"got {inner_params!r}"
         )
     selected = {name: p for name, p in model.named_parameters() if chosen(name, p)}
     if not selected:
-        raise ValueError(f"inner_params: expected to select some parameters, got none with {inner_params!r}")
+        raise ValueError(
+            f"inner_params: expected to select some parameters, got none with {inner_params!r}"
+        )
     return selected
 
 
@@ -71,7 +78,8 @@ def check_inner(inner_lr: Any, inner_steps: Any) -> None:
 def check_ids_in_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(
-            f"{name}: expected token ids in [0, {vocabulary}), got [{int(ids.min())}, {int(ids.max())}]"
+            f"{name}: expected token ids in [0, {vocabulary}), got [{int(ids.min())}, "
+            f"{int(ids.max())}]"
         )
 
 
@@ -95,13 +103,18 @@ def check_step(
     check_model(model)
     if not isinstance(batch, MetaBatch):
         raise ValueError(f"batch: expected a MetaBatch, got {describe(batch)}")
-    embedding = model.get_input_embeddings().weight
+    embedding = causal_lm(model).get_input_embeddings().weight
     if batch.context_ids.device != embedding.device:
-        raise ValueError(f"batch: expected device {embedding.device} as the model, got {batch.context_ids.device}")
+        raise ValueError(
+            f"batch: expected device {embedding.device} as the model, got "
+            f"{batch.context_ids.device}"
+        )
     check_ids_in_vocabulary("context_ids", batch.context_ids, len(embedding))
     check_ids_in_vocabulary("query_ids", batch.query_ids, len(embedding))
     check_inner(inner_lr, inner_steps)
-    check_teacher(objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device)
+    check_teacher(
+        objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device
+    )
     if outer_reduction not in ("sum", "mean"):
         raise ValueError(f'outer_reduction: expected "sum" or "mean", got {outer_reduction!r}')
     if not isinstance(lm_weight, int | float) or not math.isfinite(lm_weight) or lm_weight < 0:
@@ -125,7 +138,9 @@ def check_lm_batch(lm_batch: Any, vocabulary: int) -> None:
 
 
 def check_inner_loss(loss_G: Tensor, step: int) -> None:
-    """A NaN or infinite inner loss would poison every meta-gradient; stop while ``.grad`` is untouched."""
+    """A NaN or infinite inner loss would poison every meta-gradient; stop while ``.grad`` is
+    untouched.
+    """
     bad = ~torch.isfinite(loss_G)
     if bad.any():
         group = int(bad.nonzero()[0])
@@ -135,9 +150,12 @@ def check_inner_loss(loss_G: Tensor, step: int) -> None:
         )
 
 
-def context_weights(batch_group: Tensor, groups: int, context_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the inner loss: of each context in its group's mean [C], and of each position t in its
-    context's mean over the tokens t+1 it predicts [C, Tc] (the last position predicts none)."""
+def context_weights(
+    batch_group: Tensor, groups: int, context_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights of the inner loss: of each context in its group's mean [C], and of each position t in
+    its context's mean over the tokens t+1 it predicts [C, Tc] (the last position predicts none).
+    """
     per_group = torch.bincount(batch_group, minlength=groups)
     predicts = torch.zeros_like(context_mask, dtype=torch.float64)
     predicts[:, :-1] = context_mask[:, 1:].double()

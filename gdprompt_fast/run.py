@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import read_metrics, write_file, write_json
 from .data import Example
 from .evaluation import InnerStep, Summary, evaluate, fine_tuned_answers, tune_inner_lr
+from .options import check_inner
 from .report import draw_figure, not_improved, results_table
 from .train import METRICS_FILE, TrainOptions, train
 
@@ -39,6 +40,12 @@ class TestSet:
     examples: Sequence[Example]
     inner_lr_grid: Sequence[float]
     batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"eval_batch_size: expected an integer >= 1, got {self.batch_size}")
+        for inner_lr in self.inner_lr_grid:
+            check_inner(inner_lr, inner_steps=1)
 
 
 def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> None:

@@ -14,11 +14,12 @@ from .batch import check_response, check_tokens, describe
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's predictions at the R response tokens of a batch, in row-major order of its mask.
+    """The teacher's predictions at the R response tokens of a batch, in row-major order of its
+    mask.
 
-    Either ``logits`` [R, V], or the teacher's final ``hidden`` states [R, d] with its ``head`` [V, d], from
-    which the loss makes the logits a tile of the vocabulary at a time: 4 KB a token instead of 256 KB for
-    Llama 3.2 1B. Use the two constructors.
+    Either ``logits`` [R, V], or the teacher's final ``hidden`` states [R, d] with its ``head`` [V,
+    d], from which the loss makes the logits a tile of the vocabulary at a time: 4 KB a token
+    instead of 256 KB for Llama 3.2 1B. Use the two constructors.
     """
 
     logits: Tensor | None = None
@@ -44,10 +45,13 @@ class TeacherTargets:
         """Targets from a frozen model that reads the context in its prompt.
 
         Args:
-            teacher: a causal LM; its head is kept by reference, so it must not change before the step.
-            prompt_ids: LongTensor [Q, T], rows of context ⊕ query ⊕ response, right-padded, one per query.
+            teacher: a causal LM; its head is kept by reference, so it must not change before the
+                step.
+            prompt_ids: LongTensor [Q, T], rows of context ⊕ query ⊕ response, right-padded, one per
+                query.
             prompt_mask: BoolTensor [Q, T], True on real tokens.
-            response_mask: BoolTensor [Q, T]; it picks the same R tokens, in the same order, as the batch's.
+            response_mask: BoolTensor [Q, T]; it picks the same R tokens, in the same order, as the
+                batch's.
 
         Raises:
             ValueError: naming the argument, what was expected and what was given.
@@ -86,19 +90,28 @@ class TeacherTargets:
         return self.hidden @ self.head.T
 
 
-def check_teacher(objective: str, teacher: Any, response_tokens: int, vocabulary: int, device: torch.device) -> None:
-    """The KL objective needs targets for exactly the batch's response tokens and the model's vocabulary."""
+def check_teacher(
+    objective: str, teacher: Any, response_tokens: int, vocabulary: int, device: torch.device
+) -> None:
+    """The KL objective needs targets for exactly the batch's response tokens and the model's
+    vocabulary.
+    """
     if objective not in ("kl", "gold"):
         raise ValueError(f'objective: expected "kl" or "gold", got {objective!r}')
     if objective == "gold":
         if teacher is not None:
-            raise ValueError(f'teacher: expected None with objective="gold", got {describe(teacher)}')
+            raise ValueError(
+                f'teacher: expected None with objective="gold", got {describe(teacher)}'
+            )
         return
     if not isinstance(teacher, TeacherTargets):
-        raise ValueError(f'teacher: expected TeacherTargets with objective="kl", got {describe(teacher)}')
+        raise ValueError(
+            f'teacher: expected TeacherTargets with objective="kl", got {describe(teacher)}'
+        )
     if teacher.tokens != response_tokens or teacher.vocabulary != vocabulary:
         raise ValueError(
-            f"teacher: expected targets for R = {response_tokens} response tokens and V = {vocabulary}, "
+            f"teacher: expected targets for R = {response_tokens} response tokens and V = "
+            f"{vocabulary}, "
             f"got R = {teacher.tokens} and V = {teacher.vocabulary}"
         )
     if teacher.device != device:

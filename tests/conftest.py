@@ -43,7 +43,9 @@ SIZES: dict[str, Any] = dict(
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "llama-biases": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "llama-biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
+    ),
     "llama-tied-padding-token": lambda: LlamaForCausalLM(
         LlamaConfig(**SIZES, tie_word_embeddings=True, pad_token_id=0)
     ),
@@ -81,7 +83,9 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 @pytest.fixture
 def tiny_model() -> Callable[..., torch.nn.Module]:
-    """``tiny_model(name, dtype)``: a seeded model of MODELS in eval mode, norms and biases off their defaults."""
+    """``tiny_model(name, dtype)``: a seeded model of MODELS in eval mode, norms and biases off
+    their defaults.
+    """
 
     def build(name: str = "llama-tied", dtype: torch.dtype = torch.float64) -> torch.nn.Module:
         torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""``fast_meta_step`` equals materialised autograd: the loss and every meta-gradient tensor, in fp64, to 1e-9."""
+"""``fast_meta_step`` equals materialised autograd: the loss and every meta-gradient tensor, in
+fp64, to 1e-9.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_objectives_groups_and_language_modelling_terms_are_exact(
         options["lm_weight"] = 0.3
     if lm == "lm-batch":
         options["lm_batch"] = ragged([5, 3], 6, seed=9)
-    assert_equal_steps(tiny_model(name), make_batch(kind), objective=objective, inner_steps=steps, **options)
+    assert_equal_steps(
+        tiny_model(name), make_batch(kind), objective=objective, inner_steps=steps, **options
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 3], ids=lambda r: f"rank-{r}")
@@ -201,11 +205,16 @@ def test_the_first_order_answer_fails_by_a_wide_margin(
         _, reference = gradients_of(reference_meta_step, model, batch, **options)
     _, first_order = gradients_of(fast_meta_step, model, batch, first_order=True, **options)
     error, _ = worst_error(first_order, reference)
-    assert error > 1e-2, f"the second-order term is only {error:.1e} of the gradient: the tests prove nothing"
+    assert error > 1e-2, (
+        f"the second-order term is only {error:.1e} of the gradient: the tests prove nothing"
+    )
 
 
 def test_two_calls_add_up_as_two_backward_calls(tiny_model: Build, make_batch: Build) -> None:
-    model, batches = tiny_model("llama-tied"), [make_batch("one-each"), make_batch("grouped", seed=5)]
+    model, batches = (
+        tiny_model("llama-tied"),
+        [make_batch("one-each"), make_batch("grouped", seed=5)],
+    )
     options: dict[str, Any] = dict(objective="gold", inner_lr=0.1, lm_weight=0.2)
     separate = [gradients_of(fast_meta_step, model, batch, **options)[1] for batch in batches]
     model.zero_grad()
@@ -224,7 +233,10 @@ def test_a_batch_of_three_equals_three_batches_of_one(tiny_model: Build, make_ba
     for row in range(3):
         one = MetaBatch(
             *(getattr(batch, f)[row : row + 1] for f in ("context_ids", "context_mask")),
-            *(getattr(batch, f)[row : row + 1] for f in ("query_ids", "query_mask", "response_mask")),
+            *(
+                getattr(batch, f)[row : row + 1]
+                for f in ("query_ids", "query_mask", "response_mask")
+            ),
         )
         fast_meta_step(model, one, **options)
     separate = {name: p.grad / 3 for name, p in model.named_parameters()}
@@ -239,7 +251,9 @@ def test_padding_changes_nothing(tiny_model: Build, make_batch: Build) -> None:
     context_ids, query_ids = batch.context_ids.clone(), batch.query_ids.clone()
     context_ids[~batch.context_mask] = 3
     query_ids[~batch.query_mask] = 4
-    other = MetaBatch(context_ids, batch.context_mask, query_ids, batch.query_mask, batch.response_mask)
+    other = MetaBatch(
+        context_ids, batch.context_mask, query_ids, batch.query_mask, batch.response_mask
+    )
     _, gradients = gradients_of(fast_meta_step, model, other, **options)
     error, name = worst_error(gradients, expected)
     assert error <= 1e-12, f"{name}: relative error {error:.1e}"

@@ -1,4 +1,6 @@
-"""Bad input: an error that names the argument, before any computation, with ``.grad`` and the model untouched."""
+"""Bad input: an error that names the argument, before any computation, with ``.grad`` and the model
+untouched.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "half an inner step": (dict(inner_steps=0.5), "inner_steps: .*got 0.5"),
     "unknown inner_params": (dict(inner_params="all"), "inner_params: .*got 'all'"),
     "no adapters": (dict(inner_params="lora"), "inner_params: expected to select some parameters"),
-    "unknown objective": (dict(objective="mse"), "objective: expected \"kl\" or \"gold\", got 'mse'"),
+    "unknown objective": (dict(objective="mse"), 'objective: expected "kl" or "gold", got \'mse\''),
     "missing teacher": (dict(objective="kl"), "teacher: expected TeacherTargets .*got None"),
     "teacher for other tokens": (
         dict(objective="kl", teacher=TeacherTargets.from_logits(torch.zeros(3, 67))),
@@ -155,7 +157,9 @@ def test_a_nan_in_the_inner_loss_stops_with_gradients_untouched(
     model = tiny_model()
     before = model.config._attn_implementation
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="inner loss: .*got nan for group 0 at inner step 1"):
+    with pytest.raises(
+        FloatingPointError, match=r"inner loss: .*got nan for group 0 at inner step 1"
+    ):
         step(model, make_batch(), objective="gold")
     assert_untouched(model, before)
 
@@ -197,7 +201,9 @@ def test_unsupported_models_are_refused(tiny_model: Build, make_batch: Build) ->
         fast_meta_step(nn.Linear(2, 2), batch, objective="gold")
     model = tiny_model()
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="model: expected at least one parameter with requires_grad"):
+    with pytest.raises(
+        ValueError, match="model: expected at least one parameter with requires_grad"
+    ):
         fast_meta_step(model, batch, objective="gold")
 
 
@@ -207,7 +213,9 @@ def test_a_parameter_without_a_rule_is_named(tiny_model: Build, make_batch: Buil
 
     model = tiny_model()
     model.model.layers[1].mlp.up_proj = OwnLinear(32, 48, bias=False).double()
-    with pytest.raises(ValueError, match=r"no rule for parameter model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        ValueError, match=r"no rule for parameter model.layers.1.mlp.up_proj.weight"
+    ):
         fast_meta_step(model, make_batch(), objective="gold")
 
 
@@ -216,13 +224,13 @@ def test_an_inner_parameter_the_loss_does_not_depend_on_is_named(
 ) -> None:
     model = tiny_model()
     model.model.spare = nn.Linear(2, 2).double()
-    with pytest.raises(ValueError, match="inner_params: .*model.spare"):
+    with pytest.raises(ValueError, match=r"inner_params: .*model.spare"):
         fast_meta_step(model, make_batch(), objective="gold")
 
 
 def test_dora_adapters_are_refused(lora_model: Build, make_batch: Build) -> None:
     model = lora_model("llama-tied", use_dora=True)
-    with pytest.raises(ValueError, match="no rule for parameter .*lora_magnitude_vector"):
+    with pytest.raises(ValueError, match=r"no rule for parameter .*lora_magnitude_vector"):
         fast_meta_step(model, make_batch(), objective="gold", inner_params="lora")
 
 
@@ -235,7 +243,9 @@ def test_gradient_checkpointing_is_refused(tiny_model: Build, make_batch: Build)
 
 def test_active_dropout_is_refused(tiny_model: Build, make_batch: Build) -> None:
     model = tiny_model("gpt2-conv1d-positions").train()
-    with pytest.raises(ValueError, match=r"expected no active dropout, got 0.1 in transformer.drop"):
+    with pytest.raises(
+        ValueError, match=r"expected no active dropout, got 0.1 in transformer.drop"
+    ):
         fast_meta_step(model, make_batch(), objective="gold")
 
 

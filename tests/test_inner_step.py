@@ -1,4 +1,6 @@
-"""``inner_step`` and ``applied_to``: a batch of differently adapted models equals each on its own."""
+"""``inner_step`` and ``applied_to``: a batch of differently adapted models equals each on its
+own.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,12 @@ def adapted_copies(model: nn.Module, batch: MetaBatch, inner_params: Any, steps:
             for _ in range(steps):
                 leaves = {n: p.requires_grad_() for n, p in theta.items()}
                 logits = functional_call(model, leaves, kwargs={"input_ids": ids}).logits
-                grads = torch.autograd.grad(next_token_nll(logits, ids, mask).mean(), list(leaves.values()))
+                grads = torch.autograd.grad(
+                    next_token_nll(logits, ids, mask).mean(), list(leaves.values())
+                )
                 theta = {
-                    n: (p - INNER_LR * g).detach() for (n, p), g in zip(leaves.items(), grads, strict=True)
+                    n: (p - INNER_LR * g).detach()
+                    for (n, p), g in zip(leaves.items(), grads, strict=True)
                 }
             copies.append(theta)
     return copies
@@ -50,7 +55,9 @@ def test_logits_of_differently_adapted_rows_equal_materialised_copies(
         copies = adapted_copies(model, batch, "full", steps)
         expected = torch.cat(
             [
-                functional_call(model, copies[g], kwargs={"input_ids": batch.query_ids[i : i + 1]}).logits
+                functional_call(
+                    model, copies[g], kwargs={"input_ids": batch.query_ids[i : i + 1]}
+                ).logits
                 for i, g in enumerate(rows)
             ]
         )
@@ -78,7 +85,9 @@ def test_generation_equals_that_of_materialised_copies_to_the_token(
     prompts = batch.query_ids[:, :4].clone()
     mask = torch.ones_like(prompts)
     mask[1, :2] = 0
-    options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    options: dict[str, Any] = dict(
+        max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     with update.applied_to(model, groups=torch.tensor([0, 1, 2])):
         together = model.generate(prompts, attention_mask=mask, **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -97,7 +106,9 @@ def test_lora_adapters_of_every_group_equal_materialised_copies(
         copies = adapted_copies(model, batch, "lora", 1)
         expected = torch.cat(
             [
-                functional_call(model, copies[g], kwargs={"input_ids": batch.query_ids[g : g + 1]}).logits
+                functional_call(
+                    model, copies[g], kwargs={"input_ids": batch.query_ids[g : g + 1]}
+                ).logits
                 for g in range(3)
             ]
         )
@@ -127,15 +138,25 @@ def test_the_update_works_under_no_grad_and_leaves_parameters_and_gradients_alon
 def test_wrong_groups_and_models_are_errors(tiny_model: Build, make_batch: Build) -> None:
     model, batch = tiny_model(), make_batch()
     update = inner_step(model, batch.context_ids, batch.context_mask)
-    with pytest.raises(ValueError, match="model: expected the one"), update.applied_to(tiny_model(), None):
+    with (
+        pytest.raises(ValueError, match="model: expected the one"),
+        update.applied_to(tiny_model(), None),
+    ):
         pass
     for groups in (torch.tensor([0, 3]), torch.tensor([-1])):
-        with pytest.raises(ValueError, match=r"groups: expected indices in \[0, 3\)"):
-            with update.applied_to(model, groups):
-                pass
-    with pytest.raises(ValueError, match="groups: expected a LongTensor"), update.applied_to(model, [0]):
+        with (
+            pytest.raises(ValueError, match=r"groups: expected indices in \[0, 3\)"),
+            update.applied_to(model, groups),
+        ):
+            pass
+    with (
+        pytest.raises(ValueError, match="groups: expected a LongTensor"),
+        update.applied_to(model, [0]),
+    ):
         pass
-    with update.applied_to(model, torch.tensor([0, 1])):
-        with pytest.raises(ValueError, match="one group for each of the 3 rows, got 2"):
-            model(input_ids=batch.query_ids)
+    with (
+        update.applied_to(model, torch.tensor([0, 1])),
+        pytest.raises(ValueError, match="one group for each of the 3 rows, got 2"),
+    ):
+        model(input_ids=batch.query_ids)
     assert "forward" not in vars(model.model.layers[0].mlp.up_proj)

@@ -1,4 +1,6 @@
-"""No buffer of (examples × parameters), (tokens × vocabulary) or T × T: asserted by shape and in bytes."""
+"""No buffer of (examples × parameters), (tokens × vocabulary) or T × T: asserted by shape and in
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,12 @@ from gdprompt_fast.report.memory import PeakMemory, model_tensors, peak_bytes_ov
 EXAMPLES, CONTEXT, QUERY, RESPONSE, VOCABULARY, HIDDEN = 6, 24, 8, 2, 1024, 64
 
 
-@pytest.fixture
-def model() -> LlamaForCausalLM:
+def small_llama(hidden: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=3 * HIDDEN,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -32,12 +33,24 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def model() -> LlamaForCausalLM:
+    return small_llama(HIDDEN)
+
+
+@pytest.fixture
 def batch() -> MetaBatch:
-    context, query = torch.randint(VOCABULARY, (EXAMPLES, CONTEXT)), torch.randint(VOCABULARY, (EXAMPLES, QUERY))
+    context, query = (
+        torch.randint(VOCABULARY, (EXAMPLES, CONTEXT)),
+        torch.randint(VOCABULARY, (EXAMPLES, QUERY)),
+    )
     response = torch.zeros_like(query, dtype=torch.bool)
     response[:, -RESPONSE:] = True
     return MetaBatch(
-        context, torch.ones_like(context, dtype=torch.bool), query, torch.ones_like(response), response
+        context,
+        torch.ones_like(context, dtype=torch.bool),
+        query,
+        torch.ones_like(response),
+        response,
     )
 
 
@@ -75,7 +88,9 @@ def test_no_large_buffer_exists_at_any_time(
     with PeakMemory(model_tensors(model), on_new=watch):
         fast_meta_step(model, batch, teacher=teacher, inner_steps=inner_steps)
     largest = max(size for size in seen if size not in gradient_sizes)
-    assert largest <= activations, f"a buffer of {largest} elements, more than any activation ({activations})"
+    assert largest <= activations, (
+        f"a buffer of {largest} elements, more than any activation ({activations})"
+    )
     assert activations < limits["tokens × vocabulary"]
     assert max(gradient_sizes) < limits["tokens × vocabulary"]
 
@@ -103,25 +118,27 @@ def test_the_meta_gradient_becomes_grad_without_a_copy(
     with memory:
         fast_meta_step(model, batch, teacher=teacher)
     gradients = sum(p.grad.nbytes for p in model.parameters())
-    assert memory.live_bytes - before == gradients, "the step left something behind, or a gradient was copied"
+    assert memory.live_bytes - before == gradients, (
+        "the step left something behind, or a gradient was copied"
+    )
 
 
 def test_memory_is_that_of_two_sets_of_activations_and_does_not_grow_with_adapted_copies(
-    model: LlamaForCausalLM,
-    batch: MetaBatch,
-    teacher: TeacherTargets,
-    monkeypatch: pytest.MonkeyPatch,
+    batch: MetaBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a tile in proportion to this small model, as the default is to a real one
     monkeypatch.setattr(block, "TILE_ELEMENTS", EXAMPLES * CONTEXT * 64)
+    model = small_llama(4 * HIDDEN)
 
     def ordinary() -> None:
         ids = torch.cat([batch.context_ids, batch.query_ids], 1)
         model(input_ids=ids, labels=ids).loss.backward()
 
-    fast = peak_bytes_over_model(model, lambda: fast_meta_step(model, batch, teacher=teacher))
+    fast = peak_bytes_over_model(model, lambda: fast_meta_step(model, batch, objective="gold"))
     plain = peak_bytes_over_model(model, ordinary)
-    sequential = peak_bytes_over_model(model, lambda: reference_meta_step(model, batch, teacher=teacher))
+    sequential = peak_bytes_over_model(
+        model, lambda: reference_meta_step(model, batch, objective="gold")
+    )
     assert fast <= 1.8 * plain, f"{fast} bytes over the model, {plain} for an ordinary step"
     assert fast <= 0.75 * sequential, f"{fast} bytes, {sequential} for the sequential loop"
 
@@ -145,5 +162,7 @@ def test_lora_outside_needs_no_gradient_of_the_size_of_a_base_weight(batch: Meta
         fast_meta_step(model, batch, objective="gold")
     tokens = EXAMPLES * CONTEXT
     dense = {p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "lora" not in n}
-    assert not [n for n in sizes if n in dense and n != tokens * 1024], "a dense gradient of a frozen weight"
+    assert not [n for n in sizes if n in dense and n != tokens * 1024], (
+        "a dense gradient of a frozen weight"
+    )
     assert smallest in dense

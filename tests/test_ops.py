@@ -33,7 +33,9 @@ def seed() -> None:
 
 @pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 7), (1, 2, 3, 4)], ids=str)
-def test_norm_equals_pytorch_and_is_twice_differentiable(center: bool, shape: tuple[int, ...]) -> None:
+def test_norm_equals_pytorch_and_is_twice_differentiable(
+    center: bool, shape: tuple[int, ...]
+) -> None:
     x, weight, bias = leaf(*shape), leaf(shape[0], shape[-1]), leaf(shape[0], shape[-1])
 
     def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -60,14 +62,20 @@ def test_swiglu_equals_pytorch_and_is_twice_differentiable() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 2], ids=lambda w: f"window-{w}")
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=lambda h: f"{h[0]}-query-{h[1]}-key-heads")
+@pytest.mark.parametrize(
+    "heads", [(2, 2), (4, 2), (3, 1)], ids=lambda h: f"{h[0]}-query-{h[1]}-key-heads"
+)
 @pytest.mark.parametrize("tile", [1 << 21, 40], ids=["one-block", "many-blocks"])
 def test_attention_equals_pytorch_and_is_twice_differentiable(
     window: int | None, heads: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_module, "TILE_ELEMENTS", tile)
     tokens = 5
-    q, k, v = leaf(2, heads[0], tokens, 3), leaf(2, heads[1], tokens, 3), leaf(2, heads[1], tokens, 3)
+    q, k, v = (
+        leaf(2, heads[0], tokens, 3),
+        leaf(2, heads[1], tokens, 3),
+        leaf(2, heads[1], tokens, 3),
+    )
 
     def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, scale=0.7, window=window)
@@ -106,9 +114,15 @@ def test_attention_keeps_no_square_buffer_and_its_passes_stay_below_the_tile(
 @pytest.mark.parametrize("op", ["norm", "swiglu", "attention"])
 def test_third_derivatives_raise(op: str) -> None:
     ops: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "norm": (lambda x, w: norm(x, w, None, eps=1e-3, center=False), [leaf(2, 3, 4), leaf(2, 4)]),
+        "norm": (
+            lambda x, w: norm(x, w, None, eps=1e-3, center=False),
+            [leaf(2, 3, 4), leaf(2, 4)],
+        ),
         "swiglu": (swiglu, [leaf(3, 4), leaf(3, 4)]),
-        "attention": (lambda q, k, v: attention(q, k, v, scale=1.0), [leaf(1, 1, 3, 2) for _ in range(3)]),
+        "attention": (
+            lambda q, k, v: attention(q, k, v, scale=1.0),
+            [leaf(1, 1, 3, 2) for _ in range(3)],
+        ),
     }
     function, inputs = ops[op]
     first = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs, create_graph=True)
@@ -117,9 +131,16 @@ def test_third_derivatives_raise(op: str) -> None:
 
 
 def inner_linear_twice(
-    x_context: Tensor, weight: Tensor, bias: Tensor, x_query: Tensor, groups: list[Tensor], steps: int
+    x_context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_query: Tensor,
+    groups: list[Tensor],
+    steps: int,
 ) -> Tensor:
-    """Inner steps of a nonlinear loss at one linear layer, then a query at the weights they make."""
+    """Inner steps of a nonlinear loss at one linear layer, then a query at the weights they
+    make.
+    """
     contexts, queries = (GroupedRows(group, 3) for group in groups)
     phase = Phase(second_order=True)
     weight_gradient, bias_gradient = WeightGradient(weight), WeightGradient(bias)
@@ -143,7 +164,12 @@ def inner_linear_twice(
 
 
 def materialised_linear(
-    x_context: Tensor, weight: Tensor, bias: Tensor, x_query: Tensor, groups: list[Tensor], steps: int
+    x_context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_query: Tensor,
+    groups: list[Tensor],
+    steps: int,
 ) -> Tensor:
     out = torch.zeros(*x_query.shape[:-1], len(weight), dtype=x_query.dtype)
     for g in range(3):
@@ -152,7 +178,9 @@ def materialised_linear(
             loss = F.linear(x_context[groups[0] == g], w, b).sin().sum()
             dw, db = torch.autograd.grad(loss, (w, b), create_graph=True)
             w, b = w - 0.3 * dw, b - 0.3 * db
-        out = out.index_put(((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], w, b))
+        out = out.index_put(
+            ((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], w, b)
+        )
     return out
 
 
@@ -230,6 +258,10 @@ def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
         weight_gradient=gradient,
         bias_gradient=None,
     )
-    y = inner_linear(x, weight_handle((weight, gradient)), layer, GroupedRows(torch.tensor([0]), 1), 0)
-    with pytest.raises(RuntimeError, match="inner_linear is differentiable once outside an inner step only"):
+    y = inner_linear(
+        x, weight_handle((weight, gradient)), layer, GroupedRows(torch.tensor([0]), 1), 0
+    )
+    with pytest.raises(
+        RuntimeError, match="inner_linear is differentiable once outside an inner step only"
+    ):
         torch.autograd.grad(y.sum(), x, create_graph=True)

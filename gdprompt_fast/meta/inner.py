@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import check_model
+from ..architecture import causal_lm, check_model
 from ..batch import check_context_group, check_contexts, describe
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
@@ -35,8 +35,8 @@ def take_inner_steps(
     """Takes the inner steps; afterwards the sites of ``adapted`` are at θ'.
 
     Returns:
-        The mean next-token NLL of every context at θ, [C], with its graph if ``keep_graph``, and the mean over
-        groups of the inner loss at θ, detached.
+        The mean next-token NLL of every context at θ, [C], with its graph if ``keep_graph``, and
+        the mean over groups of the inner loss at θ, detached.
     """
     share_C, weight_CT = context_weights(rows.group_B, rows.groups, context_mask)
     adapted.vocabulary.vocabulary.begin_contexts(context_ids, rows)
@@ -68,25 +68,33 @@ class InnerUpdate:
 
     @contextmanager
     def applied_to(self, model: nn.Module, groups: Tensor) -> Iterator[None]:
-        """Inside, row b of any input to the model runs at θ' of group ``groups[b]``; for inference only.
+        """Inside, row b of any input to the model runs at θ' of group ``groups[b]``; for inference
+        only.
 
-        ``model(...)`` and ``model.generate(...)`` work as ever, with the model's own attention, masks and
-        cache; their outputs have no graph.
+        ``model(...)`` and ``model.generate(...)`` work as ever, with the model's own attention,
+        masks and cache; their outputs have no graph.
 
         Args:
             model: the model the inner step was taken on.
             groups: LongTensor [B], one group for each row of the inputs.
 
         Raises:
-            ValueError: for another model or other groups; inside, for an input with another number of rows.
+            ValueError: for another model or other groups; inside, for an input with another number
+                of rows.
         """
         if model is not self._adapted.model:
             raise ValueError("model: expected the one the inner step was taken on, got another")
-        if not isinstance(groups, Tensor) or groups.dtype != torch.long or groups.dim() != 1 or not len(groups):
+        if (
+            not isinstance(groups, Tensor)
+            or groups.dtype != torch.long
+            or groups.dim() != 1
+            or not len(groups)
+        ):
             raise ValueError(f"groups: expected a LongTensor [B], got {describe(groups)}")
         if int(groups.min()) < 0 or int(groups.max()) >= self.groups:
             raise ValueError(
-                f"groups: expected indices in [0, {self.groups}), got [{int(groups.min())}, {int(groups.max())}]"
+                f"groups: expected indices in [0, {self.groups}), got [{int(groups.min())}, "
+                f"{int(groups.max())}]"
             )
         with self._adapted.inference(GroupedRows(groups, self.groups)):
             yield
@@ -102,14 +110,16 @@ def inner_step(
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
 ) -> InnerUpdate:
-    """θ'_i = θ − η ∇_θ L(c_i, θ) for every group i at once, kept in factors of the size of activations.
+    """θ'_i = θ − η ∇_θ L(c_i, θ) for every group i at once, kept in factors of the size of
+    activations.
 
     Args:
         model, inner_lr, inner_steps, inner_params: as in :func:`gdprompt_fast.fast_meta_step`.
         context_ids, context_mask, context_group: as in :class:`gdprompt_fast.MetaBatch`.
 
     Returns:
-        The update, to be applied with :meth:`InnerUpdate.applied_to`. The model and its ``.grad`` are untouched.
+        The update, to be applied with :meth:`InnerUpdate.applied_to`. The model and its ``.grad``
+        are untouched.
 
     Raises:
         ValueError: for a bad argument, naming it, the expected and the given.
@@ -117,7 +127,9 @@ def inner_step(
     """
     check_model(model)
     check_contexts(context_ids, context_mask)
-    check_ids_in_vocabulary("context_ids", context_ids, len(model.get_input_embeddings().weight))
+    check_ids_in_vocabulary(
+        "context_ids", context_ids, len(causal_lm(model).get_input_embeddings().weight)
+    )
     check_inner(inner_lr, inner_steps)
     group = check_context_group(context_group, context_ids)
     groups = int(group.max()) + 1
@@ -125,6 +137,8 @@ def inner_step(
     with torch.enable_grad():
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
-            take_inner_steps(adapted, context_ids, context_mask, GroupedRows(group, groups), inner_steps)
+            take_inner_steps(
+                adapted, context_ids, context_mask, GroupedRows(group, groups), inner_steps
+            )
     adapted.detach(level=inner_steps)
     return InnerUpdate(adapted)

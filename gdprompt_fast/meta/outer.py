@@ -1,4 +1,6 @@
-"""The outer loss: KL to the teacher or NLL of the gold response at θ', and the language-modelling term at θ."""
+"""The outer loss: KL to the teacher or NLL of the gold response at θ', and the language-modelling
+term at θ.
+"""
 
 from __future__ import annotations
 

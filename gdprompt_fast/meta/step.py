@@ -39,28 +39,32 @@ def fast_meta_step(
 
     For every group i with contexts c_i and queries q_i with responses r_i (arXiv 2506.20989, §3)::
 
-        θ'_i  = θ − η ∇_θ L(c_i, θ)                                          inner_steps times
-        outer = mean over queries of Σ_j KL(P_teacher(· | c_i ⊕ q_i ⊕ r_i,<j) ‖ P_θ'_i(· | q_i ⊕ r_i,<j))
-                + λ L_LM(θ)                                                  objective="kl" (eq. 8)
+        θ'_i  = θ − η ∇_θ L(c_i, θ)                                inner_steps times
+        outer = mean over queries of
+                Σ_j KL(P_teacher(· | c_i ⊕ q_i ⊕ r_i,<j) ‖ P_θ'_i(· | q_i ⊕ r_i,<j))
+                + λ L_LM(θ)                                        objective="kl" (eq. 8)
 
     L is the mean over the group's contexts of each one's mean next-token NLL. The meta-gradient
-    ∇_θ outer goes through the inner step. No θ'_i is ever formed; the cost is about two ordinary training
-    steps on the same tokens.
+    ∇_θ outer goes through the inner step. No θ'_i is ever formed; the cost is about two ordinary
+    training steps on the same tokens.
 
     Args:
-        model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT LoRA model
-            around one. Its parameters with ``requires_grad`` are the outer ones. It is left as it was, also
-            after an error.
+        model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT
+            LoRA model around one. Its parameters with ``requires_grad`` are the outer ones. It is
+            left as it was, also after an error.
         batch: contexts, queries and groups.
         inner_lr: η.
         inner_steps: the number of inner steps.
-        inner_params: what the inner step moves: ``"full"`` every base parameter (frozen ones too), ``"lora"``
-            the PEFT adapters, or a callable(name, parameter) -> bool.
-        objective: ``"kl"`` against ``teacher``, or ``"gold"`` for the NLL of the responses themselves.
+        inner_params: what the inner step moves: ``"full"`` every base parameter (frozen ones too),
+            ``"lora"`` the PEFT adapters, or a callable(name, parameter) -> bool.
+        objective: ``"kl"`` against ``teacher``, or ``"gold"`` for the NLL of the responses
+            themselves.
         teacher: the targets of the KL objective.
-        outer_reduction: over the tokens of a response, ``"sum"`` or ``"mean"``; always the mean over queries.
+        outer_reduction: over the tokens of a response, ``"sum"`` or ``"mean"``; always the mean
+            over queries.
         lm_weight: λ.
-        lm_batch: (ids, mask) for L_LM, the mean over rows of the mean next-token NLL; the contexts by default.
+        lm_batch: (ids, mask) for L_LM, the mean over rows of the mean next-token NLL; the contexts
+            by default.
         first_order: drop the second-order term (first-order MAML): cheaper, and another gradient.
         backend: the implementation of the ops; ``"auto"`` picks.
 
@@ -68,11 +72,21 @@ def fast_meta_step(
         Detached losses.
 
     Raises:
-        ValueError: for a bad argument, before anything is computed, naming it, the expected and the given.
+        ValueError: for a bad argument, before anything is computed, naming it, the expected and the
+            given.
         FloatingPointError: if an inner loss is not finite; ``.grad`` is untouched.
     """
     check_step(
-        model, batch, inner_lr, inner_steps, objective, teacher, outer_reduction, lm_weight, lm_batch, backend
+        model,
+        batch,
+        inner_lr,
+        inner_steps,
+        objective,
+        teacher,
+        outer_reduction,
+        lm_weight,
+        lm_batch,
+        backend,
     )
     state = StepState(batch.groups, float(inner_lr), Phase(second_order=not first_order))
     with torch.enable_grad(), _clean_after_error(model):
@@ -81,7 +95,12 @@ def fast_meta_step(
             contexts = GroupedRows(batch.context_group, batch.groups)
             lm_on_contexts = lm_weight > 0 and lm_batch is None
             nll_C, inner_loss = take_inner_steps(
-                adapted, batch.context_ids, batch.context_mask, contexts, inner_steps, lm_on_contexts
+                adapted,
+                batch.context_ids,
+                batch.context_mask,
+                contexts,
+                inner_steps,
+                lm_on_contexts,
             )
             query_loss = _query_loss(adapted, batch, teacher, outer_reduction, inner_steps)
             lm = nll_C.mean()

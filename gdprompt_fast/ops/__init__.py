@@ -1,1 +1,3 @@
-"""Twice-differentiable functions: each has a forward, a backward and a double backward of its own."""
+"""Twice-differentiable functions: each has a forward, a backward and a double backward of its
+own.
+"""

@@ -11,15 +11,18 @@ from torch.autograd import Function
 
 from .guard import differentiable_no_further
 
-# Scores of this many elements are alive at once; queries are taken a block at a time to stay below it.
+# Scores of this many elements are alive at once; queries are taken a block at a time to stay below
+# it.
 TILE_ELEMENTS = 1 << 21
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
     """O = softmax(scale · Q Kᵀ + causal mask) V, twice differentiable.
 
-    PyTorch's fused attention has no double backward (pytorch issue 116350). Every pass here recomputes the
-    probabilities from q, k and v, a block of queries at a time.
+    PyTorch's fused attention has no double backward (pytorch issue 116350). Every pass here
+    recomputes the probabilities from q, k and v, a block of queries at a time.
 
     Args:
         q: [B, H, T, D].
@@ -33,9 +36,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
 
 
 class _Block:
-    """A block of queries with the keys it may see; every tensor with the G queries of a key head side by side."""
+    """A block of queries with the keys it may see; every tensor with the G queries of a key head
+    side by side.
+    """
 
-    def __init__(self, q: Tensor, k: Tensor, start: int, stop: int, scale: float, window: int | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, start: int, stop: int, scale: float, window: int | None
+    ) -> None:
         self.first_key = 0 if window is None else max(0, start - window + 1)
         self.queries, self.keys = slice(start, stop), slice(self.first_key, stop)
         self.scale, self.heads, self.size = scale, k.shape[1], stop - start
@@ -82,7 +89,9 @@ def _blocks(q: Tensor, k: Tensor, scale: float, window: int | None) -> Iterator[
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.options = scale, window
         batch, heads, tokens, dim = q.shape
@@ -118,9 +127,11 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor) -> Any:
-        # Cotangents Q̇ of dQ, K̇ of dK, V̇ of dV. Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ);  σ = rowsum(P ∘ Ṡ);  Ṗ = P ∘ (Ṡ − σ)
+        # Cotangents Q̇ of dQ, K̇ of dK, V̇ of dV. Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ);  σ = rowsum(P ∘ Ṡ);  Ṗ = P
+        # ∘ (Ṡ − σ)
         #   P̄ = (dP − δ) ∘ Ṡ − σ dP + dO V̇ᵀ;  S̄ = P ∘ (P̄ − rowsum(P ∘ P̄))
-        #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO;  cot Q = s (S̄ K + dS K̇);  cot K = s (S̄ᵀ Q + dSᵀ Q̇)
+        #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO;  cot Q = s (S̄ K + dS K̇);  cot K = s (S̄ᵀ Q + dSᵀ
+        # Q̇)
         differentiable_no_further("attention", "twice")
         dout, q, k, v = ctx.saved_tensors
         scale, window = ctx.options

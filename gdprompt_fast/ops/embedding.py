@@ -1,7 +1,7 @@
 """An embedding table of its own (not tied to the head), with factored inner updates.
 
-A lookup is a linear layer whose inputs are one-hot, so the dual form of ops/linear.py holds with the match
-matrix of token ids in place of x Xᵀ:  θ'[q] = θ[q] − η Σ_t 1[c_t = q] e_t.
+A lookup is a linear layer whose inputs are one-hot, so the dual form of ops/linear.py holds with
+the match matrix of token ids in place of x Xᵀ:  θ'[q] = θ[q] − η Σ_t 1[c_t = q] e_t.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ UNUSED = -1  # the id of an unused place in group-major order; matches no token
 
 
 class _LookupFactor:
-    """Ids and cotangents of the context lookups of one inner step, and the lookups made at θ' since."""
+    """Ids and cotangents of the context lookups of one inner step, and the lookups made at θ'
+    since.
+    """
 
     def __init__(self, ids_GS: Tensor, e_GSD: Tensor) -> None:
         self.ids_GS, self.e_GSD = ids_GS, e_GSD
@@ -57,15 +59,22 @@ class InnerEmbedding:
     def lookup(self, ids: Tensor, rows: GroupedRows, level: int) -> Tensor:
         y = torch.nn.functional.embedding(ids, self.weight_VD)
         for factor in self.factors[:level]:
-            change = _matches(rows.to_groups(ids, UNUSED).flatten(1), factor.ids_GS, y.dtype) @ factor.e_GSD
+            change = (
+                _matches(rows.to_groups(ids, UNUSED).flatten(1), factor.ids_GS, y.dtype)
+                @ factor.e_GSD
+            )
             y.add_(rows.tokens_from_groups(change, tuple(ids.shape[1:])), alpha=-self.inner_lr)
         return y
 
     def record(self, ids: Tensor, e: Tensor, rows: GroupedRows, level: int) -> _LookupFactor:
-        factor = _LookupFactor(rows.to_groups(ids, UNUSED).flatten(1), rows.tokens_to_groups(e.detach()))
+        factor = _LookupFactor(
+            rows.to_groups(ids, UNUSED).flatten(1), rows.tokens_to_groups(e.detach())
+        )
         if self.inner:
             if len(self.factors) != level:
-                raise RuntimeError("an embedding that is used twice in one forward pass is not supported")
+                raise RuntimeError(
+                    "an embedding that is used twice in one forward pass is not supported"
+                )
             self.factors.append(factor)
         return factor
 
@@ -102,14 +111,21 @@ def _matches(a_GM: Tensor, b_GS: Tensor, dtype: torch.dtype) -> Tensor:
 def inner_embedding(
     ids: Tensor, handle: Tensor | None, table: InnerEmbedding, rows: GroupedRows, level: int
 ) -> Tensor:
-    """y[b, t] = θ'[ids[b, t]] with the table of row b's group after ``level`` inner steps; [B, T, D]."""
+    """y[b, t] = θ'[ids[b, t]] with the table of row b's group after ``level`` inner steps; [B, T,
+    D].
+    """
     return _InnerEmbedding.apply(handle, ids, table, rows, level)
 
 
 class _InnerEmbedding(Function):
     @staticmethod
     def forward(
-        ctx: Any, handle: Tensor | None, ids: Tensor, table: InnerEmbedding, rows: GroupedRows, level: int
+        ctx: Any,
+        handle: Tensor | None,
+        ids: Tensor,
+        table: InnerEmbedding,
+        rows: GroupedRows,
+        level: int,
     ) -> Tensor:
         ctx.save_for_backward(handle, ids)
         ctx.use = table, rows, level

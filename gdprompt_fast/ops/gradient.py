@@ -9,8 +9,8 @@ from torch import Tensor
 class WeightGradient:
     """Sums Fᵀ U over all uses of one weight [O, I] without a temporary of its size per use.
 
-    The sum goes straight into the weight's ``.grad`` where there is one, and into one buffer, which autograd
-    then adopts as ``.grad``, where there is none.
+    The sum goes straight into the weight's ``.grad`` where there is one, and into one buffer, which
+    autograd then adopts as ``.grad``, where there is none.
     """
 
     def __init__(self, parameter: Tensor, transposed: bool = False) -> None:

@@ -8,8 +8,12 @@ import torch
 def differentiable_no_further(op: str, times: str) -> None:
     """Raises inside the last backward an op has, when the caller asks for a graph of it.
 
-    ``once_differentiable`` is no such guard: autograd prunes its error node when the gradient is asked of an
-    input that reaches the output another way, and returns a lower-order number without an error.
+    ``once_differentiable`` is no such guard: autograd prunes its error node when the gradient is
+    asked of an input that reaches the output another way, and returns a lower-order number without
+    an error.
     """
     if torch.is_grad_enabled():  # only true under create_graph=True
-        raise RuntimeError(f"{op} is differentiable {times} only, but its last backward ran under create_graph=True")
+        raise RuntimeError(
+            f"{op} is differentiable {times} only, but its last backward ran under "
+            "create_graph=True"
+        )

@@ -1,17 +1,17 @@
 """A linear layer at θ and, for every group of the batch, after each inner step, in dual form.
 
-The inner gradient of a weight W [O, I] is Eᵀ X, with X [S, I] the inputs and E [S, O] the cotangents of the
-outputs at the S context tokens of a group. So W' = W − η Eᵀ X is applied as
+The inner gradient of a weight W [O, I] is Eᵀ X, with X [S, I] the inputs and E [S, O] the
+cotangents of the outputs at the S context tokens of a group. So W' = W − η Eᵀ X is applied as
 
     y = x W'ᵀ + b' = x Wᵀ + b − η (x Xᵀ + 1) E
 
 and W' is never formed (the 1 is the bias's share: an input column of ones).
 
-In autograd a weight that changes with the group is a *handle*, a tensor without elements: it carries the
-dependence of later uses on the inner gradient, so autograd runs the backward of every use of θ' before the
-double backward of the context. The values travel beside it: a use of θ' at inputs U with output cotangents F
-contributes Fᵀ U to the cotangent of W', and this pair (U, F) is kept until the cotangents of X and E,
-−η (E Fᵀ) U and −η (X Uᵀ + 1) F, are formed.
+In autograd a weight that changes with the group is a *handle*, a tensor without elements: it
+carries the dependence of later uses on the inner gradient, so autograd runs the backward of every
+use of θ' before the double backward of the context. The values travel beside it: a use of θ' at
+inputs U with output cotangents F contributes Fᵀ U to the cotangent of W', and this pair (U, F) is
+kept until the cotangents of X and E, −η (E Fᵀ) U and −η (X Uᵀ + 1) F, are formed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .rows import GroupedRows
 
 
 class Factor:
-    """The inner gradient Eᵀ X of every group at one inner step, and the uses of the weights it made.
+    """The inner gradient Eᵀ X of every group at one inner step, and the uses of the weights it
+    made.
 
     ``pairs`` holds (U, F, whether the use included the bias).
     """
@@ -97,7 +98,9 @@ class InnerLinear:
         factor = Factor(rows.tokens_to_groups(x.detach()), rows.tokens_to_groups(e.detach()))
         if self.inner_weight or self.inner_bias:
             if len(self.factors) != level:
-                raise RuntimeError("a linear layer that is used twice in one forward pass is not supported")
+                raise RuntimeError(
+                    "a linear layer that is used twice in one forward pass is not supported"
+                )
             self.factors.append(factor)
         return factor
 
@@ -133,7 +136,9 @@ class InnerLinear:
         match = a_GMI @ b_GSI.transpose(1, 2)
         return match.add_(ones) if ones else match
 
-    def _subtract(self, y: Tensor, match_GMS: Tensor, factor_GSO: Tensor, rows: GroupedRows) -> None:
+    def _subtract(
+        self, y: Tensor, match_GMS: Tensor, factor_GSO: Tensor, rows: GroupedRows
+    ) -> None:
         """y −= η match · factor, for the rows of each group."""
         if rows.in_order:
             rows.tokens_to_groups(y).baddbmm_(match_GMS, factor_GSO, alpha=-self.inner_lr)
@@ -152,12 +157,13 @@ def inner_linear(
 ) -> Tensor:
     """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps.
 
-    Its backward during an inner step records the inner gradient and is differentiable once more; its
-    backward afterwards adds to the outer gradients and is not.
+    Its backward during an inner step records the inner gradient and is differentiable once more;
+    its backward afterwards adds to the outer gradients and is not.
 
     Args:
         x: [B, …, I].
-        handle: the handle of the weight at ``level``; None if neither inner nor outer gradients are needed.
+        handle: the handle of the weight at ``level``; None if neither inner nor outer gradients are
+            needed.
     """
     return _InnerLinear.apply(x, handle, layer, rows, level)
 
@@ -165,7 +171,12 @@ def inner_linear(
 class _InnerLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, handle: Tensor | None, layer: InnerLinear, rows: GroupedRows, level: int
+        ctx: Any,
+        x: Tensor,
+        handle: Tensor | None,
+        layer: InnerLinear,
+        rows: GroupedRows,
+        level: int,
     ) -> Tensor:
         ctx.save_for_backward(x, handle)
         ctx.use = layer, rows, level
@@ -176,7 +187,9 @@ class _InnerLinear(Function):
         layer, rows, level = ctx.use
         x, handle = ctx.saved_tensors
         if layer.phase.inner_backward:
-            dx, dhandle = _InnerLinearBackward.apply(e, x, handle, *ctx.use, ctx.needs_input_grad[0])
+            dx, dhandle = _InnerLinearBackward.apply(
+                e, x, handle, *ctx.use, ctx.needs_input_grad[0]
+            )
             return dx if ctx.needs_input_grad[0] else None, dhandle, None, None, None
         differentiable_no_further("inner_linear", "once outside an inner step")
         layer.push(rows.tokens_to_groups(x), rows.tokens_to_groups(e), level)

@@ -11,10 +11,13 @@ from torch.autograd import Function
 from .guard import differentiable_no_further
 
 
-def norm(x: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, *, eps: float, center: bool) -> Tensor:
+def norm(
+    x: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, *, eps: float, center: bool
+) -> Tensor:
     """y = x̂ ∘ γ + β with x̂ = (x − μ) r, r = (mean((x − μ)²) + ε)^-½; μ = 0 unless ``center``.
 
-    LayerNorm with ``center``, RMSNorm without. Twice differentiable; fp32 inside for half precision.
+    LayerNorm with ``center``, RMSNorm without. Twice differentiable; fp32 inside for half
+    precision.
 
     Args:
         x: [B, …, D].
@@ -42,7 +45,9 @@ def _standardise(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 def _project(g: Tensor, xhat: Tensor, rstd: Tensor, center: bool) -> Tensor:
-    """r (g − x̂ mean(g ∘ x̂) − [center] mean(g)): the symmetric derivative of x̂ with respect to x, times g."""
+    """r (g − x̂ mean(g ∘ x̂) − [center] mean(g)): the symmetric derivative of x̂ with respect to x,
+    times g.
+    """
     out = g - xhat * (g * xhat).mean(-1, keepdim=True)
     if center:
         out -= g.mean(-1, keepdim=True)

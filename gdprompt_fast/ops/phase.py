@@ -1,4 +1,6 @@
-"""What the ops of one meta step share: which backward is running, and the handles of their weights."""
+"""What the ops of one meta step share: which backward is running, and the handles of their
+weights.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ class Phase:
 
     Attributes:
         second_order: whether the outer gradient goes through the inner step.
-        inner_backward: the backward of an inner step is running, which records inner gradients; otherwise it
-            is the last one, which adds to ``.grad``.
+        inner_backward: the backward of an inner step is running, which records inner gradients;
+            otherwise it is the last one, which adds to ``.grad``.
     """
 
     def __init__(self, second_order: bool) -> None:
@@ -47,7 +49,9 @@ def weight_handle(*weights: tuple[Tensor, WeightGradient | None]) -> Tensor:
     trained = [(weight, gradient) for weight, gradient in weights if gradient is not None]
     if not trained:
         return weights[0][0].new_empty(0).requires_grad_()
-    return _WeightHandle.apply([gradient for _, gradient in trained], *(weight for weight, _ in trained))
+    return _WeightHandle.apply(
+        [gradient for _, gradient in trained], *(weight for weight, _ in trained)
+    )
 
 
 class _WeightHandle(Function):

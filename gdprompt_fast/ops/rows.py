@@ -9,8 +9,9 @@ from torch import Tensor
 class GroupedRows:
     """Maps the B rows of a batch to G groups of at most M rows each.
 
-    Products between the queries and the contexts of one group are batched over groups, so rows are laid out
-    as [G, M, …] with zeros in unused places. When the rows stand in that order already, it is a view.
+    Products between the queries and the contexts of one group are batched over groups, so rows are
+    laid out as [G, M, …] with zeros in unused places. When the rows stand in that order already, it
+    is a view.
     """
 
     def __init__(self, group_B: Tensor, groups: int) -> None:
@@ -50,4 +51,6 @@ class GroupedRows:
 
     def tokens_from_groups(self, x_GSD: Tensor, tokens: tuple[int, ...]) -> Tensor:
         """[G, M·T, D] → [B, *T, D], the inverse of :meth:`tokens_to_groups`; ``tokens`` is *T."""
-        return self.from_groups(x_GSD.reshape(self.groups, self.per_group, *tokens, x_GSD.shape[-1]))
+        return self.from_groups(
+            x_GSD.reshape(self.groups, self.per_group, *tokens, x_GSD.shape[-1])
+        )

@@ -29,18 +29,21 @@ def gradients_of(
 def relative_errors(got: Gradients, expected: Gradients) -> dict[str, float]:
     """‖got − expected‖ / ‖expected‖ of every tensor.
 
-    A tensor whose gradient is zero but for rounding (a key's bias does not change the attention) is measured
-    against a millionth of the whole gradient's norm instead of its own.
+    A tensor whose gradient is zero but for rounding (a key's bias does not change the attention) is
+    measured against a millionth of the whole gradient's norm instead of its own.
 
     Raises:
         ValueError: if the two do not have gradients for the same parameters.
     """
     if got.keys() != expected.keys():
-        raise ValueError(f"gradients: expected them for the same parameters, got {got.keys() ^ expected.keys()}")
+        raise ValueError(
+            f"gradients: expected them for the same parameters, got {got.keys() ^ expected.keys()}"
+        )
     whole = torch.stack([g.double().norm() for g in expected.values()]).norm()
     return {
         name: float(
-            (got[name].double() - g.double()).norm() / torch.maximum(g.double().norm(), 1e-6 * whole)
+            (got[name].double() - g.double()).norm()
+            / torch.maximum(g.double().norm(), 1e-6 * whole)
         )
         for name, g in expected.items()
     }
@@ -61,8 +64,9 @@ def _rms_norm(self: Any, x: Tensor) -> Tensor:
 def without_upcasts(model: nn.Module) -> Iterator[None]:
     """Inside, the RMSNorms of a transformers model compute in the dtype of their input.
 
-    transformers upcasts them to fp32 whatever the input, which in fp64 is a downcast: it limits the reference to
-    about 1e-7. The rotary tables are fp32 too, but are the same numbers in every implementation.
+    transformers upcasts them to fp32 whatever the input, which in fp64 is a downcast: it limits the
+    reference to about 1e-7. The rotary tables are fp32 too, but are the same numbers in every
+    implementation.
     """
     classes = {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}
     before = {c: c.forward for c in classes}

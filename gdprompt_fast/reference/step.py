@@ -28,7 +28,9 @@ Parameters = dict[str, Tensor]
 
 @contextmanager
 def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """PyTorch's fused attention has no double backward (pytorch issue 116350); its math kernel has."""
+    """PyTorch's fused attention has no double backward (pytorch issue 116350); its math kernel
+    has.
+    """
     inner = causal_lm(model)
     before = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")
@@ -50,8 +52,12 @@ def next_token_nll(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return (nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
 
 
-def response_losses(logits: Tensor, batch: MetaBatch, rows: Tensor, teacher_logits: Tensor | None) -> Tensor:
-    """KL(teacher ‖ student), or NLL without a teacher, of every response token of the queries ``rows``."""
+def response_losses(
+    logits: Tensor, batch: MetaBatch, rows: Tensor, teacher_logits: Tensor | None
+) -> Tensor:
+    """KL(teacher ‖ student), or NLL without a teacher, of every response token of the queries
+    ``rows``.
+    """
     mask = batch.response_mask[rows]
     student = logits[:, :-1][mask[:, 1:]].log_softmax(-1)
     if teacher_logits is None:
@@ -79,11 +85,21 @@ def reference_meta_step(
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
-    The same arguments, result and effect on ``.grad``; θ' is a dense copy of the inner parameters, and the
-    meta-gradient is autograd's own double backward. Memory: one adapted copy with its gradient and graph.
+    The same arguments, result and effect on ``.grad``; θ' is a dense copy of the inner parameters,
+    and the meta-gradient is autograd's own double backward. Memory: one adapted copy with its
+    gradient and graph.
     """
     check_step(
-        model, batch, inner_lr, inner_steps, objective, teacher, outer_reduction, lm_weight, lm_batch, backend
+        model,
+        batch,
+        inner_lr,
+        inner_steps,
+        objective,
+        teacher,
+        outer_reduction,
+        lm_weight,
+        lm_batch,
+        backend,
     )
     inner = {
         name: p if p.requires_grad else p.detach().requires_grad_()
@@ -98,12 +114,18 @@ def reference_meta_step(
             theta: Parameters = dict(inner)
             for step in range(inner_steps):
                 logits = logits_at(model, theta, batch.context_ids[contexts])
-                loss = next_token_nll(logits, batch.context_ids[contexts], batch.context_mask[contexts]).mean()
+                loss = next_token_nll(
+                    logits, batch.context_ids[contexts], batch.context_mask[contexts]
+                ).mean()
                 check_inner_loss(loss.detach()[None], step)
                 if step == 0:
                     inner_loss.append(loss.detach())
-                grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
-                theta = {n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)}
+                grads = torch.autograd.grad(
+                    loss, list(theta.values()), create_graph=not first_order
+                )
+                theta = {
+                    n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)
+                }
             if len(queries) == 0:
                 continue
             losses = response_losses(

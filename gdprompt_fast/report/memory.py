@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of all storages alive inside the ``with`` block.
 
-    Every operator's outputs are seen as they are made and as they are freed, so the count is exact on a CPU,
-    where the resident set of the process is not. It works on fake tensors too.
+    Every operator's outputs are seen as they are made and as they are freed, so the count is exact
+    on a CPU, where the resident set of the process is not. It works on fake tensors too.
 
     Args:
-        present: tensors alive before, to count as such; others are counted when an operator first returns a view.
+        present: tensors alive before, to count as such; others are counted when an operator first
+            returns a view.
         on_new: called with the first tensor of every new storage.
 
     Attributes:

@@ -35,18 +35,18 @@ class AdaptedModel:
     def __init__(self, model: nn.Module, inner: dict[str, nn.Parameter], state: StepState) -> None:
         self.model, self.state = model, state
         self.backbone, head = backbone_and_head(model)
-        embedding = model.get_input_embeddings()
-        tied = embedding.weight is head.weight
+        tokens: Any = causal_lm(model).get_input_embeddings()
+        tied = tokens.weight is head.weight
         moved = {id(parameter) for parameter in inner.values()}
         self.vocabulary = VocabularySite(
-            head, embedding if tied else None, id(head.weight) in moved, state
+            head, tokens if tied else None, id(head.weight) in moved, state
         )
         self.head = head
         self.sites: dict[nn.Module, Site] = {}
         for name, module in model.named_modules():
             if module is head or not any(True for _ in module.parameters(recurse=False)):
                 continue
-            tied_here = tied and module is embedding
+            tied_here = tied and module is tokens
             self.sites[module] = self.vocabulary if tied_here else _site(name, module, moved, state)
 
     @property
@@ -56,6 +56,7 @@ class AdaptedModel:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Inside, the model's modules run as sites, with ops that are twice differentiable."""
+        forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: site.forward for module, site in self.sites.items()}
         for module in self.model.modules():
             if module not in forwards and (forward := substitute_for(module)) is not None:
@@ -73,6 +74,7 @@ class AdaptedModel:
     def inference(self, rows: GroupedRows) -> Iterator[None]:
         """Inside, row b of any input runs at the last θ' of its group; no gradients."""
         self.state.rows = rows
+        forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: _checked(site.forward, rows) for module, site in self.sites.items()}
         forwards[self.head] = _checked(self.vocabulary.logits, rows)
         with _replaced(forwards):
@@ -84,7 +86,9 @@ class AdaptedModel:
         return self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
 
     def inner_step(self, loss: Tensor, retain_graph: bool) -> None:
-        """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second order."""
+        """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second
+        order.
+        """
         moved = [tensor for site in self._all_sites for tensor in site.moved]
         with self.state.phase.inner():
             grads = torch.autograd.grad(
@@ -137,10 +141,10 @@ def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             module.forward = forward
         yield
     finally:
-        for module, forward in before.items():
+        for module, own in before.items():
             vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+            if own is not None:
+                module.forward = own
 
 
 def _checked(forward: Callable[..., Tensor], rows: GroupedRows) -> Callable[..., Tensor]:
@@ -148,7 +152,9 @@ def _checked(forward: Callable[..., Tensor], rows: GroupedRows) -> Callable[...,
 
     def checked(x: Tensor) -> Tensor:
         if len(x) != len(rows) and not (len(x) == 1 and x.dtype == torch.long):
-            raise ValueError(f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}")
+            raise ValueError(
+                f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
+            )
         with torch.no_grad():
             return forward(x)
 

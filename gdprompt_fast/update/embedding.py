@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.phase import weight_handle
 from .site import Site, StepState, outer_gradient, rule_for
 
 
-def check_embedding(module: nn.Module) -> None:
+def check_embedding(module: Any) -> None:
     """Only the plain lookup has the gradient of our rules."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
@@ -22,7 +24,7 @@ def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
 
 
 class EmbeddingSite(Site):
-    def __init__(self, module: nn.Module, inner: dict[str, bool], state: StepState) -> None:
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
         super().__init__(state)
         check_embedding(module)
         gradient = outer_gradient(module.weight)
@@ -46,5 +48,5 @@ class EmbeddingSite(Site):
 
 
 @rule_for("torch.nn.modules.sparse.Embedding")
-def embedding(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+def embedding(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return EmbeddingSite(module, inner, state)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..ops.gradient import WeightGradient
 from ..ops.linear import InnerLinear, inner_linear
@@ -14,7 +16,7 @@ class LinearSite(Site):
     """y = x W'ᵀ + b'. ``transposed``: the module stores its weight as [I, O]."""
 
     def __init__(
-        self, module: nn.Module, inner: dict[str, bool], state: StepState, transposed: bool = False
+        self, module: Any, inner: dict[str, bool], state: StepState, transposed: bool = False
     ) -> None:
         super().__init__(state)
         weight, bias = module.weight, module.bias
@@ -41,10 +43,10 @@ class LinearSite(Site):
 
 
 @rule_for("torch.nn.modules.linear.Linear")
-def linear(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+def linear(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return LinearSite(module, inner, state)
 
 
 @rule_for("transformers.pytorch_utils.Conv1D")
-def conv1d(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+def conv1d(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return LinearSite(module, inner, state, transposed=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .site import Site, StepState, per_group
 
@@ -11,7 +13,7 @@ from .site import Site, StepState, per_group
 class LowRankSite(Site):
     """y = x W'ᵀ + b' with W' [G, O, I] of every group, where I or O is a LoRA rank."""
 
-    def __init__(self, module: nn.Module, inner: dict[str, bool], state: StepState) -> None:
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
         super().__init__(state)
         self.module = module
         self.names = [name for name, moves in inner.items() if moves]

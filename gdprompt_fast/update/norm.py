@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..ops.norm import norm
 from .site import Site, StepState, per_group, rule_for
@@ -10,7 +12,7 @@ from .site import Site, StepState, per_group, rule_for
 
 class NormSite(Site):
     def __init__(
-        self, module: nn.Module, inner: dict[str, bool], state: StepState, eps: float, center: bool
+        self, module: Any, inner: dict[str, bool], state: StepState, eps: float, center: bool
     ) -> None:
         super().__init__(state)
         self.module, self.eps, self.center = module, eps, center
@@ -33,7 +35,7 @@ class NormSite(Site):
 
 
 @rule_for("torch.nn.modules.normalization.LayerNorm")
-def layer_norm(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+def layer_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return NormSite(module, inner, state, module.eps, center=True)
 
 
@@ -43,5 +45,5 @@ def layer_norm(module: nn.Module, inner: dict[str, bool], state: StepState) -> S
     "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
     "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
 )
-def rms_norm(module: nn.Module, inner: dict[str, bool], state: StepState) -> Site:
+def rms_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return NormSite(module, inner, state, module.variance_epsilon, center=False)

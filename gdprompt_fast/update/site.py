@@ -35,9 +35,10 @@ class StepState:
 class Site:
     """A layer whose parameters the inner step may move.
 
-    ``moved`` holds a tensor for whatever the inner step moves, at the current level: the parameters of every
-    group, or a handle without elements where the update is kept in factors (see ops/linear.py). Either way the
-    inner step is ``moved − η ∂L/∂moved``, and autograd sees the dependence.
+    ``moved`` holds a tensor for whatever the inner step moves, at the current level: the parameters
+    of every group, or a handle without elements where the update is kept in factors (see
+    ops/linear.py). Either way the inner step is ``moved − η ∂L/∂moved``, and autograd sees the
+    dependence.
     """
 
     moved: list[Tensor]
@@ -51,14 +52,16 @@ class Site:
         raise NotImplementedError
 
 
-Rule = Callable[[nn.Module, dict[str, bool], StepState], Site]
+Rule = Callable[[Any, dict[str, bool], StepState], Site]
 _RULES: dict[str, Rule] = {}
 
 
 def rule_for(*types: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for layers of these types, named ``module.Class`` so that none has to be imported.
+    """Registers a rule for layers of these types, named ``module.Class`` so that none has to be
+    imported.
 
-    A rule takes the module, for each of its own parameters whether the inner step moves it, and the state.
+    A rule takes the module, for each of its own parameters whether the inner step moves it, and the
+    state.
     """
 
     def register(rule: Rule) -> Rule:
@@ -79,6 +82,8 @@ def outer_gradient(parameter: Tensor | None) -> WeightGradient | None:
 
 
 def per_group(parameter: Tensor, groups: int) -> Tensor:
-    """A small parameter as [G, *shape], one for each group, with a graph to the parameter if it is trained."""
+    """A small parameter as [G, *shape], one for each group, with a graph to the parameter if it is
+    trained.
+    """
     expanded: Any = parameter.expand(groups, *parameter.shape)
     return expanded if parameter.requires_grad else expanded.detach().requires_grad_()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..ops.attention import attention
@@ -16,7 +16,7 @@ ATTENTION = "gdprompt_fast"
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,7 +46,7 @@ _GATED_MLPS = {
 }
 
 
-def substitute_for(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def substitute_for(module: Any) -> Callable[[Tensor], Tensor] | None:
     """The forward to use in place of the module's own, if there is a better one."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name in _GATED_MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):

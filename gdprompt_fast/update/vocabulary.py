@@ -1,6 +1,10 @@
-"""The head, and the token embedding where the two are tied: the update stays in the context's final states."""
+"""The head, and the token embedding where the two are tied: the update stays in the context's final
+states.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from .site import Site, StepState, outer_gradient
 class VocabularySite(Site):
     """The head as losses and logits, and (:meth:`forward`) the tied embedding's lookup."""
 
-    def __init__(self, head: nn.Module, embedding: nn.Module | None, inner: bool, state: StepState) -> None:
+    def __init__(self, head: nn.Linear, embedding: Any, inner: bool, state: StepState) -> None:
         super().__init__(state)
         if embedding is not None:
             check_embedding(embedding)

@@ -1,4 +1,6 @@
-"""The vocabulary-sized weight: losses at the head, lookups when it is tied, and its inner updates."""
+"""The vocabulary-sized weight: losses at the head, lookups when it is tied, and its inner
+updates.
+"""
 
 from .functions import context_loss, response_loss, tied_lookup
 from .state import Vocabulary

@@ -1,4 +1,6 @@
-"""Some columns of the vocabulary: every [tokens, vocabulary] matrix exists for one block at a time only."""
+"""Some columns of the vocabulary: every [tokens, vocabulary] matrix exists for one block at a time
+only.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def wide(t: Tensor) -> Tensor:
 class Block:
     """Columns of the vocabulary, the same for all groups or each group's own.
 
-    Letters: G groups, N rows of a group, D hidden size, v columns of this block (its width), V all columns.
+    Letters: G groups, N rows of a group, D hidden size, v columns of this block (its width), V all
+        columns.
     """
 
     width: int

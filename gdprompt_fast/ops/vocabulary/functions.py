@@ -1,4 +1,6 @@
-"""The differentiable functions of the vocabulary: the context's loss, the response's loss, the tied lookup."""
+"""The differentiable functions of the vocabulary: the context's loss, the response's loss, the tied
+lookup.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from ..embedding import drop_padding
 from ..guard import differentiable_no_further
 from ..phase import handle_like
 from ..rows import GroupedRows
+from .block import wide
 from .passes import (
     adjoint_pass,
     context_pass,
@@ -20,7 +23,7 @@ from .passes import (
     response_weight_pass,
     state_gradient,
 )
-from .state import Lookup, Vocabulary, wide
+from .state import Lookup, Vocabulary
 from .target import Target
 
 
@@ -29,16 +32,17 @@ def context_loss(
 ) -> Tensor:
     """Σ_t weight[c, t] · NLL of the token after position t, at the weights of ``level``; [C].
 
-    Its backward during an inner step records the head's inner gradient and is differentiable once more.
-    ``vocabulary.begin_contexts`` has set the contexts.
+    Its backward during an inner step records the head's inner gradient and is differentiable once
+    more. ``vocabulary.begin_contexts`` has set the contexts.
     """
     nll, _ = _ContextLoss.apply(hidden_CTD, handle, weight_CT, vocabulary, level)
     return nll
 
 
 class _ContextLoss(Function):
-    # The second output has no elements: the inner backward takes it as an input, so that autograd runs the
-    # last backward here after the double backward has left the cotangent of ∂L/∂H in the step.
+    # The second output has no elements: the inner backward takes it as an input, so that autograd
+    # runs the last backward here after the double backward has left the cotangent of ∂L/∂H in the
+    # step.
     @staticmethod
     def forward(
         ctx: Any,
@@ -51,7 +55,9 @@ class _ContextLoss(Function):
         assert vocabulary.contexts is not None
         h_GSD = vocabulary.contexts.tokens_to_groups(hidden.detach())
         nll_GS = context_pass(vocabulary, h_GSD, level)
-        nll_CT = vocabulary.contexts.tokens_from_groups(nll_GS[..., None], hidden.shape[1:2])[..., 0]
+        nll_CT = vocabulary.contexts.tokens_from_groups(nll_GS[..., None], hidden.shape[1:2])[
+            ..., 0
+        ]
         anchor = hidden.new_empty(0)
         ctx.save_for_backward(anchor, handle, weight)
         ctx.use = vocabulary, level
@@ -64,8 +70,12 @@ class _ContextLoss(Function):
         token_weight = weight * cot_nll.detach()[:, None]
         if vocabulary.phase.inner_backward:
             if cot_nll.requires_grad:
-                raise RuntimeError("context_loss: the inner loss must be linear in the NLL of its contexts")
-            dhidden, dhandle = _ContextLossBackward.apply(anchor, handle, token_weight, vocabulary, level)
+                raise RuntimeError(
+                    "context_loss: the inner loss must be linear in the NLL of its contexts"
+                )
+            dhidden, dhandle = _ContextLossBackward.apply(
+                anchor, handle, token_weight, vocabulary, level
+            )
             return dhidden, dhandle, None, None, None
         differentiable_no_further("context_loss", "once outside an inner step")
         rows = vocabulary.contexts
@@ -89,7 +99,9 @@ class _ContextLossBackward(Function):
         rows, step = vocabulary.contexts, vocabulary.steps[level]
         assert rows is not None
         step.weight_GS = rows.to_groups(token_weight).flatten(1)
-        dhidden = rows.tokens_from_groups(state_gradient(vocabulary, step, level), token_weight.shape[1:])
+        dhidden = rows.tokens_from_groups(
+            state_gradient(vocabulary, step, level), token_weight.shape[1:]
+        )
         return dhidden, anchor.new_empty(0)
 
     @staticmethod
@@ -202,6 +214,7 @@ class _TiedLookupBackward(Function):
         ctx.vocabulary, ctx.ids = vocabulary, ids
         ctx.handle = None if handle is None else handle.detach()
         if vocabulary.inner:
+            assert vocabulary.contexts is not None
             e = drop_padding(e.detach(), ids, vocabulary.padding_idx)
             vocabulary.steps[level].lookup_GSD = vocabulary.contexts.tokens_to_groups(e)
         return e.new_empty(0)

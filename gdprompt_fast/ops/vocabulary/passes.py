@@ -13,7 +13,9 @@ from .target import Target
 
 
 class _OnlineSoftmax:
-    """Sums over the vocabulary weighted by softmax(z), one block at a time (as in FlashAttention)."""
+    """Sums over the vocabulary weighted by softmax(z), one block at a time (as in
+    FlashAttention).
+    """
 
     def __init__(self, like_GND: Tensor) -> None:
         wide_like = wide(like_GND)
@@ -51,7 +53,9 @@ def _add(sums: dict, name: str | int, value: Tensor) -> None:
 
 
 def context_pass(vocabulary: Vocabulary, h_GSD: Tensor, level: int) -> Tensor:
-    """Begins the inner step at ``level``: its NLL of every position [G, S], and what its backward needs."""
+    """Begins the inner step at ``level``: its NLL of every position [G, S], and what its backward
+    needs.
+    """
     terms = range(vocabulary.terms(level))
     states = vocabulary.project(h_GSD, level)
     online = _OnlineSoftmax(h_GSD)
@@ -68,7 +72,9 @@ def context_pass(vocabulary: Vocabulary, h_GSD: Tensor, level: int) -> Tensor:
     step = HeadStep(states, online.lse_GN, mean_row_GSD=online.mean("W"))
     vocabulary.steps.append(step)
     if terms:
-        p_context = vocabulary.softmaxes(Columns(vocabulary.context_ids_GS), range(level + 1))[0][level]
+        p_context = vocabulary.softmaxes(Columns(vocabulary.context_ids_GS), range(level + 1))[0][
+            level
+        ]
         step.mean_row_GSD = vocabulary.complete_product(
             step.mean_row_GSD, [online.mean(k) for k in terms], p_context, level
         )
@@ -147,7 +153,9 @@ def _tokens(vocabulary: Vocabulary, h_GMD: Tensor, with_contexts: bool) -> int:
 
 
 def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
-    """Prepares the double backward of the inner loss at ``level`` from all uses of the weights it made."""
+    """Prepares the double backward of the inner loss at ``level`` from all uses of the weights it
+    made.
+    """
     assert step.direction_GSD is not None
     a_GSD, direction = step.a_GSD, step.direction_GSD
     center = (wide(direction) * step.mean_row_GSD).sum(-1)
@@ -166,8 +174,9 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
 
 
 def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
-    """The cotangent of the context's states at ``level``, [G, S, D]; adds this step's share, and the
-    response's on the way to the last step, to the head's outer gradient."""
+    """The cotangent of the context's states at ``level``, [G, S, D]; adds this step's share, and
+    the response's on the way to the last step, to the head's outer gradient.
+    """
     step = vocabulary.steps[level]
     last = level == len(vocabulary.steps) - 1
     if step.direction_GSD is not None:
@@ -222,7 +231,9 @@ def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Ten
 
 
 def lookup_cotangent(vocabulary: Vocabulary) -> Tensor:
-    """The cotangent of E, the gradients of the context's lookups: −η Σ onehot(c) Fᵀ U, [G, S, D]."""
+    """The cotangent of E, the gradients of the context's lookups: −η Σ onehot(c) Fᵀ U, [G, S,
+    D].
+    """
     assert vocabulary.context_ids_GS is not None
     groups, tokens = vocabulary.context_ids_GS.shape
     hidden = vocabulary.weight_VD.shape[1]
@@ -236,4 +247,3 @@ def lookup_cotangent(vocabulary: Vocabulary) -> Tensor:
         match = Columns(lookup.ids_GM).matches(vocabulary.context_ids_GS, total.dtype)
         total.baddbmm_(match, wide(lookup.u_GMD), alpha=-vocabulary.inner_lr)
     return total
-

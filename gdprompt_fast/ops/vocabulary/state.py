@@ -1,19 +1,23 @@
 """The head W [V, D] at θ and, for every group, after each inner step, in dual form.
 
-The inner gradient of the head is Σ_t w_t B_tᵀ H_t, with H [S, D] the context's final states, w_t the weight of
-position t in the inner loss and B = softmax(z) − onehot(next token), [S, V]. B is far too large to keep, so it is
-made again, a block of columns at a time, from H and the log-sum-exp of its logits z. With A = w ∘ H,
+The inner gradient of the head is Σ_t w_t B_tᵀ H_t, with H [S, D] the context's final states, w_t
+the weight of position t in the inner loss and B = softmax(z) − onehot(next token), [S, V]. B is far
+too large to keep, so it is made again, a block of columns at a time, from H and the log-sum-exp of
+its logits z. With A = w ∘ H,
 
     W' = W − η Σ_k B_kᵀ A_k − η Σ_k onehot(c)ᵀ E_k
 
-where the second sum is there if the head is tied to the embedding: E_k are the cotangents of the lookups of the
-context's tokens c. Level k is θ after k inner steps; it has the first k terms of each sum.
+where the second sum is there if the head is tied to the embedding: E_k are the cotangents of the
+lookups of the context's tokens c. Level k is θ after k inner steps; it has the first k terms of
+each sum.
 
-A use of W' at rows U with cotangents F [·, V] contributes Fᵀ U to its cotangent. Every such F is again made a block
-at a time, here in :meth:`Vocabulary.tile`; the gradients then need, beside sums over blocks, only the small
-products F P_kᵀ with the probabilities P_k, and F at the columns of the context's own tokens.
+A use of W' at rows U with cotangents F [·, V] contributes Fᵀ U to its cotangent. Every such F is
+again made a block at a time, here in :meth:`Vocabulary.tile`; the gradients then need, beside sums
+over blocks, only the small products F P_kᵀ with the probabilities P_k, and F at the columns of the
+context's own tokens.
 
-Letters: G groups, S context positions of a group, M rows of a use, N any of these, v columns of a block.
+Letters: G groups, S context positions of a group, M rows of a use, N any of these, v columns of a
+    block.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from .target import Target
 
 
 class Projection(NamedTuple):
-    """Rows h to be multiplied with W'ᵀ at some level: z = h Wᵀ − η Σ_k (h A_kᵀ) B_k − η (h Σ_k E_kᵀ) onehot(c)."""
+    """Rows h to be multiplied with W'ᵀ at some level: z = h Wᵀ − η Σ_k (h A_kᵀ) B_k − η (h Σ_k
+    E_kᵀ) onehot(c).
+    """
 
     h_GND: Tensor
     match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level
@@ -50,7 +56,9 @@ class Use:
 
 @dataclass
 class Lookup:
-    """A use of the tied W' as an embedding: F = onehot(ids), U the cotangents of the rows looked up."""
+    """A use of the tied W' as an embedding: F = onehot(ids), U the cotangents of the rows looked
+    up.
+    """
 
     level: int
     ids_GM: Tensor
@@ -59,7 +67,9 @@ class Lookup:
 
 @dataclass
 class Adjoint:
-    """What the double backward of one inner step's loss needs to make its cotangents in any block."""
+    """What the double backward of one inner step's loss needs to make its cotangents in any
+    block.
+    """
 
     direction: Projection  # w ∘ (cotangent of ∂L/∂H)
     use_match_GSM: list[Tensor]  # A Uᵀ, one for each use of the weights this step made
@@ -76,7 +86,9 @@ class HeadStep:
     mean_row_GSD: Tensor  # P W', the probability-weighted mean row
     weight_GS: Tensor | None = None  # w, known once the inner backward starts
     lookup_GSD: Tensor | None = None  # E
-    direction_GSD: Tensor | None = None  # w ∘ (cotangent of ∂L/∂H), if the double backward reached it
+    direction_GSD: Tensor | None = (
+        None  # w ∘ (cotangent of ∂L/∂H), if the double backward reached it
+    )
     nll_weight_GS: Tensor | None = None  # weight of the position's NLL in the outer loss itself
     adjoint: Adjoint | None = None
 
@@ -118,7 +130,9 @@ class Vocabulary:
     steps: list[HeadStep] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
-    response: tuple[Projection, Tensor, Target] | None = None  # its logits' rows and lse, and its target
+    response: tuple[Projection, Tensor, Target] | None = (
+        None  # its logits' rows and lse, and its target
+    )
     contexts: GroupedRows | None = None
     context_ids_GS: Tensor | None = None
     next_ids_GS: Tensor | None = None
@@ -167,8 +181,9 @@ class Vocabulary:
         return p, b
 
     def tile(self, block: Block, down_to: int) -> Tile:
-        """P, B and F of all steps and uses, made in the order of the double backward, ending with the
-        cotangent of the logits of step ``down_to``."""
+        """P, B and F of all steps and uses, made in the order of the double backward, ending with
+        the cotangent of the logits of step ``down_to``.
+        """
         last = len(self.steps)
         p, b = self.softmaxes(block, range(last) if self.inner else range(down_to, down_to + 1))
         f: list[Tensor] = []
@@ -185,7 +200,9 @@ class Vocabulary:
     def _logit_cotangent(
         self, block: Block, step: HeadStep, p: Tensor, b: dict[int, Tensor], f: list[Tensor], k: int
     ) -> Tensor:
-        """P ∘ (B̄ − rowsum(P ∘ B̄)), plus the share of the NLL itself; B̄ = (w ∘ Ḋ) W'ᵀ − η Σ (A Uᵀ) F."""
+        """P ∘ (B̄ − rowsum(P ∘ B̄)), plus the share of the NLL itself; B̄ = (w ∘ Ḋ) W'ᵀ − η Σ (A
+        Uᵀ) F.
+        """
         z_cot = torch.zeros_like(p)
         if step.adjoint is not None:
             z_cot = self.logits(block, step.adjoint.direction, b)
