@@ -1,5 +1,7 @@
 """Exact, low-memory meta-training: one gradient step on a text does what prompting with it does."""
 
+from pathlib import Path as _Path
+
 from .batch import MetaBatch
 from .meta.inner import InnerUpdate, inner_step
 from .meta.step import fast_meta_step
@@ -17,3 +19,8 @@ __all__ = [
     "inner_step",
     "reference_meta_step",
 ]
+
+# In a source checkout the Triton kernels stand beside the package, in <root>/kernels, not inside it.
+_here = _Path(__file__).parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
+    __path__.append(str(_here.parent))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import causal_lm, check_model
+from .backend import resolve_backend
 from .batch import MetaBatch, check_tokens, describe
 from .targets import TeacherTargets, check_teacher
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
 LMBatch = tuple[Tensor, Tensor]
-BACKENDS = ("auto", "torch")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def check_step(
         raise ValueError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
     if lm_batch is not None:
         check_lm_batch(lm_batch, len(embedding))
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    resolve_backend(backend, embedding.device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter with requires_grad, got none")
 

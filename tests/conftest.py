@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,12 @@ from transformers import (
 )
 
 from gdprompt_fast import MetaBatch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+if importlib.util.find_spec("triton") is not None:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 VOCABULARY = 67
 logging.getLogger("transformers").setLevel(logging.ERROR)

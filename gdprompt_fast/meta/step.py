@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import predicting_states
+from ..backend import resolve_backend, use_backend
 from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
@@ -66,7 +67,7 @@ def fast_meta_step(
         lm_batch: (ids, mask) for L_LM, the mean over rows of the mean next-token NLL; the contexts
             by default.
         first_order: drop the second-order term (first-order MAML): cheaper, and another gradient.
-        backend: the implementation of the ops; ``"auto"`` picks.
+        backend: ``"torch"``, ``"triton"`` (a GPU), or ``"auto"``: Triton where it can run.
 
     Returns:
         Detached losses.
@@ -89,7 +90,8 @@ def fast_meta_step(
         backend,
     )
     state = StepState(batch.groups, float(inner_lr), Phase(second_order=not first_order))
-    with torch.enable_grad(), _clean_after_error(model):
+    ran = resolve_backend(backend, batch.context_ids.device)
+    with torch.enable_grad(), use_backend(ran), _clean_after_error(model):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
             contexts = GroupedRows(batch.context_group, batch.groups)
@@ -113,7 +115,7 @@ def fast_meta_step(
         query_loss=query_loss.detach(),
         lm_loss=lm.detach(),
         inner_loss=inner_loss,
-        backend="torch",
+        backend=ran,
     )
 
 

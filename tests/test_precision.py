@@ -1,0 +1,95 @@
+"""bf16: the dual form never rounds the update into the weights, and the step is as good as bf16 allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODELS
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
+from gdprompt_fast.ops.linear import Factor, InnerLinear
+from gdprompt_fast.ops.phase import Phase
+from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
+
+Build = Callable[..., Any]
+
+
+def whole_error(got: Gradients, exact: Gradients) -> float:
+    """‖got − exact‖ / ‖exact‖ over all tensors together."""
+    difference = torch.stack([(got[n].double() - g).norm() for n, g in exact.items()]).norm()
+    return float(difference / torch.stack([g.norm() for g in exact.values()]).norm())
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
+    name: str, steps: int, tiny_model: Build, make_batch: Build
+) -> None:
+    # rounded once, so that all three start from the same weights
+    model, batch = tiny_model(name).bfloat16(), make_batch("grouped")
+    options: dict[str, Any] = dict(
+        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
+    )
+    _, fast = gradients_of(fast_meta_step, model, batch, **options)
+    _, plain = gradients_of(reference_meta_step, model, batch, **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    assert ours <= 2 * eager + 1e-2, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
+
+
+def change_errors(dtype: torch.dtype) -> tuple[float, float]:
+    """Relative errors of the change y' − y of a layer's output at η = 1e-3: in dual form, and with the
+    weights rounded to ``dtype`` after the update. Weights, inputs and cotangents as a 2048-wide Llama's."""
+    torch.manual_seed(0)
+    groups, tokens, width = 2, 32, 512
+    weight = (0.02 * torch.randn(width, width)).to(dtype)
+    x_context, x_query = (torch.randn(groups, tokens, width).to(dtype) for _ in range(2))
+    e_context = (0.01 * torch.randn(groups, tokens, width)).to(dtype)
+    layer = InnerLinear(
+        weight,
+        None,
+        inner_weight=True,
+        inner_bias=False,
+        inner_lr=1e-3,
+        phase=Phase(second_order=False),
+        weight_gradient=None,
+        bias_gradient=None,
+    )
+    layer.factors.append(Factor(x_context, e_context))
+    rows = GroupedRows(torch.arange(groups), groups)
+    change = torch.zeros(groups, tokens, width, dtype=dtype)
+    layer.weight_OI = torch.zeros_like(weight)  # only the update's share of the output
+    change = layer.product(x_query, rows, level=1)
+    update = e_context.double().transpose(1, 2) @ x_context.double()
+    exact = -1e-3 * x_query.double() @ update.transpose(1, 2)
+    rounded = (weight.double() - 1e-3 * update).to(dtype).double() - weight.double()
+    materialised = x_query.double() @ rounded.transpose(1, 2)
+    return (
+        float((change.double() - exact).norm() / exact.norm()),
+        float((materialised - exact).norm() / exact.norm()),
+    )
+
+
+def test_the_dual_form_keeps_an_update_that_rounding_into_bf16_weights_loses() -> None:
+    dual, rounded = change_errors(torch.bfloat16)
+    assert dual < 0.01, f"the dual form's change is off by {dual:.1%}"
+    assert rounded > 10 * dual, f"rounded weights: {rounded:.1%}, dual form: {dual:.1%}"
+
+
+def test_an_adapted_bf16_model_runs(make_batch: Build) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=67
+    )
+    model, batch = LlamaForCausalLM(config).bfloat16().eval(), make_batch()
+    update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
+    with update.applied_to(model, groups=torch.arange(3)):
+        logits = model(input_ids=batch.query_ids).logits
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
