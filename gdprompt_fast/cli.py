@@ -16,7 +16,15 @@ from .data import Limits, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
 from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
 from .evaluation import InnerStep, tune_inner_lr
-from .loading import DTYPES, add_lora, choose_device, load_examples, load_model, positions
+from .loading import (
+    DTYPES,
+    add_lora,
+    check_same_vocabulary,
+    choose_device,
+    load_examples,
+    load_model,
+    positions,
+)
 from .options import check_inner, select_inner
 from .report import results_table
 from .run import TestSet, claim_output, measure, run, summaries
@@ -32,6 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
     try:
+        return _prepare_and_work(args)
+    except KeyboardInterrupt:
+        hint = "; --resume continues the run" if hasattr(args, "resume") else ""
+        print(f"\ngdprompt {args.command}: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _prepare_and_work(args: argparse.Namespace) -> int:
+    try:
         work: Work = args.prepare(args)
     except (ValueError, OSError) as error:
         print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
@@ -41,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"\ngdprompt {args.command}: interrupted; --resume continues a run", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 
@@ -53,19 +67,20 @@ def prepare_demo(args: argparse.Namespace) -> Work:
     options = demo_options(args.steps, args.seed)
     if args.test_examples < 1:
         raise ValueError(f"test_examples: expected an integer >= 1, got {args.test_examples}")
+    data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
+    tokenizer = people_tokenizer()
+    limits = Limits(POSITIONS, POSITIONS, POSITIONS)
+    examples = tokenise_triples(data.train, tokenizer, limits).examples
+    unseen = tokenise_triples(data.test, tokenizer, limits).examples
+    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+    model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
-
-    def work() -> None:
-        data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
-        tokenizer = people_tokenizer()
-        limits = Limits(POSITIONS, POSITIONS, POSITIONS)
-        examples = tokenise_triples(data.train, tokenizer, limits).examples
-        unseen = tokenise_triples(data.test, tokenizer, limits).examples
-        model = demo_model(tokenizer, args.seed).to(device)
-        test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
-        run(model, tokenizer, examples, options, args.output, test=test)
-
-    return work
+    print(
+        f"a Llama of {sum(weight.numel() for weight in model.parameters()):,} random weights, "
+        f"{len(examples)} passages to train on and {len(unseen)} to measure on, "
+        "with no person and no thing in common"
+    )
+    return lambda: run(model, tokenizer, examples, options, args.output, test=test)
 
 
 def prepare_train(args: argparse.Namespace) -> Work:
@@ -79,6 +94,7 @@ def prepare_train(args: argparse.Namespace) -> Work:
     teacher = None
     if options.objective == "kl":
         teacher, _ = load_model(args.teacher or args.model, args.dtype, device)
+        check_same_vocabulary(teacher, model)
     room = positions(model) - (options.answer_tokens if teacher is not None else 0)
     triples = load_examples(args.data, model, tokenizer, _limits(args, room))
     print(f"{args.data}: {triples}")

@@ -23,7 +23,7 @@ OPTIONS = TrainOptions(
     batch_size=16,
     outer_lr=1e-3,
     warmup_steps=50,
-    inner_lr=0.3,
+    inner_lr=0.5,
     objective="gold",
     checkpoint_every=250,
 )

@@ -67,13 +67,15 @@ def killed_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]
     return wrapped
 
 
+def initial_model(lora: bool) -> torch.nn.Module:
+    return add_lora(tiny_llama(), rank=2, seed=0) if lora else tiny_llama()
+
+
 def run(
     options: TrainOptions, examples: list[Example], output: Path, lora: bool = False
 ) -> dict[str, torch.Tensor]:
     """A run from the same initial model; its final weights."""
-    model = tiny_llama()
-    if lora:
-        model = add_lora(model, rank=2, seed=0)
+    model = initial_model(lora)
     teacher = tiny_llama(seed=1).eval() if options.objective == "kl" else None
     train(model, TOKENIZER, examples, options, output, teacher)
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -94,6 +96,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     if lora:
         pytest.importorskip("peft", reason="PEFT is an optional dependency")
     uninterrupted = run(options, examples, tmp_path / "a", lora)
+    untrained = initial_model(lora).state_dict()
+    assert any(not torch.equal(uninterrupted[name], value) for name, value in untrained.items())
     with monkeypatch.context() as patch:
         step = killed_after(5, gdprompt_fast.train.fast_meta_step)
         patch.setattr(gdprompt_fast.train, "fast_meta_step", step)

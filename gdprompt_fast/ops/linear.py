@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backend import implementation
 from .gradient import WeightGradient
 from .guard import differentiable_no_further
 from .phase import Phase, handle_like
@@ -78,20 +79,22 @@ class InnerLinear:
 
     def product(self, x: Tensor, rows: GroupedRows, level: int, bias: bool = True) -> Tensor:
         """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors."""
-        y = torch.nn.functional.linear(x, self.weight_OI, self.bias_O if bias else None)
-        for factor in self.factors[:level]:
-            match_GMS = self._match(rows.tokens_to_groups(x), factor.x_GSI, bias)
-            self._subtract(y, match_GMS, factor.e_GSO, rows)
-        return y
+        bias_O = self.bias_O if bias else None
+        if not self.factors[:level]:
+            return torch.nn.functional.linear(x, self.weight_OI, bias_O)
+        x_GMI = rows.tokens_to_groups(x)
+        terms = [(self._match(x_GMI, f.x_GSI, bias), f.e_GSO) for f in self.factors[:level]]
+        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, terms)
+        return rows.tokens_from_groups(y_GMO, tuple(x.shape[1:-1]))
 
     def transposed_product(self, e: Tensor, rows: GroupedRows, level: int) -> Tensor:
         """x̄ = e W − η Σ_k (e E_kᵀ) X_k."""
-        dx = e @ self.weight_OI
-        if self.inner_weight:
-            for factor in self.factors[:level]:
-                match_GMS = rows.tokens_to_groups(e) @ factor.e_GSO.transpose(1, 2)
-                self._subtract(dx, match_GMS, factor.x_GSI, rows)
-        return dx
+        if not (self.inner_weight and self.factors[:level]):
+            return e @ self.weight_OI
+        e_GMO = rows.tokens_to_groups(e)
+        terms = [(e_GMO @ f.e_GSO.transpose(1, 2), f.x_GSI) for f in self.factors[:level]]
+        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, terms)
+        return rows.tokens_from_groups(dx_GMI, tuple(e.shape[1:-1]))
 
     def record(self, x: Tensor, e: Tensor, rows: GroupedRows, level: int) -> Factor:
         """Keeps the inner gradient at ``level``; it makes the weights of the next one."""
@@ -136,15 +139,22 @@ class InnerLinear:
         match = a_GMI @ b_GSI.transpose(1, 2)
         return match.add_(ones) if ones else match
 
-    def _subtract(
-        self, y: Tensor, match_GMS: Tensor, factor_GSO: Tensor, rows: GroupedRows
-    ) -> None:
-        """y −= η match · factor, for the rows of each group."""
-        if rows.in_order:
-            rows.tokens_to_groups(y).baddbmm_(match_GMS, factor_GSO, alpha=-self.inner_lr)
-        else:
-            change = rows.tokens_from_groups(match_GMS @ factor_GSO, tuple(y.shape[1:-1]))
-            y.add_(change, alpha=-self.inner_lr)
+    def _updated_product(
+        self,
+        x_GMI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        terms: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """x Wᵀ + b − η Σ match · factor, [G, M, O]."""
+        (match_GMS, factor_GSO), *rest = terms
+        passes = implementation("linear", x_GMI)
+        y_GMO: Tensor = passes.updated_product(
+            x_GMI, weight_OI, bias_O, match_GMS, factor_GSO, -self.inner_lr
+        )
+        for match_GMS, factor_GSO in rest:  # further inner steps
+            y_GMO.baddbmm_(match_GMS, factor_GSO, alpha=-self.inner_lr)
+        return y_GMO
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,75 @@
+"""From examples of different lengths to the right-padded tensors of a meta step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..batch import MetaBatch
+from .tokenise import Example
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Right-padded rows that end in a response.
+
+    Attributes:
+        ids: LongTensor [B, T].
+        mask: BoolTensor [B, T], True on real tokens.
+        response_mask: BoolTensor [B, T], True on response tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    response_mask: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on ``device``."""
+        return Rows(self.ids.to(device), self.mask.to(device), self.response_mask.to(device))
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [B, T] and their mask [B, T].
+
+    The padding is token 0, whatever that is: no position with a loss ever sees it.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def response_rows(starts: Sequence[array[int]], responses: Sequence[array[int]]) -> Rows:
+    """Rows of start ⊕ response."""
+    ids, mask = pad([start + response for start, response in zip(starts, responses, strict=True)])
+    begins = torch.tensor([len(start) for start in starts])
+    return Rows(ids, mask, mask & (torch.arange(ids.shape[1]) >= begins[:, None]))
+
+
+def query_rows(examples: Sequence[Example]) -> Rows:
+    """Rows of query ⊕ response: what the student sees."""
+    return response_rows([e.query for e in examples], [e.response for e in examples])
+
+
+def prompt_rows(examples: Sequence[Example]) -> Rows:
+    """Rows of context ⊕ query ⊕ response: what the teacher sees."""
+    return response_rows([e.prompt for e in examples], [e.response for e in examples])
+
+
+def meta_batch(examples: Sequence[Example]) -> MetaBatch:
+    """One group per example: its context for the inner step, its query row for the outer loss."""
+    context_ids, context_mask = pad([example.context for example in examples])
+    rows = query_rows(examples)
+    return MetaBatch(context_ids, context_mask, rows.ids, rows.mask, rows.response_mask)
+
+
+def with_responses(
+    examples: Sequence[Example], responses: Sequence[Sequence[int]]
+) -> list[Example]:
+    """The same examples with other responses, such as the teacher's answers."""
+    return [replace(e, response=array("i", r)) for e, r in zip(examples, responses, strict=True)]

@@ -1,0 +1,200 @@
+"""From triples of texts to token ids.
+
+The rule, the same for every tokenizer:
+
+- Two texts are joined by one space, unless white space already stands on either side of the join.
+- Every row (context; query ⊕ response; context ⊕ query ⊕ response) opens with the BOS token if
+  the tokenizer itself opens a text with it, and never otherwise.
+- The response's tokens are those of the joined text after its longest common prefix with the same
+  text without the response. So the space before an answer goes to whichever side the vocabulary
+  puts it on (" Anna" or "is "), and a piece that spans the join belongs to the response.
+- A response ends with EOS, so that a model can say that its answer is complete.
+- The response has the same tokens in the query row and in the prompt row: the teacher speaks about
+  the tokens that the student is asked for. A record that breaks this is dropped.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from operator import eq
+from typing import NamedTuple, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+RECORDS_AT_ONCE = 1000  # a fast tokenizer works through a list of texts in parallel
+OPENING_WORDS = ["In", "Once", "The", "When", "Who"]  # how do texts that begin so begin in tokens?
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Example:
+    """The token ids of a triple, each row opened with BOS where the tokenizer does so.
+
+    Attributes:
+        context: the row of the inner step.
+        query: the query alone, without its response.
+        prompt: context ⊕ query, without its response.
+        response: the response and EOS; it follows ``query`` or ``prompt`` in their rows.
+    """
+
+    context: array[int]
+    query: array[int]
+    prompt: array[int]
+    response: array[int]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longest rows kept, in tokens with BOS and EOS; a longer record is dropped, never cut.
+
+    Attributes:
+        context_tokens: of the context row.
+        query_tokens: of the query row, query ⊕ response.
+        prompt_tokens: of the prompt row, context ⊕ query ⊕ response.
+    """
+
+    context_tokens: int
+    query_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenisedTriples:
+    """The examples kept and, by reason, how many records were dropped."""
+
+    examples: list[Example]
+    dropped: dict[str, int]
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; dropped {count}: {why}" for why, count in self.dropped.items())
+        total = len(self.examples) + sum(self.dropped.values())
+        return f"{len(self.examples)} of {total} records kept{reasons}"
+
+
+def tokenise_triples(
+    records: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> TokenisedTriples:
+    """Tokenises triples and drops, by reason and count, those that cannot be used.
+
+    Raises:
+        ValueError: if the tokenizer has no EOS, or if nothing is left.
+    """
+    tokeniser = TripleTokeniser(tokenizer)
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for chunk in batched(records, RECORDS_AT_ONCE):
+        for example in tokeniser.examples(chunk):
+            reason = _reason_to_drop(example, limits)
+            if example is not None and reason is None:
+                examples.append(example)
+            else:
+                dropped[str(reason)] += 1
+    triples = TokenisedTriples(examples, dict(dropped))
+    if not examples:
+        raise ValueError(f"data: expected at least one usable record, got none: {triples}")
+    return triples
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive lists of ``size`` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def join(left: str, right: str) -> str:
+    """``left`` and ``right`` with one space between, unless white space is already there."""
+    return left + right if left[-1:].isspace() or right[:1].isspace() else f"{left} {right}"
+
+
+class Split(NamedTuple):
+    """The two parts of a row."""
+
+    start: list[int]
+    response: list[int]
+
+
+class TripleTokeniser:
+    """Turns triples into examples with a transformers tokenizer, by the rule of this file.
+
+    Raises:
+        ValueError: if the tokenizer has no EOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected an eos_token to end a response with, got none")
+        self.tokenizer = tokenizer
+        self.eos: int = tokenizer.eos_token_id
+        self._bos_ids, self._bos_text = _opening(tokenizer)
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that each open a row."""
+        opened = [self._bos_text + text for text in texts]
+        ids = self.tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._bos_ids + row for row in ids]
+
+    def examples(self, records: Sequence[dict[str, str]]) -> list[Example | None]:
+        """The ids of triples; None where the response differs between query row and prompt row."""
+        responses = [record["response"] for record in records]
+        contexts = self.rows([record["context"] for record in records])
+        queries = self._split([record["query"] for record in records], responses)
+        prompts = self._split([join(r["context"], r["query"]) for r in records], responses)
+        return list(map(self._example, contexts, queries, prompts))
+
+    def _example(self, context: list[int], query: Split, prompt: Split) -> Example | None:
+        if not query.response or query.response != prompt.response:
+            return None
+        rows = (context, query.start, prompt.start, [*query.response, self.eos])
+        return Example(*(array("i", ids) for ids in rows))
+
+    def _split(self, starts: Sequence[str], responses: Sequence[str]) -> list[Split]:
+        joined = list(map(join, starts, responses))
+        without = list(map(str.removesuffix, joined, responses))
+        return list(map(_split_at_common_prefix, self.rows(joined), self.rows(without)))
+
+
+def _split_at_common_prefix(ids: list[int], before: list[int]) -> Split:
+    shared = sum(1 for _ in takewhile(bool, map(eq, ids, before)))
+    return Split(ids[:shared], ids[shared:])
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """How a row begins: as ids put in front, or as text tokenised with the rest.
+
+    Some tokenizers that put a dummy space before a text make it a token of its own ("▁", "On",
+    "ce▁"), though their models were trained on texts that begin with a written BOS. There, and only
+    there, writing BOS gives fewer tokens.
+    """
+    bos = tokenizer.bos_token_id
+    bare = tokenizer(OPENING_WORDS, add_special_tokens=False)["input_ids"]
+    if bos is None or tokenizer(OPENING_WORDS[0])["input_ids"][:1] != [bos]:
+        return [], ""
+    texts = [tokenizer.bos_token + word for word in OPENING_WORDS]
+    written = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if sum(map(len, written)) < sum(len(row) + 1 for row in bare):
+        return [], tokenizer.bos_token
+    return [bos], ""
+
+
+def _reason_to_drop(example: Example | None, limits: Limits) -> str | None:
+    if example is None:
+        return "response tokenised differently after query and prompt"
+    if len(example.context) < 2:
+        return "context of fewer than 2 tokens"
+    if not example.query:
+        return "response with no token before it"
+    lengths = {
+        "context": (len(example.context), limits.context_tokens),
+        "query and response": (len(example.query) + len(example.response), limits.query_tokens),
+        "prompt and response": (len(example.prompt) + len(example.response), limits.prompt_tokens),
+    }
+    for name, (length, limit) in lengths.items():
+        if length > limit:
+            return f"{name} longer than {limit} tokens"
+    return None

@@ -1,0 +1,58 @@
+"""The three settings as a Markdown table that reads well in a terminal too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..evaluation import SETTINGS, Summary
+
+Summaries = Mapping[str, Summary]
+
+
+def results_table(evaluations: Mapping[str, Summaries]) -> str:
+    """A Markdown table of accuracy and NLL per token, ± one standard error.
+
+    Args:
+        evaluations: the summaries by setting, under the name that their rows shall have
+            ("before", "after"; or "" for a single evaluation).
+    """
+    rows = [["", *SETTINGS.values()]]
+    for name, summaries in evaluations.items():
+        row = [_percent(summaries[setting]) for setting in SETTINGS]
+        rows.append([f"accuracy {name}".rstrip(), *row])
+    for name, summaries in evaluations.items():
+        row = [_nll(summaries[setting]) for setting in SETTINGS]
+        rows.append([f"NLL per token {name}".rstrip(), *row])
+    return _markdown(rows)
+
+
+def not_improved(before: Summaries, after: Summaries) -> list[str]:
+    """A sentence for every setting whose accuracy did not rise by two standard errors."""
+    sentences = []
+    for setting, name in SETTINGS.items():
+        old, new = before[setting], after[setting]
+        error = (old.accuracy_se**2 + new.accuracy_se**2) ** 0.5
+        if not new.accuracy - old.accuracy > 2 * error:
+            sentences.append(
+                f"{name} did not improve: accuracy {old.accuracy:.1%} before, {new.accuracy:.1%} "
+                f"after; NLL {old.nll_per_token:.2f} before, {new.nll_per_token:.2f} after."
+            )
+    return sentences
+
+
+def _percent(summary: Summary) -> str:
+    return f"{100 * summary.accuracy:.1f} ± {100 * summary.accuracy_se:.1f} %"
+
+
+def _nll(summary: Summary) -> str:
+    return f"{summary.nll_per_token:.3f} ± {summary.nll_per_token_se:.3f}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

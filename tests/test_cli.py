@@ -1,0 +1,245 @@
+"""The commands, from the command line to the files they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from gdprompt_fast.checkpoint import read_metrics
+from gdprompt_fast.cli import main
+from gdprompt_fast.data import write_triples
+from gdprompt_fast.data.people import make_people_data, people_tokenizer
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+RUN_MAIN = "import sys; from gdprompt_fast.cli import main; main(sys.argv[1:])"
+DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]
+TRAIN = ["--steps", "4", "--batch-size", "2", "--inner-lr", "0.1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny saved Llama with the people tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = people_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
+    write_triples(make_people_data(9, 1, seed=0).train.to_list(), path)
+    return path
+
+
+def test_the_demo_in_miniature_writes_everything_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "demo"
+    assert main([*DEMO, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("No Context", "Prompt", "Fine-Tuning", "accuracy before", "NLL per token after"):
+        assert words in printed
+    assert "Prompt did not improve" in printed  # two steps teach nothing, and it says so
+    assert (output / "results.md").read_text() in printed
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
+    results = json.loads((output / "results.json").read_text())
+    for name in ("before", "after"):
+        for setting in ("no_context", "prompt", "fine_tuning"):
+            assert results[name]["settings"][setting]["examples"] == 6
+    assert len(results["before"]["inner_lr_tried"]) > 4
+    assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "model" / "model.safetensors").is_file()
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_a_folder_with_a_run_is_continued_only_on_request_and_with_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", str(tmp_path)]
+    assert main([*DEMO, *output]) == 0
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([*DEMO, *output]) == 2
+    assert "add --resume" in one_line(capsys)
+    assert main([*DEMO, *output, "--resume", "--seed", "1"]) == 2
+    assert "seed: expected 0 as in the run" in one_line(capsys)
+    assert main([*DEMO, *output, "--resume"]) == 0
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed as an error: one line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("gdprompt ") and ": error: " in error
+    return error
+
+
+@pytest.mark.parametrize("objective", ["gold", "kl"])
+def test_train_then_evaluate(
+    objective: str,
+    model_folder: Path,
+    triples: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    files = ["--model", str(model_folder), "--data", str(triples), "--test-data", str(triples)]
+    settings = ["--objective", objective, "--answer-tokens", "3", "--output", str(output)]
+    assert main(["train", *files, *settings, *TRAIN]) == 0
+    assert "9 of 9 records kept" in capsys.readouterr().out
+    assert (output / "figure.png").is_file() and (output / "results.json").is_file()
+    results = tmp_path / "results.json"
+    command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
+    assert main([*command, "--inner-lr", "0.1", "--results", str(results)]) == 0
+    assert "Fine-Tuning: η = 0.1" in capsys.readouterr().out
+    after = json.loads((output / "results.json").read_text())["after"]
+    assert json.loads(results.read_text())["settings"] == after["settings"]
+
+
+def test_train_adapters_then_evaluate_them(
+    model_folder: Path, triples: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    output = tmp_path / "run"
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    lora = ["--lora-rank", "1", "--inner-params", "lora", "--objective", "gold"]
+    assert main([*command, *lora, "--output", str(output)]) == 0
+    assert (output / "model" / "adapter_model.safetensors").is_file()
+    command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
+    assert main([*command, "--inner-params", "lora", "--device", "cpu"]) == 0
+
+
+def test_evaluate_can_tune_the_inner_rate(
+    model_folder: Path, triples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    assert main([*command, "--tune-inner-lr", "--inner-lr-grid", "0.02", "0.04"]) == 0
+    printed = capsys.readouterr().out
+    assert "η = 0.02" in printed or "η = 0.04" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "model: expected a folder with a config.json, got no/such"),
+        (["--data", "no-such.jsonl"], "no-such.jsonl: expected a JSONL file"),
+        (["--data", "bad.jsonl"], 'bad.jsonl, line 1: expected the field "response"'),
+        (["--inner-lr", "-1"], "inner_lr: expected a finite number >= 0, got -1.0"),
+        (["--batch-size", "0"], "batch_size: expected an integer >= 1, got 0"),
+        (["--inner-params", "lora"], "inner_params: expected to select some parameters"),
+        (["--max-context-tokens", "5"], "got none: 0 of 9 records kept; dropped 9: context longer"),
+        (["--device", "no-such-device"], "device: expected one that is there"),
+        (["--test-data", "test.jsonl", "--eval-batch-size", "0"], "eval_batch_size: expected an"),
+        (["--output", "full"], "output: expected a new or empty folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    triples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"context": "a", "query": "b"}\n')
+    Path("test.jsonl").write_text(triples.read_text())
+    Path("full").mkdir()
+    Path("full/something").write_text("")
+    good = ["--model", str(model_folder), "--data", str(triples), "--output", "run"]
+    assert main(["train", *good, *arguments]) == 2
+    assert message in one_line(capsys)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"]], ids=str)
+def test_help_names_options_and_defaults(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "default: " in printed if command else "evaluate" in printed
+
+
+def test_a_run_killed_by_the_system_continues_to_the_same_bits(
+    model_folder: Path, triples: Path, tmp_path: Path
+) -> None:
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    command += ["--objective", "gold", "--steps", "40", "--checkpoint-every", "2", "--output"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_MAIN, *command, str(killed)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(killed.glob("checkpoints/step-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (killed / "model").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main([*command, str(killed), "--resume"]) == 0
+    assert main([*command, str(whole)]) == 0
+    torch.set_num_threads(threads)
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_train_and_evaluate_a_real_checkpoint_on_real_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = SHARED_DATA / "models" / "TinyStories-656K"
+    squad = SHARED_DATA / "squad" / "squad-v1.1-subset.json"
+    if not (model.is_dir() and squad.is_file()):
+        pytest.skip("the TinyStories-656K checkpoint or SQuAD is not in ../shared/data")
+    article = json.loads(squad.read_text())["data"][0]
+    records = [
+        {
+            "context": paragraph["context"],
+            "query": question["question"],
+            "response": question["answers"][0]["text"],
+        }
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"][:1]
+    ]
+    write_triples(records, tmp_path / "squad.jsonl")
+    files = ["--model", str(model), "--data", str(tmp_path / "squad.jsonl"), "--device", "cpu"]
+    limits = ["--max-context-tokens", "400", "--max-prompt-tokens", "480"]
+    steps = ["--steps", "2", "--batch-size", "2", "--objective", "kl", "--answer-tokens", "4"]
+    output = ["--output", str(tmp_path / "run")]
+    assert main(["train", *files, *limits, *steps, *output]) == 0
+    assert "records kept; dropped" in capsys.readouterr().out
+    assert all(row["query_loss"] > 0 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    trained = ["--model", str(tmp_path / "run" / "model")]
+    assert main(["evaluate", *files, *limits, *trained]) == 0
+    assert "Fine-Tuning" in capsys.readouterr().out
