@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, torch's own too
+
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +30,6 @@ from transformers import (
 
 from gdprompt_fast import MetaBatch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 if importlib.util.find_spec("triton") is not None:
     import triton_interpreter
 

@@ -1,4 +1,5 @@
-"""Makes Triton's interpreter (3.6 to 3.9) right for bf16: ``tl.dot`` and fp32 → bf16 casts.
+"""Makes Triton's interpreter (3.6 to 3.9) right for bf16, ``tl.dot`` and fp32 → bf16 casts, and lets
+3.6 loop to a run-time bound with numpy ≥ 2.4.
 
 Elementwise arithmetic on bf16 stays wrong there, so kernels convert to fp32 right after every load.
 """
@@ -23,7 +24,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def mend() -> None:
-    """Replaces the two operations of the interpreter."""
+    """Replaces the three operations of the interpreter."""
     builder: Any = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -41,5 +42,12 @@ def mend() -> None:
             return interpreter.TensorHandle(data, tl.bfloat16)
         return cast(self, source, target)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
     builder.create_fp_trunc = lambda self, source, target: self.cast_impl(source, target)
