@@ -27,7 +27,8 @@ def newest(rows: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| case | way | time of a step | × ordinary step | peak over model and gradients | × ordinary |",
+        "| case | way | time of a step | × ordinary step | peak over model and gradients | × "
+        "ordinary |",
         "|---|---|---|---|---|---|",
     ]
     for case, title in CASES.items():
@@ -39,19 +40,22 @@ def table(rows: list[dict[str, Any]]) -> str:
             bytes_ratio = f"{row['peak_bytes'] / base['peak_bytes']:.2f}" if base else "–"
             way = row["provider"].replace("fast_meta_step", "**`fast_meta_step`**")
             lines.append(
-                f"| {title} | {way} | {seconds:.2f} s | {times} | {megabytes:,.0f} MB | {bytes_ratio} |"
+                f"| {title} | {way} | {seconds:.2f} s | {times} | {megabytes:,.0f} MB | "
+                f"{bytes_ratio} |"
             )
     return "\n".join(lines)
 
 
 def footnote(rows: list[dict[str, Any]]) -> str:
     last = next(row for row in reversed(rows) if row["case"] in CASES)
-    process = [r for r in rows if r["case"] == "llama-1b"]
-    whole = f" The whole process of the 1 B step peaked at {process[-1]['process_peak_bytes'] / 1e9:.1f} GB."
-    return (
+    text = (
         f"{last['dtype']}, {last['device']}, torch {last['torch']}, medians of one run each; "
-        f"rows in `benchmarks/results/engine.jsonl`.{whole if process else ''}"
+        "rows in `benchmarks/results/engine.jsonl`."
     )
+    for row in newest(rows, "llama-1b"):
+        peak = row["process_peak_bytes"] / 1e9
+        text += f" The whole process of the 1 B {row['provider']} peaked at {peak:.1f} GB."
+    return text
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ __all__ = [
     "reference_meta_step",
 ]
 
-# In a source checkout the Triton kernels stand beside the package, in <root>/kernels, not inside it.
+# In a source checkout the Triton kernels stand beside the package, not inside it.
 _here = _Path(__file__).parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
     __path__.append(str(_here.parent))

@@ -27,7 +27,7 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """"torch" or "triton" for a choice of the caller.
+    """ "torch" or "triton" for a choice of the caller.
 
     Raises:
         ValueError: for an unknown name, or "triton" where it cannot run.
@@ -56,7 +56,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def implementation(op: str, like: Tensor) -> ModuleType:
-    """The module with the passes of ``op``: ``kernels.<op>`` or ``ops.eager.<op>``, of the same names.
+    """The module with the passes of ``op``: ``kernels.<op>`` or ``ops.eager.<op>``, of the same
+    names.
 
     Kernels are for fp32, fp16 and bf16; fp64 is for proofs, and runs in PyTorch.
     """

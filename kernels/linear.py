@@ -1,4 +1,6 @@
-"""The fused inner update: a product with every group's own weights, in one accumulator and one write."""
+"""The fused inner update: a product with every group's own weights, in one accumulator and one
+write.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _updated_product_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
     for start in range(0, I, BLOCK_K):
         i = start + k
-        x = tl.load(x_ptr + r[:, None] * I + i[None, :], mask=in_r[:, None] & (i < I)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + r[:, None] * I + i[None, :], mask=in_r[:, None] & (i < I)[None, :], other=0.0
+        )
         w = tl.load(
             w_ptr + o[None, :] * stride_wo + i[:, None] * stride_wi,
             mask=in_o[None, :] & (i < I)[:, None],
@@ -124,9 +128,7 @@ def compile_cases() -> list[dict[str, Any]]:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "a_ptr", "e_ptr", "y_ptr"), f"*{name}")
         strides = dict(stride_wo="i32", stride_wi="i32")
-        constexprs = dict(
-            HAS_BIAS=False, EXACT=dtype == torch.float32, GROUPS=2, **_blocks(dtype)
-        )
+        constexprs = dict(HAS_BIAS=False, EXACT=dtype == torch.float32, GROUPS=2, **_blocks(dtype))
         cases.append(
             dict(
                 name=f"updated_product {name}",

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import linear as kernels
+
 from gdprompt_fast.ops.eager import linear as eager
 
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -24,12 +25,22 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 16, 16, 1), (3, 1, 41, 17, 5), (2, 37, 32, 48, 13), (5, 16, 20, 70, 64), (2, 130, 8, 8, 3)],
+    [
+        (1, 1, 16, 16, 1),
+        (3, 1, 41, 17, 5),
+        (2, 37, 32, 48, 13),
+        (5, 16, 20, 70, 64),
+        (2, 130, 8, 8, 3),
+    ],
     ids=lambda s: "G{}-M{}-I{}-O{}-S{}".format(*s),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_updated_product_is_as_exact_as_pytorch(
-    dtype: torch.dtype, shape: tuple[int, ...], bias: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    bias: bool,
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups, rows, inputs, outputs, context = shape
     torch.manual_seed(0)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.attention import attention
+from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear

@@ -1,4 +1,6 @@
-"""bf16: the dual form never rounds the update into the weights, and the step is as good as bf16 allows."""
+"""bf16: the dual form never rounds the update into the weights, and the step is as good as bf16
+allows.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,10 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
 
 
 def change_errors(dtype: torch.dtype) -> tuple[float, float]:
-    """Relative errors of the change y' − y of a layer's output at η = 1e-3: in dual form, and with the
-    weights rounded to ``dtype`` after the update. Weights, inputs and cotangents as a 2048-wide Llama's."""
+    """Relative errors of the change y' − y of a layer's output at η = 1e-3: in dual form, and with
+    the weights rounded to ``dtype`` after the update. Weights, inputs and cotangents as a 2048-wide
+    Llama's.
+    """
     torch.manual_seed(0)
     groups, tokens, width = 2, 32, 512
     weight = (0.02 * torch.randn(width, width)).to(dtype)
@@ -86,7 +90,11 @@ def test_the_dual_form_keeps_an_update_that_rounding_into_bf16_weights_loses() -
 def test_an_adapted_bf16_model_runs(make_batch: Build) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=67
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=67,
     )
     model, batch = LlamaForCausalLM(config).bfloat16().eval(), make_batch()
     update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)

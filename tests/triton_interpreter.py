@@ -1,5 +1,5 @@
-"""Makes Triton's interpreter (3.6 to 3.9) right for bf16, ``tl.dot`` and fp32 → bf16 casts, and lets
-3.6 loop to a run-time bound with numpy ≥ 2.4.
+"""Makes Triton's interpreter (3.6 to 3.9) right for bf16, ``tl.dot`` and fp32 → bf16 casts, and
+lets 3.6 loop to a run-time bound with numpy ≥ 2.4.
 
 Elementwise arithmetic on bf16 stays wrong there, so kernels convert to fp32 right after every load.
 """

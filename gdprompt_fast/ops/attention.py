@@ -10,6 +10,7 @@ from torch.autograd import Function
 from ..backend import implementation
 from .guard import differentiable_no_further
 
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..evaluation import SETTINGS, Summary
@@ -27,17 +28,24 @@ def results_table(evaluations: Mapping[str, Summaries]) -> str:
 
 
 def not_improved(before: Summaries, after: Summaries) -> list[str]:
-    """A sentence for every setting whose accuracy did not rise by two standard errors."""
+    """A sentence for every setting not better, by two standard errors, in accuracy and NLL."""
     sentences = []
     for setting, name in SETTINGS.items():
         old, new = before[setting], after[setting]
-        error = (old.accuracy_se**2 + new.accuracy_se**2) ** 0.5
-        if not new.accuracy - old.accuracy > 2 * error:
-            sentences.append(
-                f"{name} did not improve: accuracy {old.accuracy:.1%} before, {new.accuracy:.1%} "
-                f"after; NLL {old.nll_per_token:.2f} before, {new.nll_per_token:.2f} after."
-            )
+        failed = []
+        if not new.accuracy - old.accuracy > 2 * _of_both(old.accuracy_se, new.accuracy_se):
+            failed.append(f"accuracy ({old.accuracy:.1%} before, {new.accuracy:.1%} after)")
+        drop = old.nll_per_token - new.nll_per_token
+        if not drop > 2 * _of_both(old.nll_per_token_se, new.nll_per_token_se):
+            failed.append(f"NLL ({old.nll_per_token:.2f} before, {new.nll_per_token:.2f} after)")
+        if failed:
+            sentences.append(f"{name} did not improve in {' and '.join(failed)}.")
     return sentences
+
+
+def _of_both(old_se: float, new_se: float) -> float:
+    """The standard error of a difference, as if the two were independent."""
+    return math.hypot(old_se, new_se)
 
 
 def _percent(summary: Summary) -> str:

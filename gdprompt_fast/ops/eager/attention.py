@@ -1,4 +1,6 @@
-"""Causal attention: the three passes, a block of queries at a time. Shapes as in ops/attention.py."""
+"""Causal attention: the three passes, a block of queries at a time. Shapes as in
+ops/attention.py.
+"""
 
 from __future__ import annotations
 

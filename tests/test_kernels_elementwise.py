@@ -1,0 +1,234 @@
+"""The Triton kernels of norm and SwiGLU in Triton's interpreter, against the plain passes in fp64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdprompt_fast import backend
+from gdprompt_fast.ops.eager import norm as eager_norm
+from gdprompt_fast.ops.eager import swiglu as eager_swiglu
+from gdprompt_fast.ops.norm import norm
+from gdprompt_fast.ops.swiglu import swiglu
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+from gdprompt_fast.kernels import norm as kernel_norm
+from gdprompt_fast.kernels import swiglu as kernel_swiglu
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compile_kernels.py"
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN: an element that no kernel writes shows."""
+    torch.manual_seed(0)
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args: Any, plain: Callable[..., Tensor] = plain, **kwargs: Any) -> Tensor:
+            fresh = plain(*args, **kwargs)
+            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "KERNELS", frozenset({"norm", "swiglu"}))
+
+
+def relative_error(value: Tensor, gold: Tensor) -> float:
+    return float((value.double() - gold).norm() / gold.norm())
+
+
+def assert_at_most_twice_eager(
+    names: str, kernel: tuple[Any, ...], eager: tuple[Any, ...], gold: tuple[Any, ...]
+) -> None:
+    for name, fast, plain, exact in zip(names.split(), kernel, eager, gold, strict=True):
+        assert (fast is None) == (plain is None), name
+        if fast is None:
+            continue
+        assert (fast.shape, fast.dtype) == (plain.shape, plain.dtype), name
+        ours, theirs = relative_error(fast, exact), relative_error(plain, exact)
+        floor = FLOOR[fast.dtype]
+        assert ours <= 2 * theirs + floor, f"{name}: kernel {ours:.2e}, eager {theirs:.2e}"
+
+
+def widen(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.double() if isinstance(t, Tensor) else t for t in values)
+
+
+def rows(B: int, D: int, dtype: torch.dtype, expanded: bool) -> Tensor:
+    """[B, D] of γ's size: of one row with a stride of 0, or with a gap between the rows."""
+    if expanded:
+        return (1 + 0.3 * torch.randn(D)).to(dtype).expand(B, D)
+    return (1 + 0.3 * torch.randn(B, D + 3)).to(dtype)[:, :D]
+
+
+@each_dtype
+@pytest.mark.parametrize("expanded", [True, False], ids=["one-weight-row", "row-of-each-example"])
+@pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 41), (3, 5, 401), (2, 3, 2, 8), (3, 7), (1, 130, 32)], ids=str
+)
+def test_every_pass_of_norm_errs_at_most_twice_as_much_as_eager(
+    shape: tuple[int, ...],
+    center: bool,
+    expanded: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_norm, "SUMMING_PROGRAMS", 4)  # several blocks to a program
+    monkeypatch.setattr(kernel_norm, "TILE_ELEMENTS", 512)
+    B, D = shape[0], shape[-1]
+    x = (torch.randn(shape) * 2 + 0.5).to(dtype)
+    dy, u = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, v, w = (rows(B, D, dtype, expanded) for _ in range(3))
+    bias = rows(B, D, dtype, expanded) if center else None
+
+    forward = (x, weight, bias, 1e-5, center)
+    gold = eager_norm.norm_forward(*widen(forward))
+    plain = eager_norm.norm_forward(*forward)
+    fast = kernel_norm.norm_forward(*forward)
+    assert_at_most_twice_eager("y mean rstd", fast, plain, gold)
+
+    backward = (dy, x, weight)
+    assert_at_most_twice_eager(
+        "dx dweight dbias",
+        kernel_norm.norm_backward(*backward, *fast[1:]),
+        eager_norm.norm_backward(*backward, *plain[1:]),
+        eager_norm.norm_backward(*widen(backward), *gold[1:]),
+    )
+
+    double = (u, v, w, *backward)
+    assert_at_most_twice_eager(
+        "cot_dy cot_x cot_weight",
+        kernel_norm.norm_double_backward(*double, *fast[1:]),
+        eager_norm.norm_double_backward(*double, *plain[1:]),
+        eager_norm.norm_double_backward(*widen(double), *gold[1:]),
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 401), (1, 1), (2, 5, 308)], ids=str)
+def test_every_pass_of_swiglu_errs_at_most_twice_as_much_as_eager(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    gate, up, dy, a, b = ((2 * torch.randn(shape)).to(dtype) for _ in range(5))
+    for pass_, names, inputs in (
+        ("swiglu_forward", "y", (gate, up)),
+        ("swiglu_backward", "dgate dup", (dy, gate, up)),
+        ("swiglu_double_backward", "cot_dy cot_gate cot_up", (a, b, dy, gate, up)),
+    ):
+        fast, plain = getattr(kernel_swiglu, pass_), getattr(eager_swiglu, pass_)
+        results = [fast(*inputs), plain(*inputs), plain(*widen(inputs))]
+        if pass_ == "swiglu_forward":
+            results = [(y,) for y in results]
+        assert_at_most_twice_eager(names, *results)
+
+
+def test_swiglu_of_large_gates_is_finite() -> None:
+    gate = torch.tensor([-200.0, -90.0, 90.0, 200.0])
+    ones = torch.ones(4)
+    results = kernel_swiglu.swiglu_double_backward(ones, ones, ones, gate, ones)
+    expected = eager_swiglu.swiglu_double_backward(ones, ones, ones, gate, ones)
+    torch.testing.assert_close(results, expected)
+
+
+def test_strided_inputs_give_what_contiguous_ones_give() -> None:
+    x, dy, u = (torch.randn(2, 6, 5, 4).transpose(1, 3) for _ in range(3))
+    weight, v, w = (torch.randn(6, 2).t() for _ in range(3))
+    inputs = (u, v, w, dy, x, weight)
+    _, mean, rstd = kernel_norm.norm_forward(x, weight, None, 1e-5, True)
+    torch.testing.assert_close(
+        kernel_norm.norm_double_backward(*inputs, mean, rstd),
+        eager_norm.norm_double_backward(*inputs, mean, rstd),
+    )
+    gate, up = torch.randn(3, 8).chunk(2, -1)
+    scalar = torch.randn(()).expand(3, 4)
+    torch.testing.assert_close(
+        kernel_swiglu.swiglu_backward(scalar, gate, up),
+        eager_swiglu.swiglu_backward(scalar, gate, up),
+    )
+
+
+def test_norm_in_fp32_of_bf16_weights_keeps_the_dtype_of_each() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(2, 8, dtype=torch.bfloat16)
+    y, mean, rstd = kernel_norm.norm_forward(x, weight, None, 1e-5, False)
+    dx, dweight, dbias = kernel_norm.norm_backward(y, x, weight, mean, rstd)
+    assert (y.dtype, dx.dtype) == (torch.float32, torch.float32)
+    assert (dweight.dtype, dbias.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_a_row_too_long_for_the_registers_is_refused_by_name() -> None:
+    x = torch.zeros(1, 1, kernel_norm.MAX_D + 1)
+    with pytest.raises(ValueError, match="x: expected at most 16384 elements in a row, got 16385"):
+        kernel_norm.norm_forward(x, x[0], None, 1e-5, False)
+
+
+def derivatives(op: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The value, the first derivatives and those of a function of them."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    generator = torch.Generator().manual_seed(1)
+
+    def like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator).to(t.dtype)
+
+    y = op(*leaves)
+    first = torch.autograd.grad(y, leaves, like(y), create_graph=True)
+    second = torch.autograd.grad(sum((g * like(g)).sum() for g in first) + y.square().sum(), leaves)
+    return [y, *first, *second]
+
+
+@pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (lambda x, w: norm(x, w, None, eps=1e-5, center=False), [(3, 5, 41), (3, 41)]),
+        (lambda x, w: norm(x, w.expand(3, 8), None, eps=1e-5, center=False), [(3, 2, 4, 8), (8,)]),
+        (lambda x, w, b: norm(x, w, b, eps=1e-5, center=True), [(3, 5, 41), (3, 41), (3, 41)]),
+        (swiglu, [(3, 5, 41), (3, 5, 41)]),
+    ],
+    ids=["rms_norm", "rms_norm-of-heads-one-weight", "layer_norm", "swiglu"],
+)
+def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
+    op: Callable[..., Tensor], shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [torch.randn(shape) for shape in shapes]
+    gold = derivatives(op, *(t.double() for t in inputs))
+    used = set()
+    for module in (kernel_norm, kernel_swiglu):
+        for name in [name for name in vars(module) if name.startswith(("norm_", "swiglu_"))]:
+
+            def counted(*args: Any, plain: Any = getattr(module, name), name: str = name) -> Any:
+                used.add(name.partition("_")[2])
+                return plain(*args)
+
+            monkeypatch.setattr(module, name, counted)
+    with backend.use_backend("triton"):
+        values = derivatives(op, *inputs)
+    assert used == {"forward", "backward", "double_backward"}
+    for index, (value, exact) in enumerate(zip(values, gold, strict=True)):
+        assert relative_error(value, exact) < 1e-5, index
+
+
+def test_every_kernel_compiles_for_sm_90_without_a_spill(tmp_path: Path) -> None:
+    results = tmp_path / "compiled_kernels.jsonl"
+    command = [sys.executable, str(SCRIPT), "--targets", "sm_90", "--results", str(results)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TERM": "dumb"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results.read_text().count('"target": "sm_90"') > 0
