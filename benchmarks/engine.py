@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.memory import peak_bytes_over_model
 from gdprompt_fast.reference.compare import gradients_of, worst_error
-from gdprompt_fast.report.memory import peak_bytes_over_model
 
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
 

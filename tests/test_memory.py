@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.memory import PeakMemory, model_tensors, peak_bytes_over_model
 from gdprompt_fast.ops.eager import attention
 from gdprompt_fast.ops.vocabulary import block
-from gdprompt_fast.report.memory import PeakMemory, model_tensors, peak_bytes_over_model
 
 EXAMPLES, CONTEXT, QUERY, RESPONSE, VOCABULARY, HIDDEN = 6, 24, 8, 2, 1024, 64
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from gdprompt_fast.memory import PeakMemory
 from gdprompt_fast.ops.attention import attention
 from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
@@ -19,7 +20,6 @@ from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.phase import Phase, weight_handle
 from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
-from gdprompt_fast.report.memory import PeakMemory
 
 
 def leaf(*shape: int) -> Tensor:

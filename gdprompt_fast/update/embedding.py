@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.phase import weight_handle
-from .site import Site, StepState, outer_gradient, rule_for
+from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
 
 
 def check_embedding(module: Any) -> None:
@@ -23,9 +23,8 @@ def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
     return ids.expand(rows, -1) if len(ids) == 1 else ids
 
 
-class EmbeddingSite(Site):
+class EmbeddingSite(FactoredSite):
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
-        super().__init__(state)
         check_embedding(module)
         gradient = outer_gradient(module.weight)
         self.table = InnerEmbedding(
@@ -36,15 +35,12 @@ class EmbeddingSite(Site):
             phase=state.phase,
             gradient=gradient,
         )
-        self.handle = weight_handle((module.weight, gradient))
-        if inner["weight"]:
-            self.moved = [self.handle]
+        super().__init__(state, weight_handle((module.weight, gradient)), inner["weight"])
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
-        handle = self.moved[0] if self.moved else self.handle
         ids = rows_of_ids(ids, len(self.state.rows))
-        return inner_embedding(ids, handle, self.table, self.state.rows, self.state.level)
+        return inner_embedding(ids, self.handle, self.table, self.state.rows, self.state.level)
 
 
 @rule_for("torch.nn.modules.sparse.Embedding")

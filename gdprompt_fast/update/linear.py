@@ -9,16 +9,15 @@ from torch import Tensor
 from ..ops.gradient import WeightGradient
 from ..ops.linear import InnerLinear, inner_linear
 from ..ops.phase import weight_handle
-from .site import Site, StepState, outer_gradient, rule_for
+from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
 
 
-class LinearSite(Site):
+class LinearSite(FactoredSite):
     """y = x W'ᵀ + b'. ``transposed``: the module stores its weight as [I, O]."""
 
     def __init__(
         self, module: Any, inner: dict[str, bool], state: StepState, transposed: bool = False
     ) -> None:
-        super().__init__(state)
         weight, bias = module.weight, module.bias
         weight_gradient = WeightGradient(weight, transposed) if weight.requires_grad else None
         bias_gradient = outer_gradient(bias)
@@ -32,14 +31,12 @@ class LinearSite(Site):
             weight_gradient=weight_gradient,
             bias_gradient=bias_gradient,
         )
-        self.handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
-        if any(inner.values()):
-            self.moved = [self.handle]
+        handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
+        super().__init__(state, handle, any(inner.values()))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        handle = self.moved[0] if self.moved else self.handle
-        return inner_linear(x, handle, self.layer, self.state.rows, self.state.level)
+        return inner_linear(x, self.handle, self.layer, self.state.rows, self.state.level)
 
 
 @rule_for("torch.nn.modules.linear.Linear")

@@ -7,31 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.norm import norm
-from .site import Site, StepState, per_group, rule_for
+from .site import MaterialisedSite, Site, StepState, rule_for
 
 
-class NormSite(Site):
+class NormSite(MaterialisedSite):
     def __init__(
         self, module: Any, inner: dict[str, bool], state: StepState, eps: float, center: bool
     ) -> None:
-        super().__init__(state)
-        self.module, self.eps, self.center = module, eps, center
-        self.names = [name for name, moves in inner.items() if moves]
-        self.moved = [per_group(getattr(module, name), state.groups) for name in self.names]
+        super().__init__(module, inner, state)
+        self.eps, self.center = eps, center
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        weight, bias = self._of_rows("weight"), self._of_rows("bias")
+        weight, bias = self.of_rows("weight"), self.of_rows("bias")
         assert weight is not None
         return norm(x, weight, bias, eps=self.eps, center=self.center)
-
-    def _of_rows(self, name: str) -> Tensor | None:
-        """Each row's weight or bias, [B, D]; None if the layer has none."""
-        rows = self.state.rows
-        if name in self.names:
-            return self.moved[self.names.index(name)][rows.group_B]
-        shared = getattr(self.module, name, None)
-        return None if shared is None else shared.expand(len(rows), -1)
 
 
 @rule_for("torch.nn.modules.normalization.LayerNorm")

@@ -52,6 +52,45 @@ class Site:
         raise NotImplementedError
 
 
+class FactoredSite(Site):
+    """A layer whose update is kept in factors: one handle stands for its weights in autograd."""
+
+    def __init__(self, state: StepState, handle: Tensor, inner: bool) -> None:
+        super().__init__(state)
+        self._at_theta = handle
+        if inner:
+            self.moved = [handle]
+
+    @property
+    def handle(self) -> Tensor:
+        """The handle of the weights at the current level."""
+        return self.moved[0] if self.moved else self._at_theta
+
+
+class MaterialisedSite(Site):
+    """A layer of small parameters: every group has its own, [G, *shape]."""
+
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
+        super().__init__(state)
+        self.module = module
+        self._names = [name for name, moves in inner.items() if moves]
+        self.moved = [_per_group(getattr(module, name), state.groups) for name in self._names]
+
+    def of_rows(self, name: str) -> Tensor | None:
+        """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""
+        rows = self.state.rows
+        if name in self._names:
+            return self.moved[self._names.index(name)][rows.group_B]
+        shared = getattr(self.module, name, None)
+        return None if shared is None else shared.expand(len(rows), *shared.shape)
+
+
+def _per_group(parameter: Tensor, groups: int) -> Tensor:
+    """[G, *shape], with a graph to the parameter if it is trained."""
+    expanded = parameter.expand(groups, *parameter.shape)
+    return expanded if parameter.requires_grad else expanded.detach().requires_grad_()
+
+
 Rule = Callable[[Any, dict[str, bool], StepState], Site]
 _RULES: dict[str, Rule] = {}
 
@@ -79,11 +118,3 @@ def find_rule(module: nn.Module) -> Rule | None:
 def outer_gradient(parameter: Tensor | None) -> WeightGradient | None:
     """Where the outer gradient of a parameter is summed; None if it is frozen or absent."""
     return WeightGradient(parameter) if parameter is not None and parameter.requires_grad else None
-
-
-def per_group(parameter: Tensor, groups: int) -> Tensor:
-    """A small parameter as [G, *shape], one for each group, with a graph to the parameter if it is
-    trained.
-    """
-    expanded: Any = parameter.expand(groups, *parameter.shape)
-    return expanded if parameter.requires_grad else expanded.detach().requires_grad_()

@@ -13,14 +13,13 @@ from ..ops.phase import weight_handle
 from ..ops.rows import GroupedRows
 from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
 from .embedding import check_embedding, rows_of_ids
-from .site import Site, StepState, outer_gradient
+from .site import FactoredSite, StepState, outer_gradient
 
 
-class VocabularySite(Site):
+class VocabularySite(FactoredSite):
     """The head as losses and logits, and (:meth:`forward`) the tied embedding's lookup."""
 
     def __init__(self, head: nn.Linear, embedding: Any, inner: bool, state: StepState) -> None:
-        super().__init__(state)
         if embedding is not None:
             check_embedding(embedding)
         gradient = outer_gradient(head.weight)
@@ -32,27 +31,21 @@ class VocabularySite(Site):
             phase=state.phase,
             gradient=gradient,
         )
-        self.handle = weight_handle((head.weight, gradient))
-        if inner:
-            self.moved = [self.handle]
-
-    @property
-    def _handle(self) -> Tensor:
-        return self.moved[0] if self.moved else self.handle
+        super().__init__(state, weight_handle((head.weight, gradient)), inner)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
         ids = rows_of_ids(ids, len(self.state.rows))
-        return tied_lookup(ids, self._handle, self.vocabulary, self.state.rows, self.state.level)
+        return tied_lookup(ids, self.handle, self.vocabulary, self.state.rows, self.state.level)
 
     def context_loss(self, hidden_CTD: Tensor, weight_CT: Tensor) -> Tensor:
         """Weighted next-token NLL of every context, [C]."""
-        return context_loss(hidden_CTD, weight_CT, self._handle, self.vocabulary, self.state.level)
+        return context_loss(hidden_CTD, weight_CT, self.handle, self.vocabulary, self.state.level)
 
     def response_loss(self, hidden_RD: Tensor, target: Target, rows: GroupedRows) -> Tensor:
         """KL(target ‖ student) of every response token, [R]."""
         return response_loss(
-            hidden_RD, target, self._handle, self.vocabulary, rows, self.state.level
+            hidden_RD, target, self.handle, self.vocabulary, rows, self.state.level
         )
 
     @torch.no_grad()

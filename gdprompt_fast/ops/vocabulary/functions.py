@@ -202,7 +202,7 @@ class _TiedLookup(Function):
             vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
         if vocabulary.inner and vocabulary.phase.second_order and level > 0:
             ids_GM = rows.to_groups(ids, fill=-1).flatten(1)
-            vocabulary.lookups.append(Lookup(level, ids_GM, rows.tokens_to_groups(u)))
+            vocabulary.lookups.append(Lookup(ids_GM, rows.tokens_to_groups(u)))
         return handle_like(handle), None, None, None, None
 
 

@@ -60,7 +60,6 @@ class Lookup:
     up.
     """
 
-    level: int
     ids_GM: Tensor
     u_GMD: Tensor
 
