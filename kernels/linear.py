@@ -123,18 +123,19 @@ def updated_product(
 
 def compile_cases() -> list[dict[str, Any]]:
     """What benchmarks/compile_kernels.py compiles: a layer of Llama 3.2 1B in bf16 and fp32."""
-    sizes = ("ROWS", "M", "I", "O", "S")
+    sizes = ("ROWS", "M", "I", "O", "S", "stride_wo")
+    pointers = ("x_ptr", "w_ptr", "b_ptr", "a_ptr", "e_ptr", "y_ptr")
     cases = []
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "a_ptr", "e_ptr", "y_ptr"), f"*{name}")
-        strides = dict(stride_wo="i32", stride_wi="i32")
-        constexprs = dict(HAS_BIAS=False, EXACT=dtype == torch.float32, GROUPS=2, **_blocks(dtype))
+        exact = dtype == torch.float32
+        flags = dict(HAS_BIAS=False, EXACT=exact, GROUPS=2, stride_wi=1)
         cases.append(
             dict(
                 name=f"updated_product {name}",
                 kernel=_updated_product_kernel,
-                signature={**pointers, **dict.fromkeys(sizes, "i32"), **strides},
-                constexprs=constexprs,
+                signature={**dict.fromkeys(pointers, f"*{name}"), **dict.fromkeys(sizes, "i32")},
+                constexprs={**flags, **_blocks(dtype)},
+                aligned=list(sizes),
                 num_warps=4,
                 num_stages=3,
             )

@@ -61,7 +61,7 @@ def test_the_demo_in_miniature_writes_everything_it_promises(
     printed = capsys.readouterr().out
     for words in ("No Context", "Prompt", "Fine-Tuning", "accuracy before", "NLL per token after"):
         assert words in printed
-    assert "Prompt did not improve in accuracy" in printed  # two steps teach nothing, and it says so
+    assert "Prompt did not improve in accuracy" in printed  # two steps teach nothing
     assert (output / "results.md").read_text() in printed
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
     results = json.loads((output / "results.json").read_text())
