@@ -11,7 +11,24 @@ from torch import Tensor, nn
 
 # Causal decoders whose logits are head(backbone(ids)), whose attention is causal (or
 # sliding-window) softmax attention, and whose equality with the reference the test suite proves.
-SUPPORTED_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"})
+# Exactly these classes: a subclass may compute something else.
+SUPPORTED_MODELS = frozenset(
+    f"transformers.models.{name}"
+    for name in (
+        "llama.modeling_llama.LlamaForCausalLM",
+        "qwen2.modeling_qwen2.Qwen2ForCausalLM",
+        "qwen3.modeling_qwen3.Qwen3ForCausalLM",
+        "mistral.modeling_mistral.MistralForCausalLM",
+        "gpt2.modeling_gpt2.GPT2LMHeadModel",
+        "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
+    )
+)
+SUPPORTED_TUNERS = frozenset({"peft.tuners.lora.model.LoraModel", "peft.tuners.lora.layer.Linear"})
+
+
+def type_name(module: nn.Module) -> str:
+    """``package.module.Class``."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -23,15 +40,27 @@ def causal_lm(model: nn.Module) -> Any:
     inner: Any = model
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES or not hasattr(inner, "get_output_embeddings"):
-        known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+    if type_name(inner) not in SUPPORTED_MODELS:
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in SUPPORTED_MODELS))
         raise ValueError(
-            f"model: expected a transformers causal LM (model_type one of {known}) or a PEFT "
-            "model around one, "
-            f"got {type(inner).__name__} with model_type {model_type!r}"
+            f"model: expected a transformers causal LM ({known}) or a PEFT LoRA model around one, "
+            f"got {type_name(inner)}"
         )
     return inner
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Other PEFT methods than plain LoRA on linear layers use the weights in other ways."""
+    for name, module in model.named_modules():
+        kind = type_name(module)
+        if kind.startswith("peft.tuners.") and kind not in SUPPORTED_TUNERS:
+            raise ValueError(
+                "model: expected PEFT adapters to be plain LoRA on linear layers, "
+                f"got {kind} at {name}"
+            )
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(f"model: expected PEFT LoRA adapters, got {config.peft_type.value}")
 
 
 def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
@@ -41,7 +70,12 @@ def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
     inner = causal_lm(model)
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError(f"model: expected a head of type nn.Linear without a bias, got {head}")
+        raise ValueError(
+            "model: expected a head of type nn.Linear without a bias or adapters, "
+            f"got {type(head).__name__}"
+        )
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ValueError("model: expected no forward hooks on the head, which the losses replace")
     return inner.base_model, head
 
 
@@ -80,6 +114,20 @@ def check_deterministic(model: nn.Module) -> None:
             )
 
 
+def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:
+    """Ids are in the vocabulary, and rows no longer than learned positions."""
+    inner = causal_lm(model)
+    vocabulary, config = len(inner.get_input_embeddings().weight), inner.config
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{name}: expected token ids in [0, {vocabulary}), got [{low}, {high}]")
+    if config.model_type == "gpt2" and ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{name}: expected at most {config.max_position_embeddings} tokens in a row, "
+            f"got {ids.shape[1]}"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Everything about the model itself that can make a meta step wrong.
 
@@ -87,8 +135,13 @@ def check_model(model: nn.Module) -> None:
         ValueError: unsupported architecture, active dropout, gradient checkpointing, autocast.
     """
     inner = causal_lm(model)
+    check_adapters(model)
     backbone_and_head(model)
     check_deterministic(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model: expected no torch.inference_mode around the step, got an active one"
+        )
     if any(vars(module).get("gradient_checkpointing", False) for module in inner.modules()):
         raise ValueError(
             "model: gradient checkpointing is on; it recomputes with the wrong weights "

@@ -70,9 +70,10 @@ def check_group(name: str, group: Any, rows: int, like: Tensor) -> Tensor:
 def check_context_group(context_group: Any, context_ids: Tensor) -> Tensor:
     """The owning group of every context; the groups are numbered 0, 1, … without a gap."""
     group = check_group("context_group", context_group, len(context_ids), context_ids)
-    counts = torch.bincount(group)
-    if (counts == 0).any():
-        raise ValueError(f"context_group: group {int((counts == 0).nonzero()[0])} has no context")
+    present = group.unique()
+    gap = present != torch.arange(len(present), device=group.device)
+    if gap.any():
+        raise ValueError(f"context_group: group {int(gap.nonzero()[0])} has no context")
     return group
 
 

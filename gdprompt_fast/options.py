@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architecture import causal_lm, check_model
+from .architecture import causal_lm, check_ids, check_model
 from .backend import resolve_backend
 from .batch import MetaBatch, check_tokens, describe
 from .targets import TeacherTargets, check_teacher
@@ -53,7 +54,8 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
     elif inner_params in ("full", "lora"):
 
         def chosen(name: str, _: nn.Parameter) -> bool:
-            return (".lora_" in name) == (inner_params == "lora")
+            frozen_copy = ".original_module." in name  # of PEFT's modules_to_save; never used
+            return (".lora_" in name) == (inner_params == "lora") and not frozen_copy
 
     else:
         raise ValueError(
@@ -75,14 +77,6 @@ def check_inner(inner_lr: Any, inner_steps: Any) -> None:
         raise ValueError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
 
 
-def check_ids_in_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f"{name}: expected token ids in [0, {vocabulary}), got [{int(ids.min())}, "
-            f"{int(ids.max())}]"
-        )
-
-
 def check_step(
     model: nn.Module,
     batch: MetaBatch,
@@ -93,6 +87,7 @@ def check_step(
     outer_reduction: str,
     lm_weight: float,
     lm_batch: LMBatch | None,
+    first_order: bool,
     backend: str,
 ) -> None:
     """Checks the arguments of a meta step before anything is computed.
@@ -109,8 +104,8 @@ def check_step(
             f"batch: expected device {embedding.device} as the model, got "
             f"{batch.context_ids.device}"
         )
-    check_ids_in_vocabulary("context_ids", batch.context_ids, len(embedding))
-    check_ids_in_vocabulary("query_ids", batch.query_ids, len(embedding))
+    check_ids("context_ids", batch.context_ids, model)
+    check_ids("query_ids", batch.query_ids, model)
     check_inner(inner_lr, inner_steps)
     check_teacher(
         objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device
@@ -119,24 +114,38 @@ def check_step(
         raise ValueError(f'outer_reduction: expected "sum" or "mean", got {outer_reduction!r}')
     if not isinstance(lm_weight, int | float) or not math.isfinite(lm_weight) or lm_weight < 0:
         raise ValueError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
+    if not isinstance(first_order, bool):
+        raise ValueError(f"first_order: expected a bool, got {first_order!r}")
     if lm_batch is not None:
-        check_lm_batch(lm_batch, len(embedding))
+        check_lm_batch(lm_batch, model)
     resolve_backend(backend, embedding.device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter with requires_grad, got none")
 
 
-def check_lm_batch(lm_batch: Any, vocabulary: int) -> None:
+def check_lm_batch(lm_batch: Any, model: nn.Module) -> None:
     if not isinstance(lm_batch, tuple) or len(lm_batch) != 2:
         raise ValueError(f"lm_batch: expected a pair (ids, mask), got {describe(lm_batch)}")
     ids, mask = lm_batch
     check_tokens("lm_batch", ids, mask, "[N, T]")
-    check_ids_in_vocabulary("lm_batch", ids, vocabulary)
+    check_ids("lm_batch", ids, model)
     if (mask.sum(1) < 2).any():
         raise ValueError("lm_batch: expected at least 2 real tokens in every row")
 
 
-def check_inner_loss(loss_G: Tensor, step: int) -> None:
+@contextmanager
+def clean_after_error(model: nn.Module) -> Iterator[None]:
+    """A failed step leaves no ``.grad`` where there was none."""
+    without_grad = [p for p in model.parameters() if p.grad is None]
+    try:
+        yield
+    except BaseException:
+        for parameter in without_grad:
+            parameter.grad = None
+        raise
+
+
+def check_inner_loss(loss_G: Tensor, step: int, first_group: int = 0) -> None:
     """A NaN or infinite inner loss would poison every meta-gradient; stop while ``.grad`` is
     untouched.
     """
@@ -145,7 +154,7 @@ def check_inner_loss(loss_G: Tensor, step: int) -> None:
         group = int(bad.nonzero()[0])
         raise FloatingPointError(
             f"inner loss: expected a finite number, got {float(loss_G[group])} "
-            f"for group {group} at inner step {step + 1}"
+            f"for group {first_group + group} at inner step {step + 1}"
         )
 
 

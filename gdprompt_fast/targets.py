@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import backbone_and_head, hidden_states, predicting_states
+from .architecture import (
+    backbone_and_head,
+    check_deterministic,
+    check_ids,
+    hidden_states,
+    predicting_states,
+)
 from .batch import check_response, check_tokens, describe
 
 
@@ -25,6 +31,11 @@ class TeacherTargets:
     logits: Tensor | None = None
     hidden: Tensor | None = None
     head: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("logits", "hidden", "head") if getattr(self, name) is not None]
+        if given not in (["logits"], ["hidden", "head"]):
+            raise ValueError(f"TeacherTargets: expected logits, or hidden and head, got {given}")
 
     @staticmethod
     def from_logits(logits: Tensor) -> TeacherTargets:
@@ -58,6 +69,8 @@ class TeacherTargets:
         """
         check_tokens("prompt", prompt_ids, prompt_mask, "[Q, T]")
         check_response(response_mask, prompt_ids, prompt_mask, "[Q, T]")
+        check_ids("prompt_ids", prompt_ids, teacher)
+        check_deterministic(teacher)
         _, head = backbone_and_head(teacher)
         hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)
         return TeacherTargets(hidden=hidden, head=head.weight.detach())

@@ -4,6 +4,7 @@ fp64, to 1e-9.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -257,3 +258,49 @@ def test_padding_changes_nothing(tiny_model: Build, make_batch: Build) -> None:
     _, gradients = gradients_of(fast_meta_step, model, other, **options)
     error, name = worst_error(gradients, expected)
     assert error <= 1e-12, f"{name}: relative error {error:.1e}"
+
+
+def test_a_teacher_of_another_precision_gives_the_same_gradient(
+    tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model("llama-tied", torch.float32), make_batch()
+    teacher = random_teacher(batch)
+    _, double = gradients_of(fast_meta_step, model, batch, teacher=teacher)
+    single = TeacherTargets.from_logits(teacher.materialised_logits().float())
+    _, expected = gradients_of(fast_meta_step, model, batch, teacher=single)
+    error, name = worst_error(double, expected)
+    assert error <= 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_a_teacher_may_rule_tokens_out(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model("llama-tied"), make_batch()
+    logits = random_teacher(batch).materialised_logits().clone()
+    logits[:, 5:9] = -torch.inf
+    out = fast_meta_step(model, batch, teacher=TeacherTargets.from_logits(logits))
+    assert torch.isfinite(out.outer_loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_gradient_hooks_see_every_step(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model(), make_batch()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    _, expected = gradients_of(fast_meta_step, model, batch, objective="gold")
+    model.zero_grad()
+    weight.register_hook(lambda g: 2 * g)
+    for _ in range(2):
+        fast_meta_step(model, batch, objective="gold")
+    torch.testing.assert_close(weight.grad, 4 * expected["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_nothing_stays_alive_after_a_step(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model("llama-tied"), make_batch()
+
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        fast_meta_step(model, batch, objective="gold", inner_lr=0.1, inner_steps=2, lm_weight=0.1)
+        counts.append(live_tensors())
+    assert len(set(counts[1:])) == 1, f"live tensors after each step: {counts}"

@@ -121,6 +121,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown reduction": (dict(outer_reduction="max"), "outer_reduction: .*got 'max'"),
     "negative lm_weight": (dict(lm_weight=-0.1), "lm_weight: .*got -0.1"),
     "lm_batch that is no pair": (dict(lm_batch=torch.zeros(2)), r"lm_batch: expected a pair"),
+    "first_order that is no bool": (dict(first_order="no"), "first_order: expected a bool"),
     "unknown backend": (dict(backend="cuda"), "backend: expected one of .*got 'cuda'"),
 }
 
@@ -164,6 +165,43 @@ def test_a_nan_in_the_inner_loss_stops_with_gradients_untouched(
     assert_untouched(model, before)
 
 
+def test_a_nan_for_one_group_names_it(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model("llama-untied"), make_batch()
+    others = set(batch.context_ids[[0, 2]].flatten().tolist())
+    alone = next(token for token in batch.context_ids[1, :4].tolist() if token not in others)
+    model.model.embed_tokens.weight.data[alone] = float("nan")
+    for step in (fast_meta_step, reference_meta_step):
+        with pytest.raises(FloatingPointError, match="for group 1"):
+            step(model, batch, objective="gold")
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_teachers_are_errors(tiny_model: Build, make_batch: Build) -> None:
+    with pytest.raises(ValueError, match="TeacherTargets: expected logits, or hidden and head"):
+        TeacherTargets()
+    model, batch = tiny_model(), make_batch()
+    teacher = TeacherTargets.from_logits(torch.full((6, 67), float("nan")))
+    with pytest.raises(FloatingPointError, match="teacher: expected finite predictions"):
+        fast_meta_step(model, batch, teacher=teacher)
+    assert all(p.grad is None for p in model.parameters())
+    ids, mask = batch.query_ids.clone(), batch.query_mask
+    ids[0, 0] = 99
+    with pytest.raises(ValueError, match=r"prompt_ids: expected token ids in \[0, 67\)"):
+        TeacherTargets.from_model(model, ids, mask, batch.response_mask)
+
+
+def test_rows_longer_than_learned_positions_are_an_error(tiny_model: Build) -> None:
+    model = tiny_model("gpt2-conv1d-positions")
+    ids = torch.zeros(1, 33, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"context_ids: expected at most 32 tokens .*got 33"):
+        inner_step(model, ids, ids == 0)
+
+
+def test_inference_mode_is_refused(tiny_model: Build, make_batch: Build) -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        fast_meta_step(tiny_model(), make_batch(), objective="gold")
+
+
 def test_an_inner_loss_that_overflows_at_the_second_step_says_so(
     tiny_model: Build, make_batch: Build
 ) -> None:
@@ -186,13 +224,34 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
     assert_untouched(model, before)
 
 
-def test_hooked_forwards_are_put_back(tiny_model: Build, make_batch: Build) -> None:
+def test_replaced_forwards_and_hooks_on_the_head_are_refused(
+    tiny_model: Build, make_batch: Build
+) -> None:
     model = tiny_model()
     layer = model.model.layers[0].mlp.up_proj
-    own = layer.forward
-    layer.forward = own
-    fast_meta_step(model, make_batch(), objective="gold")
+    layer.forward = own = lambda x: 2 * x
+    with pytest.raises(ValueError, match=r"own forward of model.layers.0.mlp.up_proj"):
+        fast_meta_step(model, make_batch(), objective="gold")
     assert vars(layer)["forward"] is own
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="no forward hooks on the head"):
+        fast_meta_step(model, make_batch(), objective="gold")
+
+
+def test_an_inner_parameter_of_two_layers_is_refused(tiny_model: Build, make_batch: Build) -> None:
+    model = tiny_model()
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"one shared by .*layers.0.*q_proj.weight and .*layers.1"):
+        fast_meta_step(model, make_batch(), objective="gold")
+
+
+def test_a_subclass_of_a_supported_model_is_refused(tiny_model: Build, make_batch: Build) -> None:
+    model = tiny_model()
+    model.__class__ = type("Scaled", (type(model),), {})
+    with pytest.raises(ValueError, match=r"model: expected a transformers .*got .*Scaled"):
+        fast_meta_step(model, make_batch(), objective="gold")
 
 
 def test_unsupported_models_are_refused(tiny_model: Build, make_batch: Build) -> None:
@@ -230,7 +289,7 @@ def test_an_inner_parameter_the_loss_does_not_depend_on_is_named(
 
 def test_dora_adapters_are_refused(lora_model: Build, make_batch: Build) -> None:
     model = lora_model("llama-tied", use_dora=True)
-    with pytest.raises(ValueError, match=r"no rule for parameter .*lora_magnitude_vector"):
+    with pytest.raises(ValueError, match=r"plain LoRA on linear layers, got .*Dora"):
         fast_meta_step(model, make_batch(), objective="gold", inner_params="lora")
 
 

@@ -159,4 +159,9 @@ def test_wrong_groups_and_models_are_errors(tiny_model: Build, make_batch: Build
         pytest.raises(ValueError, match="one group for each of the 3 rows, got 2"),
     ):
         model(input_ids=batch.query_ids)
+    with (
+        update.applied_to(model, torch.tensor([0, 1])),
+        pytest.raises(ValueError, match="one group for each of the 1 rows, got 2"),
+    ):
+        model(input_ids=batch.query_ids[:1])
     assert "forward" not in vars(model.model.layers[0].mlp.up_proj)

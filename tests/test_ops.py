@@ -1,4 +1,8 @@
-"""Every op: its values, and its first and second derivatives by finite differences in fp64."""
+"""Every op in fp64: its values, and its first and second derivatives.
+
+By finite differences where the op is a plain function; the ops that carry inner updates are
+compared with materialised weights, whose gradient autograd takes through the inner step.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,14 @@ from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.phase import Phase, weight_handle
 from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
+from gdprompt_fast.ops.vocabulary import (
+    GoldTarget,
+    Vocabulary,
+    context_loss,
+    response_loss,
+    tied_lookup,
+)
+from gdprompt_fast.ops.vocabulary import block as vocabulary_block
 
 
 def leaf(*shape: int) -> Tensor:
@@ -265,3 +277,66 @@ def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
         RuntimeError, match="inner_linear is differentiable once outside an inner step only"
     ):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def vocabulary_twice(
+    table: Tensor, mix: Tensor, ids: list[Tensor], groups: list[Tensor], tied: bool
+) -> Tensor:
+    """A model of one tanh layer: an inner step on the head (and the tied table), then its NLL."""
+    contexts, queries = (GroupedRows(group, 2) for group in groups)
+    phase, gradient = Phase(second_order=True), WeightGradient(table)
+    vocabulary = Vocabulary(
+        table.detach(), padding_idx=None, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+    )
+    handle = weight_handle((table, gradient))
+    vocabulary.begin_contexts(ids[0], contexts)
+
+    def states(tokens: Tensor, handle: Tensor, rows: GroupedRows, level: int) -> Tensor:
+        if tied:
+            return torch.tanh(tied_lookup(tokens, handle, vocabulary, rows, level) @ mix)
+        return torch.tanh(F.one_hot(tokens, len(table)).to(mix) @ torch.ones_like(table) + mix[0])
+
+    weight = torch.full_like(ids[0], 1, dtype=table.dtype) / (ids[0].shape[1] - 1)
+    weight[:, -1] = 0  # the last position predicts nothing
+    loss = context_loss(states(ids[0], handle, contexts, 0), weight, handle, vocabulary, 0)
+    with phase.inner():
+        (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
+    handle = handle - 0.3 * step
+    h_RD = states(ids[1], handle, queries, 1)[:, -1]
+    target = GoldTarget(queries.to_groups(ids[1][:, 0]), table.dtype)
+    return response_loss(h_RD, target, handle, vocabulary, queries, 1)
+
+
+def vocabulary_materialised(
+    table: Tensor, mix: Tensor, ids: list[Tensor], groups: list[Tensor], tied: bool
+) -> Tensor:
+    def states(tokens: Tensor, table: Tensor) -> Tensor:
+        if tied:
+            return torch.tanh(table[tokens] @ mix)
+        return torch.tanh(F.one_hot(tokens, len(table)).to(mix) @ torch.ones_like(table) + mix[0])
+
+    losses = []
+    for row, g in enumerate(groups[1]):
+        own = ids[0][groups[0] == g]
+        logits = states(own, table) @ table.T
+        nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), own[:, 1:], reduction="none")
+        (step,) = torch.autograd.grad(nll.mean(1).sum(), table, create_graph=True)
+        adapted = table - 0.3 * step
+        h = states(ids[1][row : row + 1], adapted)[:, -1]
+        losses.append(F.cross_entropy(h @ adapted.T, ids[1][row, :1], reduction="none"))
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head-alone", "tied"])
+@pytest.mark.parametrize("tile", [1 << 21, 8], ids=["one-block", "many-blocks"])
+def test_the_losses_at_an_inner_updated_head_and_their_double_backward_are_right(
+    tile: int, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary_block, "TILE_ELEMENTS", tile)
+    ids = [torch.tensor([[1, 2, 1], [0, 3, 2]]), torch.tensor([[1, 0], [2, 3], [4, 1]])]
+    groups = [torch.tensor([0, 1]), torch.tensor([1, 1, 0])]
+    assert_same_value_and_gradients(
+        lambda table, mix: vocabulary_twice(table, mix, ids, groups, tied),
+        lambda table, mix: vocabulary_materialised(table, mix, ids, groups, tied),
+        (leaf(7, 3), leaf(3, 3)),
+    )

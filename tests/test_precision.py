@@ -17,6 +17,7 @@ from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
+from gdprompt_fast.update.site import MaterialisedSite
 
 Build = Callable[..., Any]
 
@@ -85,6 +86,35 @@ def test_the_dual_form_keeps_an_update_that_rounding_into_bf16_weights_loses() -
     dual, rounded = change_errors(torch.bfloat16)
     assert dual < 0.01, f"the dual form's change is off by {dual:.1%}"
     assert rounded > 10 * dual, f"rounded weights: {rounded:.1%}, dual form: {dual:.1%}"
+
+
+@pytest.mark.parametrize("kind", ["norms", "adapters"])
+def test_small_parameters_keep_their_update_in_bf16_too(
+    kind: str, tiny_model: Build, lora_model: Build, make_batch: Build
+) -> None:
+    chosen = "norm" if kind == "norms" else "lora_"
+    build = tiny_model if kind == "norms" else lora_model
+    model, batch = build("llama-tied").bfloat16(), make_batch()
+
+    def change(inner_lr: float) -> torch.Tensor:
+        update = inner_step(
+            model,
+            batch.context_ids,
+            batch.context_mask,
+            inner_lr=inner_lr,
+            inner_params=lambda name, _: chosen in name,
+        )
+        pairs = [
+            (moved, getattr(site.module, name))
+            for site in update._adapted.sites.values()
+            if isinstance(site, MaterialisedSite)
+            for moved, name in zip(site.moved, site._names, strict=True)
+        ]
+        return torch.cat([(moved - weight.float()).flatten() for moved, weight in pairs])
+
+    small, large = change(1e-4), change(1e-2)
+    assert large.abs().max() > 0
+    torch.testing.assert_close(100 * small, large, rtol=1e-2, atol=1e-2 * float(large.abs().max()))
 
 
 def test_an_adapted_bf16_model_runs(make_batch: Build) -> None:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import causal_lm, check_model
+from ..architecture import check_ids, check_model
 from ..batch import check_context_group, check_contexts, describe
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..options import (
     InnerParams,
-    check_ids_in_vocabulary,
     check_inner,
     check_inner_loss,
     context_weights,
@@ -105,7 +104,6 @@ def inner_step(
     context_ids: Tensor,
     context_mask: Tensor,
     context_group: Tensor | None = None,
-    *,
     inner_lr: float = 1e-3,
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
@@ -127,9 +125,7 @@ def inner_step(
     """
     check_model(model)
     check_contexts(context_ids, context_mask)
-    check_ids_in_vocabulary(
-        "context_ids", context_ids, len(causal_lm(model).get_input_embeddings().weight)
-    )
+    check_ids("context_ids", context_ids, model)
     check_inner(inner_lr, inner_steps)
     group = check_context_group(context_group, context_ids)
     groups = int(group.max()) + 1

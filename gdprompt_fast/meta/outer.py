@@ -21,14 +21,15 @@ def outer_target(
     batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, dtype: torch.dtype
 ) -> Target:
     """What each response token's prediction is compared with, in group-major order."""
+    dtype = torch.promote_types(dtype, torch.float32)
     if teacher is None:
-        ids_GM = token_rows.to_groups(batch.query_ids[batch.response_mask])
-        return GoldTarget(ids_GM, torch.promote_types(dtype, torch.float32))
+        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]), dtype)
     logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
         None if logits is None else token_rows.to_groups(logits),
         None if hidden is None else token_rows.to_groups(hidden),
         teacher.head,
+        dtype,
     )
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +10,14 @@ from ..backend import resolve_backend, use_backend
 from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
-from ..options import InnerParams, LMBatch, MetaStepOutput, check_step, select_inner
+from ..options import (
+    InnerParams,
+    LMBatch,
+    MetaStepOutput,
+    check_step,
+    clean_after_error,
+    select_inner,
+)
 from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
@@ -24,7 +28,6 @@ from .outer import lm_loss, outer_target, response_weights
 def fast_meta_step(
     model: nn.Module,
     batch: MetaBatch,
-    *,
     inner_lr: float = 1e-3,
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
@@ -76,6 +79,9 @@ def fast_meta_step(
         ValueError: for a bad argument, before anything is computed, naming it, the expected and the
             given.
         FloatingPointError: if an inner loss is not finite; ``.grad`` is untouched.
+
+    Out of memory in the last backward leaves ``.grad`` None where it was None, and where it was
+    not, with part of this step added: clear it before going on.
     """
     check_step(
         model,
@@ -87,11 +93,12 @@ def fast_meta_step(
         outer_reduction,
         lm_weight,
         lm_batch,
+        first_order,
         backend,
     )
     state = StepState(batch.groups, float(inner_lr), Phase(second_order=not first_order))
     ran = resolve_backend(backend, batch.context_ids.device)
-    with torch.enable_grad(), use_backend(ran), _clean_after_error(model):
+    with torch.enable_grad(), use_backend(ran), clean_after_error(model):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
             contexts = GroupedRows(batch.context_group, batch.groups)
@@ -109,7 +116,8 @@ def fast_meta_step(
             (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
         if lm_batch is not None:
             lm = lm_loss(model, *lm_batch)
-            (lm_weight * lm).backward()
+            if lm_weight > 0:
+                (lm_weight * lm).backward()
     return MetaStepOutput(
         outer_loss=query_loss.detach() + lm_weight * lm.detach(),
         query_loss=query_loss.detach(),
@@ -136,15 +144,3 @@ def _query_loss(
     target = outer_target(batch, teacher, token_rows, hidden_RD.dtype)
     losses_R = adapted.vocabulary.response_loss(hidden_RD, target, token_rows)
     return (losses_R * response_weights(batch, outer_reduction, losses_R.dtype)).sum()
-
-
-@contextmanager
-def _clean_after_error(model: nn.Module) -> Iterator[None]:
-    """A failed step leaves no ``.grad`` where there was none."""
-    without_grad = [p for p in model.parameters() if p.grad is None]
-    try:
-        yield
-    except BaseException:
-        for parameter in without_grad:
-            parameter.grad = None
-        raise

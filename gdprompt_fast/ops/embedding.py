@@ -109,7 +109,7 @@ def _matches(a_GM: Tensor, b_GS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inner_embedding(
-    ids: Tensor, handle: Tensor | None, table: InnerEmbedding, rows: GroupedRows, level: int
+    ids: Tensor, handle: Tensor, table: InnerEmbedding, rows: GroupedRows, level: int
 ) -> Tensor:
     """y[b, t] = θ'[ids[b, t]] with the table of row b's group after ``level`` inner steps; [B, T,
     D].
@@ -121,7 +121,7 @@ class _InnerEmbedding(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        handle: Tensor | None,
+        handle: Tensor,
         ids: Tensor,
         table: InnerEmbedding,
         rows: GroupedRows,

@@ -43,7 +43,10 @@ class WeightGradient:
         return total
 
     def _in_place(self) -> Tensor | None:
-        return self._parameter.grad if self._parameter.is_leaf else None
+        """The ``.grad`` to add to; None if autograd has to see the sum, to run a hook on it."""
+        if not self._parameter.is_leaf or self._parameter._backward_hooks:
+            return None
+        return self._parameter.grad
 
     def _buffer(self) -> Tensor:
         in_place = self._in_place()

@@ -163,7 +163,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Te
 
 
 def inner_linear(
-    x: Tensor, handle: Tensor | None, layer: InnerLinear, rows: GroupedRows, level: int
+    x: Tensor, handle: Tensor, layer: InnerLinear, rows: GroupedRows, level: int
 ) -> Tensor:
     """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps.
 
@@ -172,8 +172,7 @@ def inner_linear(
 
     Args:
         x: [B, …, I].
-        handle: the handle of the weight at ``level``; None if neither inner nor outer gradients are
-            needed.
+        handle: the handle of the weight at ``level``.
     """
     return _InnerLinear.apply(x, handle, layer, rows, level)
 
@@ -183,7 +182,7 @@ class _InnerLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        handle: Tensor | None,
+        handle: Tensor,
         layer: InnerLinear,
         rows: GroupedRows,
         level: int,
@@ -214,7 +213,7 @@ class _InnerLinearBackward(Function):
         ctx: Any,
         e: Tensor,
         x: Tensor,
-        handle: Tensor | None,
+        handle: Tensor,
         layer: InnerLinear,
         rows: GroupedRows,
         level: int,
@@ -222,7 +221,7 @@ class _InnerLinearBackward(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.use = layer, rows, level
         ctx.tokens = tuple(x.shape[1:-1])
-        ctx.needs_dx, ctx.handle = needs_dx, None if handle is None else handle.detach()
+        ctx.needs_dx, ctx.handle = needs_dx, handle.detach()
         ctx.factor = layer.record(x, e, rows, level)
         dx = layer.transposed_product(e, rows, level) if needs_dx else e.new_empty(0)
         return dx, e.new_empty(0)

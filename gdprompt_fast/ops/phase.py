@@ -36,9 +36,9 @@ class Phase:
             self.inner_backward = False
 
 
-def handle_like(handle: Tensor | None) -> Tensor | None:
+def handle_like(handle: Tensor) -> Tensor:
     """The gradient of a handle: it has no elements either."""
-    return None if handle is None else handle.new_empty(0)
+    return handle.new_empty(0)
 
 
 def weight_handle(*weights: tuple[Tensor, WeightGradient | None]) -> Tensor:

@@ -19,6 +19,7 @@ from ..options import (
     MetaStepOutput,
     check_inner_loss,
     check_step,
+    clean_after_error,
     select_inner,
 )
 from ..targets import TeacherTargets
@@ -68,10 +69,32 @@ def response_losses(
     return (target.exp() * (target - student)).sum(-1)
 
 
+def adapt(
+    model: nn.Module,
+    inner: Parameters,
+    batch: MetaBatch,
+    group: int,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool,
+) -> tuple[Parameters, Tensor]:
+    """θ' of one group, with its graph, and the group's inner loss at θ."""
+    rows = (batch.context_group == group).nonzero().flatten()
+    ids, mask = batch.context_ids[rows], batch.context_mask[rows]
+    theta, at_theta = dict(inner), None
+    for step in range(inner_steps):
+        loss = next_token_nll(logits_at(model, theta, ids), ids, mask).mean()
+        check_inner_loss(loss.detach()[None], step, first_group=group)
+        at_theta = loss.detach() if at_theta is None else at_theta
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
+        theta = {n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)}
+    assert at_theta is not None
+    return theta, at_theta
+
+
 def reference_meta_step(
     model: nn.Module,
     batch: MetaBatch,
-    *,
     inner_lr: float = 1e-3,
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
@@ -99,6 +122,7 @@ def reference_meta_step(
         outer_reduction,
         lm_weight,
         lm_batch,
+        first_order,
         backend,
     )
     inner = {
@@ -107,34 +131,21 @@ def reference_meta_step(
     }
     teacher_logits = teacher.materialised_logits() if teacher is not None else None
     inner_loss, query_loss = [], []
-    with twice_differentiable_attention(model):
+    with clean_after_error(model), twice_differentiable_attention(model):
         for group in range(batch.groups):
-            contexts = (batch.context_group == group).nonzero().flatten()
+            theta, loss_at_theta = adapt(
+                model, inner, batch, group, inner_lr, inner_steps, first_order
+            )
+            inner_loss.append(loss_at_theta)
             queries = (batch.query_group == group).nonzero().flatten()
-            theta: Parameters = dict(inner)
-            for step in range(inner_steps):
-                logits = logits_at(model, theta, batch.context_ids[contexts])
-                loss = next_token_nll(
-                    logits, batch.context_ids[contexts], batch.context_mask[contexts]
-                ).mean()
-                check_inner_loss(loss.detach()[None], step)
-                if step == 0:
-                    inner_loss.append(loss.detach())
-                grads = torch.autograd.grad(
-                    loss, list(theta.values()), create_graph=not first_order
-                )
-                theta = {
-                    n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)
-                }
             if len(queries) == 0:
                 continue
             losses = response_losses(
                 logits_at(model, theta, batch.query_ids[queries]), batch, queries, teacher_logits
             )
             if outer_reduction == "mean":
-                losses = losses / batch.response_mask[queries].sum(1).repeat_interleave(
-                    batch.response_mask[queries].sum(1)
-                )
+                lengths = batch.response_mask[queries].sum(1)
+                losses = losses / lengths.repeat_interleave(lengths)
             loss = losses.sum() / len(batch.query_ids)
             query_loss.append(loss.detach())
             loss.backward()

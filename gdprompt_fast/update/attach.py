@@ -13,7 +13,8 @@ from ..architecture import backbone_and_head, causal_lm
 from ..ops.rows import GroupedRows
 
 # Importing a rule's module registers it.
-from . import embedding, linear, norm  # noqa: F401
+from . import linear, norm  # noqa: F401
+from .embedding import EmbeddingSite
 from .lora import LowRankSite
 from .site import Site, StepState, find_rule
 from .substitutes import ATTENTION, substitute_for
@@ -29,7 +30,7 @@ class AdaptedModel:
         state: what the sites share.
 
     Raises:
-        ValueError: naming the first parameter whose layer has no rule.
+        ValueError: naming an inner parameter without a rule, or shared by two layers.
     """
 
     def __init__(self, model: nn.Module, inner: dict[str, nn.Parameter], state: StepState) -> None:
@@ -43,11 +44,14 @@ class AdaptedModel:
         )
         self.head = head
         self.sites: dict[nn.Module, Site] = {}
+        _check_not_shared(model, moved, {tokens, head})
         for name, module in model.named_modules():
             if module is head or not any(True for _ in module.parameters(recurse=False)):
                 continue
-            tied_here = tied and module is tokens
-            self.sites[module] = self.vocabulary if tied_here else _site(name, module, moved, state)
+            if tied and module is tokens:
+                self.sites[module] = self.vocabulary
+            elif (site := _site(name, module, moved, state)) is not None:
+                self.sites[module] = site
 
     @property
     def _all_sites(self) -> list[Site]:
@@ -65,7 +69,7 @@ class AdaptedModel:
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
         try:
-            with _replaced(forwards):
+            with _replaced(self.model, forwards):
                 yield
         finally:
             config._attn_implementation = before
@@ -75,9 +79,9 @@ class AdaptedModel:
         """Inside, row b of any input runs at the last θ' of its group; no gradients."""
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
-        forwards = {module: _checked(site.forward, rows) for module, site in self.sites.items()}
-        forwards[self.head] = _checked(self.vocabulary.logits, rows)
-        with _replaced(forwards):
+        forwards = {module: _checked(site, rows) for module, site in self.sites.items()}
+        forwards[self.head] = _without_grad(self.vocabulary.logits)
+        with _replaced(self.model, forwards):
             yield
 
     def hidden_states(self, ids_BT: Tensor, rows: GroupedRows, level: int) -> Tensor:
@@ -120,42 +124,68 @@ class AdaptedModel:
                 )
 
 
-def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Site:
+def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -> None:
+    """Each rule knows the uses of its own layer only; head and tokens are one site when tied."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owner = owners.setdefault(id(parameter), f"{name}.{key}")
+            if owner != f"{name}.{key}" and id(parameter) in moved and module not in tied:
+                raise ValueError(
+                    "inner_params: expected parameters of one layer each, "
+                    f"got one shared by {owner} and {name}.{key}"
+                )
+
+
+def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Site | None:
+    """The site of a layer; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
     if any(inner.values()) and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
         return LowRankSite(module, inner, state)
     rule = find_rule(module)
-    if rule is None:
+    if rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
+        return rule(module, inner, state)
+    if any(inner.values()):
+        key = next(key for key, moves in inner.items() if moves)
         raise ValueError(
-            f"model: no rule for parameter {name}.{next(iter(inner))} of a {type(module).__name__}"
+            f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}"
         )
-    return rule(module, inner, state)
+    return None
 
 
 @contextmanager
-def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Runs modules with other forwards, and puts back exactly what was there."""
-    before = {module: vars(module).get("forward") for module in forwards}
+def _replaced(model: nn.Module, forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Runs modules with other forwards, and afterwards with their own again."""
+    for name, module in model.named_modules():
+        if module in forwards and "forward" in vars(module):
+            raise ValueError(f"model: expected the own forward of {name}, got a replaced one")
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
+        for module in forwards:
             vars(module).pop("forward", None)
-            if own is not None:
-                module.forward = own
 
 
-def _checked(forward: Callable[..., Tensor], rows: GroupedRows) -> Callable[..., Tensor]:
-    """A forward without gradients that refuses another number of rows than has been announced."""
+def _checked(site: Site, rows: GroupedRows) -> Callable[..., Tensor]:
+    """A site's forward without gradients that refuses another number of rows than was announced."""
+    forward = _without_grad(site.forward)
 
     def checked(x: Tensor) -> Tensor:
-        if len(x) != len(rows) and not (len(x) == 1 and x.dtype == torch.long):
+        shared = isinstance(site, EmbeddingSite) and len(x) == 1  # positions, the same for all rows
+        if len(x) != len(rows) and not shared:
             raise ValueError(
                 f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
             )
+        return forward(x)
+
+    return checked
+
+
+def _without_grad(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor) -> Tensor:
         with torch.no_grad():
             return forward(x)
 
-    return checked
+    return run

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.gradient import WeightGradient
@@ -68,7 +69,10 @@ class FactoredSite(Site):
 
 
 class MaterialisedSite(Site):
-    """A layer of small parameters: every group has its own, [G, *shape]."""
+    """A layer of small parameters: every group has its own, [G, *shape].
+
+    They are fp32 at least: an update rounded into bf16 would be lost.
+    """
 
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
         super().__init__(state)
@@ -87,7 +91,8 @@ class MaterialisedSite(Site):
 
 def _per_group(parameter: Tensor, groups: int) -> Tensor:
     """[G, *shape], with a graph to the parameter if it is trained."""
-    expanded = parameter.expand(groups, *parameter.shape)
+    wide = parameter if parameter.dtype == torch.float64 else parameter.float()
+    expanded = wide.expand(groups, *parameter.shape)
     return expanded if parameter.requires_grad else expanded.detach().requires_grad_()
 
 

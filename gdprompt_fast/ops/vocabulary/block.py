@@ -115,3 +115,9 @@ def slices(vocabulary: int, tokens: int) -> Iterator[Slice]:
     size = max(1, min(vocabulary, TILE_ELEMENTS // max(1, tokens)))
     for start in range(0, vocabulary, size):
         yield Slice(start, min(start + size, vocabulary))
+
+
+def column_blocks(ids_GS: Tensor) -> Iterator[Columns]:
+    """The columns ids[g], in blocks of about TILE_ELEMENTS / (all S rows of all groups)."""
+    for ids_Gv in ids_GS.split(max(1, TILE_ELEMENTS // ids_GS.numel()), dim=1):
+        yield Columns(ids_Gv)

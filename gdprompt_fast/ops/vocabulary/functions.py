@@ -28,7 +28,7 @@ from .target import Target
 
 
 def context_loss(
-    hidden_CTD: Tensor, weight_CT: Tensor, handle: Tensor | None, vocabulary: Vocabulary, level: int
+    hidden_CTD: Tensor, weight_CT: Tensor, handle: Tensor, vocabulary: Vocabulary, level: int
 ) -> Tensor:
     """Σ_t weight[c, t] · NLL of the token after position t, at the weights of ``level``; [C].
 
@@ -47,7 +47,7 @@ class _ContextLoss(Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        handle: Tensor | None,
+        handle: Tensor,
         weight: Tensor,
         vocabulary: Vocabulary,
         level: int,
@@ -89,13 +89,13 @@ class _ContextLossBackward(Function):
     def forward(
         ctx: Any,
         anchor: Tensor,
-        handle: Tensor | None,
+        handle: Tensor,
         token_weight: Tensor,
         vocabulary: Vocabulary,
         level: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.use = vocabulary, level
-        ctx.anchor, ctx.handle = anchor.detach(), None if handle is None else handle.detach()
+        ctx.anchor, ctx.handle = anchor.detach(), handle.detach()
         rows, step = vocabulary.contexts, vocabulary.steps[level]
         assert rows is not None
         step.weight_GS = rows.to_groups(token_weight).flatten(1)
@@ -117,7 +117,7 @@ class _ContextLossBackward(Function):
 def response_loss(
     hidden_RD: Tensor,
     target: Target,
-    handle: Tensor | None,
+    handle: Tensor,
     vocabulary: Vocabulary,
     rows: GroupedRows,
     level: int,
@@ -136,7 +136,7 @@ class _ResponseLoss(Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        handle: Tensor | None,
+        handle: Tensor,
         target: Target,
         vocabulary: Vocabulary,
         rows: GroupedRows,
@@ -166,7 +166,7 @@ class _ResponseLoss(Function):
 
 
 def tied_lookup(
-    ids: Tensor, handle: Tensor | None, vocabulary: Vocabulary, rows: GroupedRows, level: int
+    ids: Tensor, handle: Tensor, vocabulary: Vocabulary, rows: GroupedRows, level: int
 ) -> Tensor:
     """W'[ids], the embedding lookup when the head is tied to the embedding; [B, T, D]."""
     return _TiedLookup.apply(handle, ids, vocabulary, rows, level)
@@ -176,7 +176,7 @@ class _TiedLookup(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        handle: Tensor | None,
+        handle: Tensor,
         ids: Tensor,
         vocabulary: Vocabulary,
         rows: GroupedRows,
@@ -209,10 +209,10 @@ class _TiedLookup(Function):
 class _TiedLookupBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, e: Tensor, handle: Tensor | None, ids: Tensor, vocabulary: Vocabulary, level: int
+        ctx: Any, e: Tensor, handle: Tensor, ids: Tensor, vocabulary: Vocabulary, level: int
     ) -> Tensor:
         ctx.vocabulary, ctx.ids = vocabulary, ids
-        ctx.handle = None if handle is None else handle.detach()
+        ctx.handle = handle.detach()
         if vocabulary.inner:
             assert vocabulary.contexts is not None
             e = drop_padding(e.detach(), ids, vocabulary.padding_idx)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import Columns, wide
+from .block import Columns, column_blocks, wide
 from .state import Adjoint, HeadStep, Projection, Use, Vocabulary
 from .target import Target
 
@@ -121,10 +121,12 @@ def response_pass(vocabulary: Vocabulary, h_GMD: Tensor, target: Target, level: 
     f_context = None
     if terms:
         assert vocabulary.context_ids_GS is not None
-        columns = Columns(vocabulary.context_ids_GS)
-        _, b = vocabulary.softmaxes(columns, terms)
-        student = (vocabulary.logits(columns, rows, b) - online.lse_GN[..., None]).exp_()
-        f_context = student - target.probabilities(columns)
+        parts = []
+        for columns in column_blocks(vocabulary.context_ids_GS):
+            _, b = vocabulary.softmaxes(columns, terms)
+            student = (vocabulary.logits(columns, rows, b) - online.lse_GN[..., None]).exp_()
+            parts.append(student - target.probabilities(columns))
+        f_context = torch.cat(parts, dim=2)
     dh = vocabulary.complete_product(online.mean("W") - sums["W"], f_p, f_context, level)
     loss = online.lse_GN - sums["z"] + target.negative_entropy
     return Response(loss, dh.to(h_GMD.dtype), rows, online.lse_GN, Use(h_GMD, f_p, f_context))

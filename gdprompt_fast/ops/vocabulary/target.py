@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .block import Block, slices, wide
+from .block import Block, slices
 
 
 class Target(Protocol):
@@ -43,22 +43,35 @@ class TeacherTarget:
     Args:
         logits_GNV: [G, N, V], or None.
         hidden_GND, head_VD: the teacher's states and head, or None.
+        dtype: of the probabilities, fp32 or fp64.
+
+    Raises:
+        FloatingPointError: if the teacher's logits are not numbers.
     """
 
     def __init__(
-        self, logits_GNV: Tensor | None, hidden_GND: Tensor | None, head_VD: Tensor | None
+        self,
+        logits_GNV: Tensor | None,
+        hidden_GND: Tensor | None,
+        head_VD: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
+        self._dtype = dtype
         self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
         self._lse_GN, self.negative_entropy = self._statistics()
+        if not torch.isfinite(self.negative_entropy).all():
+            raise FloatingPointError(
+                "teacher: expected finite predictions, got NaN or infinite ones"
+            )
 
     def probabilities(self, block: Block) -> Tensor:
         return self._logits(block).sub_(self._lse_GN[..., None]).exp_()
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:
-            return wide(block.select(self._logits_GNV)).clone()
+            return block.select(self._logits_GNV).to(self._dtype, copy=True)
         assert self._hidden_GND is not None and self._head_VD is not None
-        return block.project(self._hidden_GND, self._head_VD)
+        return block.project(self._hidden_GND, self._head_VD).to(self._dtype)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """log-sum-exp and Σ p log p, in one online pass over the vocabulary."""
@@ -66,14 +79,14 @@ class TeacherTarget:
         assert source is not None
         groups, rows = source.shape[:2]
         vocabulary = len(self._head_VD) if self._head_VD is not None else source.shape[2]
-        top = wide(source.new_full((groups, rows), float("-inf")))
+        top = source.new_full((groups, rows), float("-inf"), dtype=self._dtype)
         total, weighted = torch.zeros_like(top), torch.zeros_like(top)
         for block in slices(vocabulary, groups * rows):
             z = self._logits(block)
             new_top = torch.maximum(top, z.amax(-1))
             shrink, e = (top - new_top).exp_(), (z - new_top[..., None]).exp_()
             total = total * shrink + e.sum(-1)
-            weighted = weighted * shrink + (e * z).sum(-1)
+            weighted = weighted * shrink + (e * z).nan_to_num(nan=0.0).sum(-1)  # 0 · −∞ is 0
             top = new_top
         lse = top + total.log()
         return lse, weighted / total - lse
