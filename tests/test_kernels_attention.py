@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +11,9 @@ from torch.autograd import grad
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from gdprompt_fast import backend
 from gdprompt_fast.kernels import attention as kernels
+
+from gdprompt_fast import backend
 from gdprompt_fast.ops.attention import attention
 from gdprompt_fast.ops.eager import attention as eager
 
@@ -42,7 +38,7 @@ CASES = {
     "37 tokens, wide key tiles": (1, 2, 1, 37, 16, None, FP32, (16, 32)),
     "the window as long as the text": (1, 2, 1, 17, 16, 17, FP32, (16, 16)),
     "the window one short of the text": (1, 2, 1, 17, 16, 16, FP32, (16, 16)),
-    "the tiles of a GPU": (1, 2, 1, 131, 64, None, FP32, None),
+    "the tiles of a GPU": (1, 2, 1, 67, 64, None, FP32, None),
     "the tiles of a GPU in bf16": (1, 2, 1, 131, 64, None, BF16, None),
     "the tiles of a GPU, head dim 80, window 40, in bf16": (1, 1, 1, 131, 80, 40, BF16, None),
 }
@@ -58,20 +54,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             return empty(*args, **options).fill_(float("nan"))
 
         monkeypatch.setattr(owner, name, poisoned)
-
-
-@pytest.fixture(autouse=True)
-def indices_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``range`` of a tensor in the interpreter of Triton 3.6 with numpy 2.4."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def inputs(
@@ -133,7 +115,6 @@ def test_errs_at_most_twice_as_much_as_pytorch(
         assert error <= 2 * allowed + FLOOR[dtype], (
             f"{name}, output {i}: error {error:.2e}, PyTorch's {allowed:.2e}"
         )
-        print(f"ERR {case} | {name}[{i}] {error:.2e} eager {allowed:.2e}")
     assert all(torch.equal(tensors[key], t) for key, t in before.items()), "an input was changed"
 
 
