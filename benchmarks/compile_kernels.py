@@ -28,12 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gdprompt_fast.kernels
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+
+import gdprompt_fast.kernels
 
 RESULTS = Path(__file__).parent / "results" / "compiled_kernels.jsonl"
 TARGETS = {

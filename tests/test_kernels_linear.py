@@ -11,7 +11,6 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import linear as kernels
-
 from gdprompt_fast.ops.eager import linear as eager
 
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}

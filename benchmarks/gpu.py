@@ -1,0 +1,794 @@
+"""Checks, times and measures the Triton kernels and the whole step on a GPU, in at most 9 minutes.
+
+    python benchmarks/gpu.py             # needs a CUDA machine; appends to results/gpu.jsonl
+    python benchmarks/gpu.py --tiny      # the same code on a CPU in Triton's interpreter, tiny
+    shapes; the timings mean nothing, and tests/triton_interpreter.py makes bf16 right
+
+Ceilings first: the copy bandwidth and the matrix rate that every other number is a ratio of. Then
+every pass of every kernel in ``gdprompt_fast.backend.KERNELS``: the gate, its error against fp64 at
+most twice that of the plain passes plus a floor, and, only if the gate passed, its time beside
+theirs at the shapes of Llama 3.2 1B. Then the whole step, gated on a tiny model.
+
+The work is a fixed list of cases. A worker process announces each before it starts and appends its
+row when it is done; this process waits. A case that crashes the worker or hangs becomes a row, and
+a new worker goes on behind it: out of memory, out of time, crashed and failed are rows, never
+missing ones.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before triton is imported, torch's own import of it too.
+os.environ["TRITON_INTERPRET"] = (
+    "1" if "--tiny" in sys.argv else os.environ.get("TRITON_INTERPRET", "0")
+)
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.metadata
+import json
+import math
+import statistics
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import engine
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
+from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
+SECTION_END_S = {"ceiling": 120, "kernel": 320, "step": 480}  # no case of it starts later than this
+TOTAL_S = 500  # then the case that runs is ended
+CASE_LIMIT_S = 120  # a case that takes longer hangs
+FLUSH_BYTES = 1 << 30  # written before every timed call: empties the L2, lets the CPU run ahead
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
+GOOD = ("measured", "passed", "interpreter")
+
+Row = dict[str, Any]
+Shape = dict[str, int]
+Passes = dict[str, tuple[Any, ...]]  # the arguments of every pass
+Draw = Callable[..., Tensor]
+
+EMPTY: Row = {
+    **dict.fromkeys(("section", "kind", "op", "pass", "provider", "case", "shapes", "dtype")),
+    **dict.fromkeys(("status", "p20_ms", "median_ms", "p80_ms", "repeats")),
+    **dict.fromkeys(("peak_bytes", "held_bytes", "ceiling", "rate", "ceiling_ratio")),
+    **dict.fromkeys(("error", "eager_error", "allowed_error")),
+}
+
+UP = dict(groups=16, rows=32, inputs=2048, outputs=8192, context=256)
+DOWN = dict(groups=16, rows=32, inputs=8192, outputs=2048, context=256)
+HEADS = dict(heads=32, kv_heads=8, dim=64)
+# Of Llama 3.2 1B: 16 examples of 256 context tokens and 32 query tokens.
+TIMED: dict[str, dict[str, Shape]] = {
+    "linear": {
+        "queries up": UP,
+        "queries down": DOWN,
+        "queries up, backward": {**DOWN, "transposed": 1},
+        "contexts up": {**UP, "rows": 256},
+    },
+    "attention": {
+        "contexts": dict(batch=16, tokens=256, **HEADS),
+        "one long text": dict(batch=1, tokens=8192, **HEADS),
+    },
+    "norm": {
+        "contexts": dict(examples=16, tokens=256, hidden=2048),
+        "queries": dict(examples=16, tokens=32, hidden=2048),
+    },
+    "swiglu": {
+        "contexts": dict(examples=16, tokens=256, hidden=8192),
+        "queries": dict(examples=16, tokens=32, hidden=8192),
+    },
+}
+ODD: dict[str, dict[str, Shape]] = {  # for the gate only
+    "linear": {
+        "odd": dict(groups=3, rows=7, inputs=41, outputs=17, context=5, bias=1),
+        "one row": dict(groups=2, rows=1, inputs=40, outputs=70, context=1, transposed=1),
+    },
+    "attention": {  # few: in fp32 each takes half a minute to compile
+        "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
+        "odd, window": dict(batch=1, heads=3, kv_heads=1, tokens=131, dim=64, window=40),
+    },
+    "norm": {
+        "odd": dict(examples=3, tokens=5, hidden=401),
+        "odd, layer norm": dict(examples=2, tokens=7, hidden=401, center=1),
+        "one token": dict(examples=2, tokens=1, hidden=64),
+    },
+    "swiglu": {"odd": dict(examples=3, tokens=1, hidden=401)},
+}
+TINY = dict(groups=2, rows=5, inputs=32, outputs=48, context=6, examples=2, tokens=9, hidden=64)
+TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5)
+
+
+@dataclass
+class Bench:
+    """What the cases share. ``rows`` are those of this run so far, also of earlier workers."""
+
+    device: torch.device
+    tiny: bool
+    rows: list[Row]
+
+    @property
+    def timed_status(self) -> str:
+        return "interpreter" if self.tiny else "measured"
+
+    def shapes(self, table: dict[str, dict[str, Shape]], op: str) -> dict[str, Shape]:
+        if not self.tiny:
+            return table[op]
+        return {
+            name: {key: min(size, TINY.get(key, size)) for key, size in shape.items()}
+            for name, shape in table[op].items()
+        }
+
+    def ceiling(self, name: str) -> float | None:
+        """Bytes or FLOPs per second."""
+        found = [r["rate"] for r in self.rows if r["kind"] == "ceiling" and r["op"] == name]
+        return found[-1] if found else None
+
+    def failed_gates(self, op: str, pass_: str) -> list[Row]:
+        gates = [row for row in self.rows if row["kind"] == "gate" and row["op"] == op]
+        return [row for row in gates if row["pass"] == pass_ and row["status"] != "passed"]
+
+
+@dataclass
+class Case:
+    """A row to be: what is known before, and a function that returns the rest."""
+
+    row: Row
+    run: Callable[[], Row]
+
+
+def case(section: str, kind: str, op: str, run: Callable[[], Row], **row: Any) -> Case:
+    return Case({**EMPTY, "section": section, "kind": kind, "op": op, **row}, run)
+
+
+# Inputs of every pass
+
+
+def drawer(device: torch.device, dtype: torch.dtype) -> Draw:
+    """``draw(*shape)``: a normal sample on the device."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return draw
+
+
+def linear_passes(draw: Draw, shape: Shape) -> Passes:
+    groups, rows, inputs, outputs, context = (shape[name] for name in UP)
+    x = draw(groups, rows, inputs)
+    weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
+    bias = draw(outputs) if shape.get("bias") else None
+    match, factor = draw(groups, rows, context), draw(groups, context, outputs)
+    return {"updated_product": (x, weight, bias, match, factor, -0.3)}
+
+
+def norm_passes(draw: Draw, shape: Shape) -> Passes:
+    """Every example has a weight of its own, as after an inner step."""
+    eager = importlib.import_module("gdprompt_fast.ops.eager.norm")
+    examples, tokens, hidden = shape["examples"], shape["tokens"], shape["hidden"]
+    x, dy, u = (draw(examples, tokens, hidden) for _ in range(3))
+    weight, v, w = (draw(examples, hidden) for _ in range(3))
+    center = bool(shape.get("center"))
+    bias = draw(examples, hidden) if center else None
+    forward = (2 * x + 0.5, weight, bias, 1e-5, center)
+    backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
+    return {
+        "norm_forward": forward,
+        "norm_backward": backward,
+        "norm_double_backward": (u, v, w, *backward),
+    }
+
+
+def swiglu_passes(draw: Draw, shape: Shape) -> Passes:
+    size = shape["examples"], shape["tokens"], shape["hidden"]
+    gate, up, dy, a, b = (draw(*size) for _ in range(5))
+    return {
+        "swiglu_forward": (gate, up),
+        "swiglu_backward": (dy, gate, up),
+        "swiglu_double_backward": (a, b, dy, gate, up),
+    }
+
+
+def attention_passes(draw: Draw, shape: Shape) -> Passes:
+    """q, k and v as a model has them: [B, T, H, D] in memory."""
+    batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
+
+    def draw_heads(heads: int) -> Tensor:
+        return draw(batch, tokens, heads, dim).transpose(1, 2)
+
+    q, cot_dq, dout = (draw_heads(shape["heads"]) for _ in range(3))
+    k, v, cot_dk, cot_dv = (draw_heads(shape["kv_heads"]) for _ in range(4))
+    backward = (dout.transpose(1, 2), q, k, v, dim**-0.5, shape.get("window"))
+    return {
+        "attention_forward": backward[1:],
+        "attention_backward": backward,
+        "attention_double_backward": (cot_dq, cot_dk, cot_dv, *backward),
+    }
+
+
+PASSES: dict[str, Callable[[Draw, Shape], Passes]] = {
+    "linear": linear_passes,
+    "norm": norm_passes,
+    "swiglu": swiglu_passes,
+    "attention": attention_passes,  # last: it takes the longest to compile
+}
+PASS_NAMES = {
+    op: ("updated_product",)
+    if op == "linear"
+    else tuple(f"{op}_{pass_}" for pass_ in ("forward", "backward", "double_backward"))
+    for op in PASSES
+}
+ATTENTION_PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12}  # the fewest there can be
+
+
+def flops(op: str, pass_: str, shape: Shape) -> float | None:
+    """Of the matrix products of a pass; None where memory traffic is the ceiling."""
+    if op == "linear":
+        per_row = shape["outputs"] * (shape["inputs"] + shape["context"])
+        return 2.0 * shape["groups"] * shape["rows"] * per_row
+    if op == "attention":
+        pairs = shape["tokens"] * (shape["tokens"] + 1) / 2  # a query sees itself and those before
+        product = 2.0 * shape["batch"] * shape["heads"] * pairs * shape["dim"]
+        return product * ATTENTION_PRODUCTS[pass_.removeprefix("attention_")]
+    return None
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    values = values if isinstance(values, tuple | list) else (values,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# Measuring
+
+
+def release(device: torch.device) -> None:
+    """Frees what the last case left, also in reference cycles of autograd."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure_memory(device: torch.device, call: Callable[[], object], present: list[Tensor]) -> Row:
+    """The peak of one call, with what was there before; on a GPU of the second call, so that the
+    first one compiles and allocates the workspaces of libraries.
+    """
+    release(device)
+    if device.type == "cuda":
+        call()
+        release(device)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "held_bytes": held}
+    memory = PeakMemory(present)
+    held = memory.live_bytes
+    with memory:
+        call()
+    return {"peak_bytes": memory.peak_bytes, "held_bytes": held}
+
+
+def seconds_of(device: torch.device, call: Callable[[], object]) -> float:
+    """Wall-clock time of one call that is waited for."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def sample_ms(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
+    """Times of single calls; on a GPU by events, each after the L2 has been emptied."""
+    if device.type != "cuda":
+        return [1e3 * seconds_of(device, call) for _ in range(repeats)]
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    events = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def measure_time(
+    bench: Bench, call: Callable[[], object], seconds: float, least: int, most: int
+) -> Row:
+    """As many calls as fit into ``seconds``; :func:`measure_memory` has warmed up."""
+    repeats = 1
+    if not bench.tiny:
+        once = seconds_of(bench.device, call)
+        repeats = max(least, min(most, int(seconds / max(once, 1e-6))))
+    times = sorted(sample_ms(bench.device, call, repeats))
+    return {
+        "p20_ms": times[math.floor(0.2 * (repeats - 1))],
+        "median_ms": statistics.median(times),
+        "p80_ms": times[math.ceil(0.8 * (repeats - 1))],
+        "repeats": repeats,
+    }
+
+
+# Cases
+
+
+def copy_ceiling(bench: Bench) -> Row:
+    """Bytes read and written per second by a copy between two buffers far larger than the L2."""
+    size = 1 << 16 if bench.tiny else 1 << 32
+    source = torch.ones(size, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    return _rate(bench, lambda: target.copy_(source), [source, target], 2 * size)
+
+
+def matrix_ceiling(bench: Bench) -> Row:
+    """FLOP/s of a large bf16 product of random numbers (of zeros it would be faster)."""
+    size = 32 if bench.tiny else 8192
+    draw = drawer(bench.device, torch.bfloat16)
+    a, b = draw(size, size), draw(size, size)
+    return _rate(bench, lambda: a @ b, [a, b], 2.0 * size**3)
+
+
+def _rate(bench: Bench, call: Callable[[], object], present: list[Tensor], work: float) -> Row:
+    memory = measure_memory(bench.device, call, present)
+    times = measure_time(bench, call, seconds=1.0, least=10, most=100)
+    rate = work / (1e-3 * times["median_ms"])
+    return {**memory, **times, "rate": rate, "ceiling_ratio": 1.0, "status": bench.timed_status}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def gate(bench: Bench, op: str, pass_: str, shape: Shape, dtype: torch.dtype) -> Row:
+    """The worst output of a pass: its error, that of the plain pass, and what is allowed."""
+    arguments = PASSES[op](drawer(bench.device, dtype), shape)[pass_]
+    wide = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
+    plain_pass = getattr(importlib.import_module(f"gdprompt_fast.ops.eager.{op}"), pass_)
+    kernel_pass = getattr(importlib.import_module(f"gdprompt_fast.kernels.{op}"), pass_)
+    results = [tensors_in(f(*a)) for f, a in ((kernel_pass, arguments), (plain_pass, arguments))]
+    worst: Row = {}
+    for got, plain, exact in zip(*results, tensors_in(plain_pass(*wide)), strict=True):
+        if (got.shape, got.dtype, got.device) != (plain.shape, plain.dtype, plain.device):
+            return {"status": f"failed: {got.dtype} {list(got.shape)}, not as the plain pass"}
+        error, eager_error = relative_error(got, exact), relative_error(plain, exact)
+        allowed = 2 * eager_error + FLOOR.get(got.dtype, 1e-6)
+        # A NaN is not below anything: it counts as infinite.
+        excess = error / allowed if math.isfinite(error) else math.inf
+        if not worst or excess > worst["excess"]:
+            worst = dict(error=error, eager_error=eager_error, allowed_error=allowed, excess=excess)
+    passed = worst.pop("excess") <= 1
+    return {**worst, "status": "passed" if passed else "failed: error above the allowed"}
+
+
+def time_pass(bench: Bench, op: str, pass_: str, shape: Shape, provider: str) -> Row:
+    failed = bench.failed_gates(op, pass_)
+    if provider == "triton" and failed:
+        return {"status": f"not timed: gate on {failed[0]['case']} {failed[0]['dtype']} not passed"}
+    package = "gdprompt_fast.kernels" if provider == "triton" else "gdprompt_fast.ops.eager"
+    function = getattr(importlib.import_module(f"{package}.{op}"), pass_)
+    arguments = PASSES[op](drawer(bench.device, torch.bfloat16), shape)[pass_]
+    inputs = tensors_in(arguments)
+    work = flops(op, pass_, shape)
+    if work is None:
+        work = bytes_of(inputs) + bytes_of(tensors_in(function(*arguments)))
+
+    def call() -> object:
+        return function(*arguments)
+
+    memory = measure_memory(bench.device, call, inputs)
+    times = measure_time(bench, call, seconds=0.5, least=5, most=100)
+    rate = work / (1e-3 * times["median_ms"])
+    ceiling = bench.ceiling(ceiling_of(op))
+    ratio = rate / ceiling if ceiling else None
+    return {**memory, **times, "rate": rate, "ceiling_ratio": ratio, "status": bench.timed_status}
+
+
+def ceiling_of(op: str) -> str:
+    return "matrix" if op in ("linear", "attention") else "copy"
+
+
+def kernel_cases(bench: Bench) -> Iterator[Case]:
+    """The gates of an op, then its times."""
+    for op in PASSES:
+        if op not in backend.KERNELS:
+            continue
+        timed = bench.shapes(TIMED, op)
+        for name, shape in {**bench.shapes(ODD, op), **timed}.items():
+            for dtype in FLOOR:
+                for pass_ in PASS_NAMES[op]:
+                    run = functools.partial(gate, bench, op, pass_, shape, dtype)
+                    yield case(
+                        "kernel",
+                        "gate",
+                        op,
+                        run,
+                        **{"pass": pass_, "provider": "triton", "case": name, "shapes": shape},
+                        dtype=str(dtype).removeprefix("torch."),
+                    )
+        for name, shape in timed.items():
+            for pass_ in PASS_NAMES[op]:
+                for provider in ("triton", "eager"):
+                    run = functools.partial(time_pass, bench, op, pass_, shape, provider)
+                    yield case(
+                        "kernel",
+                        "time",
+                        op,
+                        run,
+                        **{"pass": pass_, "provider": provider, "case": name, "shapes": shape},
+                        dtype="bfloat16",
+                        ceiling=ceiling_of(op),
+                    )
+
+
+# The whole step
+
+STEPS: dict[str, dict[str, Any]] = {
+    "ordinary step": {},
+    "fast_meta_step, torch": dict(backend="torch"),
+    "fast_meta_step, triton": dict(backend="triton"),
+    "first-order MAML, torch": dict(backend="torch", first_order=True),
+    "first-order MAML, triton": dict(backend="triton", first_order=True),
+}
+
+
+TINY_STEP = engine.Case(engine.llama(32, 1, 2, 1, 48, 64), 2, 8, 6, ())
+
+
+def gate_shape(tiny: bool) -> engine.Case:
+    return TINY_STEP if tiny else engine.CASES["tiny"]
+
+
+def step_shape(tiny: bool) -> engine.Case:
+    if tiny:
+        return TINY_STEP
+    llama_1b = engine.CASES["llama-1b"]
+    return replace(llama_1b, examples=16, context_tokens=256, query_tokens=32)
+
+
+def random_batch(shape: engine.Case, device: torch.device) -> MetaBatch:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> Tensor:
+        size = shape.examples, count
+        return torch.randint(shape.config.vocab_size, size, generator=generator).to(device)
+
+    context_ids, query_ids = tokens(shape.context_tokens), tokens(shape.query_tokens)
+    response = torch.zeros_like(query_ids, dtype=torch.bool)
+    response[:, -engine.RESPONSE_TOKENS :] = True
+    return MetaBatch(
+        context_ids,
+        torch.ones_like(context_ids, dtype=torch.bool),
+        query_ids,
+        torch.ones_like(response),
+        response,
+    )
+
+
+def random_model(shape: engine.Case, device: torch.device, dtype: torch.dtype) -> Any:
+    """Made on the device; its weights have gradients already, so that all steps add to them."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape.config, dtype=dtype).eval()
+    model.to(device)
+    assert model.dtype == dtype
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def gate_step(bench: Bench, first_order: bool) -> Row:
+    """The gradients of a tiny fp32 model on both backends against the reference in fp64."""
+    shape = gate_shape(bench.tiny)
+    model = random_model(shape, bench.device, torch.float32)
+    batch = random_batch(shape, bench.device)
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.05, first_order=first_order)
+    out, on_triton = gradients_of(fast_meta_step, model, batch, backend="triton", **options)
+    assert out.backend == "triton"
+    _, on_torch = gradients_of(fast_meta_step, model, batch, backend="torch", **options)
+    model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    error, parameter = worst_error(on_triton, exact)
+    plain, _ = worst_error(on_torch, exact)
+    allowed = min(2 * plain, 1e-4) + 1e-6
+    status = "passed" if error <= allowed else f"failed: error above the allowed in {parameter}"
+    return dict(error=error, eager_error=plain, allowed_error=allowed, status=status)
+
+
+@functools.cache
+def step_model(tiny: bool, device: torch.device) -> Any:
+    return random_model(step_shape(tiny), device, torch.bfloat16)
+
+
+def time_step(bench: Bench, provider: str) -> Row:
+    failed = bench.failed_gates("step", "first_order" if "first" in provider else "second_order")
+    if "triton" in provider and failed:
+        return {"status": "not timed: gate not passed"}
+    model = step_model(bench.tiny, bench.device)
+    batch = random_batch(step_shape(bench.tiny), bench.device)
+    ids = torch.cat([batch.context_ids, batch.query_ids], 1)
+    options = STEPS[provider]
+
+    def call() -> object:
+        if options:
+            return fast_meta_step(model, batch, objective="gold", **options)
+        return model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    memory = measure_memory(bench.device, call, model_tensors(model))
+    times = measure_time(bench, call, seconds=8.0, least=3, most=10)
+    return {**memory, **times, "status": bench.timed_status}
+
+
+def step_cases(bench: Bench) -> Iterator[Case]:
+    for order in ("second_order", "first_order"):
+        run = functools.partial(gate_step, bench, order == "first_order")
+        row = {"pass": order, "provider": "triton", "case": "tiny", "dtype": "float32"}
+        yield case("step", "gate", "step", run, **row, shapes=shape_row(gate_shape(bench.tiny)))
+    shape = step_shape(bench.tiny)
+    name = "tiny" if bench.tiny else "Llama 3.2 1B"
+    for provider in STEPS:
+        run = functools.partial(time_step, bench, provider)
+        row = {"pass": "step", "provider": provider, "case": name, "dtype": "bfloat16"}
+        yield case("step", "time", "step", run, **row, shapes=shape_row(shape))
+
+
+def shape_row(shape: engine.Case) -> Shape:
+    return dict(
+        examples=shape.examples,
+        context_tokens=shape.context_tokens,
+        query_tokens=shape.query_tokens,
+        response_tokens=engine.RESPONSE_TOKENS,
+        layers=shape.config.num_hidden_layers,
+        hidden=shape.config.hidden_size,
+        vocabulary=shape.config.vocab_size,
+    )
+
+
+def all_cases(bench: Bench) -> list[Case]:
+    ceilings = {"copy": (copy_ceiling, "uint8"), "matrix": (matrix_ceiling, "bfloat16")}
+    cases = [
+        case(
+            "ceiling",
+            "ceiling",
+            name,
+            functools.partial(run, bench),
+            **{"pass": "forward", "provider": "torch", "case": name, "dtype": dtype},
+            shapes={},
+            ceiling=name,
+        )
+        for name, (run, dtype) in ceilings.items()
+    ]
+    return [*cases, *kernel_cases(bench), *step_cases(bench)]
+
+
+# The worker
+
+
+def append(results: Path, row: Row) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rows_of(results: Path, run: str) -> list[Row]:
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [row for row in map(json.loads, lines) if row["run"] == run]
+
+
+def run_case(case: Case, elapsed: float) -> Row:
+    """What the case returns, or why it does not.
+
+    Raises:
+        RuntimeError: if nothing runs on the GPU any more in this process.
+    """
+    if elapsed > SECTION_END_S[case.row["section"]]:
+        return {"status": "out of time"}
+    try:
+        return case.run()
+    except torch.OutOfMemoryError:
+        return {"status": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return {"status": f"error: {type(error).__name__}: {error}"[:600]}
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Runs the cases from ``--first`` on, each announced on stdout before."""
+    device = torch.device("cpu" if arguments.tiny else "cuda")
+    torch.set_float32_matmul_precision("highest")
+    if arguments.tiny:
+        torch.set_num_threads(1)
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("triton_interpreter").mend()
+    elif os.environ["TRITON_INTERPRET"] == "1" or not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device and no TRITON_INTERPRET=1; or give --tiny")
+    else:
+        torch.cuda.init()
+    bench = Bench(device, arguments.tiny, rows_of(arguments.results, arguments.run))
+    common = dict(
+        run=arguments.run,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, interpreter",
+        torch=torch.__version__,
+        triton=importlib.metadata.version("triton"),
+        revision=arguments.revision,
+        dirty=arguments.revision.endswith("-dirty"),
+    )
+    cases = all_cases(bench)
+    gc.freeze()  # a collection after every case need not look at the libraries again
+    progress = tqdm(total=len(cases), initial=arguments.first, unit="case", file=sys.stderr)
+    for index, each in enumerate(cases[arguments.first :], arguments.first):
+        row = {**common, **each.row}
+        progress.set_description(" ".join(str(row[n]) for n in ("op", "pass", "provider", "case")))
+        print(json.dumps({"index": index, "row": row}), flush=True)
+        row |= run_case(each, time.time() - arguments.begun)
+        release(device)
+        append(arguments.results, row)
+        bench.rows.append(row)
+        progress.update()
+    progress.close()
+
+
+# The process that waits
+
+
+def watch(command: list[str], begun: float) -> tuple[int, Row | None, bool]:
+    """Runs a worker; its exit status, its last announcement, and whether it had to be killed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    last: Row | None = None
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        process.kill()
+
+    def limit() -> threading.Timer:
+        left = max(25.0, begun + TOTAL_S - time.time())
+        timer = threading.Timer(min(CASE_LIMIT_S, left), kill)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    timer = limit()
+    for line in process.stdout:
+        if not line.startswith('{"index"'):
+            sys.stderr.write(line)
+            continue
+        timer.cancel()
+        last, timer = json.loads(line), limit()
+    status = process.wait()
+    timer.cancel()
+    return status, last, killed.is_set()
+
+
+def supervise(worker: list[str], results: Path, begun: float) -> None:
+    """Starts workers until one comes to the end; what ended the others becomes a row."""
+    first = 0
+    while True:
+        status, last, killed = watch([*worker, "--first", str(first)], begun)
+        if status == 0:
+            return
+        if last is None:
+            raise SystemExit(f"the worker ended with status {status} before its first case")
+        why = "killed: it took too long" if killed else f"crashed: exit status {status}"
+        append(results, {**last["row"], "status": why})
+        first = last["index"] + 1
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown: kernels beside the plain passes, steps beside the ordinary one."""
+    lines = ["| pass | case | Triton ms | speed-up | of ceiling | eager's | own MB | eager's |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    timed = [row for row in rows if row["kind"] == "time"]
+    pairs: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in timed:
+        if row["op"] != "step":
+            pairs.setdefault((row["pass"], row["case"]), {})[row["provider"]] = row
+    for (pass_, name), pair in pairs.items():
+        ours, eager = pair.get("triton", EMPTY), pair.get("eager", EMPTY)
+        cells = [pass_, name, number(ours["median_ms"], "{:.3f}") or ours["status"]]
+        cells.append(ratio(eager["median_ms"], ours["median_ms"]))
+        cells += [number(row["ceiling_ratio"], "{:.0%}") for row in (ours, eager)]
+        for row in (ours, eager):
+            own = None if row["peak_bytes"] is None else row["peak_bytes"] - row["held_bytes"]
+            cells.append(number(own, "{:,.0f}", 1e-6))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    steps = [row for row in timed if row["op"] == "step"]
+    base = next((row for row in steps if row["provider"] == "ordinary step"), EMPTY)
+    lines += ["", "| step | ms | × ordinary | peak GB | × ordinary |", "|---|---|---|---|---|"]
+    for row in steps:
+        cells = [row["provider"], number(row["median_ms"], "{:.0f}") or row["status"]]
+        cells.append(ratio(row["median_ms"], base["median_ms"]))
+        cells.append(number(row["peak_bytes"], "{:.2f}", 1e-9))
+        cells.append(ratio(row["peak_bytes"], base["peak_bytes"]))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def number(value: float | None, style: str, scale: float = 1.0) -> str:
+    return "" if value is None else style.format(value * scale)
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    return f"{value / base:.2f}" if value is not None and base else ""
+
+
+def summary(rows: list[Row]) -> str:
+    """The ceilings, the gates, and every row that is not as it should be."""
+    units = {"copy": "GB/s", "matrix": "GFLOP/s"}
+    lines = []
+    for row in rows:
+        if row["kind"] == "ceiling" and row["rate"]:
+            lines.append(f"ceiling, {row['op']}: {row['rate'] / 1e9:,.0f} {units[row['op']]}")
+    gates = [row["status"] == "passed" for row in rows if row["kind"] == "gate"]
+    lines.append(f"gates: {sum(gates)} of {len(gates)} passed")
+    for row in rows:
+        if row["status"] not in GOOD:
+            what = (row["pass"], row["case"], row["dtype"], row["provider"], row["kind"])
+            lines.append(f"- {', '.join(map(str, what))}: {row['status']}")
+    return "\n".join(lines)
+
+
+def revision() -> str:
+    with contextlib.suppress(OSError):
+        return engine.revision() or "unknown"
+    return "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, in Triton's interpreter")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="appended to, a row a line")
+    parser.add_argument("--revision", default=None, help="git's, where there is no git")
+    parser.add_argument("--run", default=None, help=argparse.SUPPRESS)  # these make it a worker
+    parser.add_argument("--begun", type=float, default=time.time(), help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run is not None:
+        work(arguments)
+        return 0
+    run = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{os.getpid()}"
+    worker = [sys.executable, str(Path(__file__).resolve()), "--run", run]
+    worker += ["--results", str(arguments.results), "--begun", str(arguments.begun)]
+    worker += ["--revision", arguments.revision or revision()]
+    supervise(worker + ["--tiny"] * arguments.tiny, arguments.results, arguments.begun)
+    rows = rows_of(arguments.results, run)
+    print(f"{table(rows)}\n\n{summary(rows)}")
+    # Out of memory is a result; anything else that is not good is for a person to look at.
+    return int(any(row["status"] not in (*GOOD, "out of memory") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
