@@ -4,6 +4,7 @@ untouched.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, inner_step, reference_meta_step
+from gdprompt_fast.ops.linear import Factor
 from gdprompt_fast.update import attach
 
 Build = Callable[..., Any]
@@ -222,6 +224,8 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
     with pytest.raises(MemoryError):
         fast_meta_step(model, make_batch(), objective="gold")
     assert_untouched(model, before)
+    held = [thing for thing in gc.get_objects() if isinstance(thing, Factor)]
+    assert not any(factor.x_GSI.numel() or factor.pairs for factor in held)
 
 
 def test_replaced_forwards_and_hooks_on_the_head_are_refused(

@@ -42,6 +42,7 @@ class Factor:
 
     def release(self) -> None:
         """Frees the factor after its last use, while the layer lives on."""
+        self.pairs.clear()
         self.x_GSI = self.e_GSO = self.x_GSI.new_empty(0)
 
 

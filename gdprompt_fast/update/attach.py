@@ -71,6 +71,9 @@ class AdaptedModel:
         try:
             with _replaced(self.model, forwards):
                 yield
+        except BaseException:
+            self.release()
+            raise
         finally:
             config._attn_implementation = before
 
@@ -106,6 +109,14 @@ class AdaptedModel:
         after = iter([w - self.state.inner_lr * g for w, g in zip(moved, grads, strict=True)])
         for site in self._all_sites:
             site.moved = [next(after) for _ in site.moved]
+
+    def release(self) -> None:
+        """Drops what the sites hold, after an error.
+
+        Autograd keeps the graph of a failed backward, and so the sites, until its next one.
+        """
+        for site in self._all_sites:
+            site.release()
 
     def detach(self, level: int) -> None:
         """Keeps the values of θ' after ``level`` steps and drops their graph, for inference."""

@@ -37,6 +37,10 @@ class EmbeddingSite(FactoredSite):
         )
         super().__init__(state, weight_handle((module.weight, gradient)), inner["weight"])
 
+    def release(self) -> None:
+        super().release()
+        self.table.factors.clear()
+
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
         ids = rows_of_ids(ids, len(self.state.rows))

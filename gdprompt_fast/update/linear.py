@@ -34,6 +34,11 @@ class LinearSite(FactoredSite):
         handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
         super().__init__(state, handle, any(inner.values()))
 
+    def release(self) -> None:
+        super().release()
+        for factor in self.layer.factors:
+            factor.release()
+
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         return inner_linear(x, self.handle, self.layer, self.state.rows, self.state.level)

@@ -48,6 +48,10 @@ class Site:
         self.state = state
         self.moved = []
 
+    def release(self) -> None:
+        """Drops the activations and cotangents kept for the backward passes."""
+        self.moved = []
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """The module's forward at the current level, for the rows now going through the model."""
         raise NotImplementedError

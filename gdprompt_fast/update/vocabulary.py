@@ -33,6 +33,12 @@ class VocabularySite(FactoredSite):
         )
         super().__init__(state, weight_handle((head.weight, gradient)), inner)
 
+    def release(self) -> None:
+        super().release()
+        for kept in (self.vocabulary.steps, self.vocabulary.uses, self.vocabulary.lookups):
+            kept.clear()
+        self.vocabulary.response = None
+
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
         ids = rows_of_ids(ids, len(self.state.rows))
