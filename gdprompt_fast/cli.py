@@ -88,6 +88,11 @@ def prepare_train(args: argparse.Namespace) -> Work:
     options = _train_options(args)
     device = choose_device(args.device)
     model, tokenizer = load_model(args.model, args.dtype, device)
+    if args.dtype != "float32" and not args.lora_rank:
+        raise ValueError(
+            f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
+            "smaller than its rounding; --lora-rank trains float32 adapters beside such weights"
+        )
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, args.seed)
     select_inner(model, options.inner_params)
@@ -95,7 +100,13 @@ def prepare_train(args: argparse.Namespace) -> Work:
     if options.objective == "kl":
         teacher, _ = load_model(args.teacher or args.model, args.dtype, device)
         check_same_vocabulary(teacher, model)
-    room = positions(model) - (options.answer_tokens if teacher is not None else 0)
+    room = positions(model)
+    if teacher is not None:
+        room = min(room, positions(teacher)) - options.answer_tokens
+    if room < 2:
+        raise ValueError(
+            f"answer_tokens: expected fewer than the model's positions, got {options.answer_tokens}"
+        )
     triples = load_examples(args.data, model, tokenizer, _limits(args, room))
     print(f"{args.data}: {triples}")
     test = None
@@ -110,6 +121,8 @@ def prepare_train(args: argparse.Namespace) -> Work:
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
     check_inner(args.inner_lr, args.inner_steps)
+    if args.results and (args.results.is_dir() or not args.results.parent.is_dir()):
+        raise ValueError(f"results: expected a file in an existing folder, got {args.results}")
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
     select_inner(model, args.inner_params)
     triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))

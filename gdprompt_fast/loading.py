@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,9 +41,14 @@ def load_model(
     adapters = (folder / "adapter_config.json").is_file()
     if not adapters and not (folder / "config.json").is_file():
         raise ValueError(f"model: expected a folder with a config.json, got {folder}")
-    model = _load_adapters(folder, dtype) if adapters else _load_base(folder, dtype)
+    try:
+        model = _load_adapters(folder, dtype) if adapters else _load_base(folder, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: expected a model to load in {folder}, got {reason}") from error
     check_model(model.eval())
-    return model.to(device), AutoTokenizer.from_pretrained(folder)
+    return model.to(device), tokenizer
 
 
 def _load_base(folder: Path, dtype: str) -> nn.Module:
@@ -63,6 +69,8 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """
     if rank < 1:
         raise ValueError(f"lora_rank: expected an integer >= 0, got {rank}")
+    if hasattr(model, "peft_config"):
+        raise ValueError("lora_rank: expected 0 with a model that has adapters already")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import read_metrics, write_file, write_json
 from .data import Example
 from .evaluation import InnerStep, Summary, evaluate, fine_tuned_answers, tune_inner_lr
+from .loading import positions
 from .options import check_inner
 from .report import draw_figure, not_improved, results_table
 from .train import METRICS_FILE, TrainOptions, train
@@ -111,8 +112,10 @@ def measure(
 ) -> dict[str, Any]:
     """The three settings on a test set, and the first few answers after fine-tuning, for JSON."""
     scores = evaluate(model, test.examples, inner, test.batch_size)
+    shown = test.examples[:SAMPLES]
+    room = positions(model) - max(len(example.query) for example in shown)
     answers = fine_tuned_answers(
-        model, test.examples[:SAMPLES], inner, tokenizer.eos_token_id, SAMPLE_TOKENS
+        model, shown, inner, tokenizer.eos_token_id, min(SAMPLE_TOKENS, room)
     )
     return {
         "inner": asdict(inner),
@@ -124,8 +127,9 @@ def measure(
 def _measure_at_best(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions, test: TestSet
 ) -> dict[str, Any]:
-    """As :func:`measure`, at the best inner rate of the grid."""
-    tuned = tune_inner_lr(model, test.examples, options.inner, test.inner_lr_grid, test.batch_size)
+    """As :func:`measure`, at the best inner rate of the grid and of training."""
+    grid = sorted({*test.inner_lr_grid, options.inner_lr})
+    tuned = tune_inner_lr(model, test.examples, options.inner, grid, test.batch_size)
     tried = {f"{lr:g}": asdict(summary) for lr, summary in tuned.tried.items()}
     return {**measure(model, tokenizer, tuned.inner, test), "inner_lr_tried": tried}
 

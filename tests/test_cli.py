@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,8 @@ def test_evaluate_can_tune_the_inner_rate(
         (["--device", "no-such-device"], "device: expected one that is there"),
         (["--test-data", "test.jsonl", "--eval-batch-size", "0"], "eval_batch_size: expected an"),
         (["--output", "full"], "output: expected a new or empty folder"),
+        (["--dtype", "bfloat16"], "dtype: expected float32 to train all weights, got bfloat16"),
+        (["--objective", "kl", "--answer-tokens", "5000"], "answer_tokens: expected fewer than"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
@@ -175,6 +178,20 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert main(["train", *good, *arguments]) == 2
     assert message in one_line(capsys)
     assert not Path("run").exists()
+
+
+def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    command = ["evaluate", "--data", str(triples), "--model"]
+    assert main([*command, str(broken)]) == 2
+    assert "error: model: expected a model to load in" in capsys.readouterr().err
+    assert main([*command, str(model_folder), "--results", "no/such/folder/r.json"]) == 2
+    assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"]], ids=str)
