@@ -87,9 +87,7 @@ def score_rows(model: nn.Module, rows: Rows) -> Scores:
 
     No attention mask is needed: attention is causal, so no real token sees the padding after it.
     """
-    begin = int(
-        rows.response_mask.long().argmax(1).min()
-    )  # no response begins before this position
+    begin = int(rows.response_mask.long().argmax(1).min())  # no response begins before it
     keep = rows.ids.shape[1] - begin + 1
     logits = model(input_ids=rows.ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
     gold, mask = rows.ids[:, begin:], rows.response_mask[:, begin:]

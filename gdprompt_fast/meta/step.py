@@ -78,7 +78,8 @@ def fast_meta_step(
     Raises:
         ValueError: for a bad argument, before anything is computed, naming it, the expected and the
             given.
-        FloatingPointError: if an inner loss is not finite; ``.grad`` is untouched.
+        FloatingPointError: if an inner loss or the teacher's predictions are not finite; ``.grad``
+            is untouched.
 
     Out of memory in the last backward leaves ``.grad`` None where it was None, and where it was
     not, with part of this step added: clear it before going on.
