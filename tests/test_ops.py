@@ -197,21 +197,52 @@ def materialised_linear(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [(2, 3), (9, 7)], ids=["few-tokens", "many-tokens"])
 @pytest.mark.parametrize(
     "groups",
     [([0, 1, 2], [0, 1, 2]), ([2, 0, 0, 1], [1, 1, 0, 2, 1]), ([0, 1, 2], [2])],
     ids=["one-each", "ragged", "groups-without-queries"],
 )
 def test_inner_linear_equals_materialised_weights_and_its_double_backward_is_right(
-    groups: tuple[list[int], list[int]], steps: int
+    groups: tuple[list[int], list[int]], tokens: tuple[int, int], steps: int
 ) -> None:
     group = [torch.tensor(g) for g in groups]
-    inputs = leaf(len(groups[0]), 2, 3), leaf(4, 3), leaf(4), leaf(len(groups[1]), 3, 3)
+    inputs = (
+        leaf(len(groups[0]), tokens[0], 3),
+        leaf(4, 3),
+        leaf(4),
+        leaf(len(groups[1]), tokens[1], 3),
+    )
     assert_same_value_and_gradients(
         lambda *x: inner_linear_twice(*x, group, steps),
         lambda *x: materialised_linear(*x, group, steps),
         inputs,
     )
+
+
+@pytest.mark.parametrize("tokens", [4, 64], ids=["few-tokens", "many-tokens"])
+def test_the_update_is_applied_in_the_order_of_the_fewest_products(tokens: int) -> None:
+    groups, inputs, outputs = 3, 16, 24
+    layer = InnerLinear(
+        torch.randn(outputs, inputs),
+        None,
+        inner_weight=True,
+        inner_bias=False,
+        inner_lr=0.3,
+        phase=Phase(second_order=True),
+        weight_gradient=None,
+        bias_gradient=None,
+    )
+    rows = GroupedRows(torch.arange(groups), groups)
+    x = torch.randn(groups, tokens, inputs)
+    layer.record(x, torch.randn(groups, tokens, outputs), rows, level=0)
+    shapes = set()
+    with PeakMemory([x, layer.weight_OI], on_new=lambda t: shapes.add(tuple(t.shape))):
+        layer.product(x, rows, level=1)
+    through_tokens, through_weight = (groups, tokens, tokens), (inputs, outputs)
+    few = tokens * (inputs + outputs) < 2 * inputs * outputs
+    assert (through_tokens in shapes, through_weight in shapes) == (few, not few)
+    assert (groups, *through_weight) not in shapes, "the updates of several groups at once"
 
 
 def assert_same_value_and_gradients(
@@ -340,3 +371,28 @@ def test_the_losses_at_an_inner_updated_head_and_their_double_backward_are_right
         lambda table, mix: vocabulary_materialised(table, mix, ids, groups, tied),
         (leaf(7, 3), leaf(3, 3)),
     )
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["weight-OI", "weight-IO"])
+@pytest.mark.parametrize(("tokens", "products"), [(3, 1), (30, 2)], ids=["few", "many"])
+def test_a_waiting_product_joins_the_next_where_the_tokens_are_few(
+    tokens: int, products: int, transposed: bool
+) -> None:
+    f, u = torch.randn(2, tokens, 20), torch.randn(2, tokens, 30)
+    weight = torch.zeros(30, 20) if transposed else torch.zeros(20, 30)
+    weight.grad = torch.ones_like(weight)
+    gradient = WeightGradient(weight, transposed)
+    with torch.profiler.profile() as profile:
+        gradient.add_product(f[0], u[0], wait=True)
+        gradient.add_product(f[1], u[1])
+    assert gradient.take() is None
+    expected = torch.einsum("kno,kni->oi", f, u)
+    torch.testing.assert_close(weight.grad, 1 + (expected.T if transposed else expected))
+    assert sum(event.name == "aten::addmm_" for event in profile.events()) == products
+
+
+def test_a_product_that_waits_is_not_lost_at_the_end() -> None:
+    weight, f, u = torch.zeros(4, 5), torch.randn(2, 4), torch.randn(2, 5)
+    gradient = WeightGradient(weight)
+    gradient.add_product(f, u, wait=True)
+    torch.testing.assert_close(gradient.take(), f.T @ u)

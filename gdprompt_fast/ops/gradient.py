@@ -17,14 +17,31 @@ class WeightGradient:
         self._parameter = parameter
         self._transposed = transposed
         self._sum: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add_product(self, f_NO: Tensor, u_NI: Tensor) -> None:
-        """+= Fᵀ U."""
-        left, right = (u_NI, f_NO) if self._transposed else (f_NO, u_NI)
-        if self._sum is None and self._in_place() is None:
-            self._sum = left.T @ right
-        else:
-            self._buffer().addmm_(left.T, right)
+    def add_product(self, f_NO: Tensor, u_NI: Tensor, wait: bool = False) -> None:
+        """+= Fᵀ U; with ``wait``, together with the next, which the caller promises to follow.
+
+        One product over the tokens of several saves reading and writing the sum, and costs a copy
+        of the tokens: it is taken where they are fewer than a weight of [O, I] is worth.
+        """
+        self._waiting.append((f_NO, u_NI))
+        if not wait:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        products, self._waiting = self._waiting, []
+        tokens = sum(len(u_NI) for _, u_NI in products)
+        outputs, inputs = products[0][0].shape[1], products[0][1].shape[1]
+        if len(products) > 1 and tokens * (inputs + outputs) < inputs * outputs:
+            f, u = zip(*products, strict=True)
+            products = [(torch.cat(f), torch.cat(u))]
+        for f_NO, u_NI in products:
+            left, right = (u_NI, f_NO) if self._transposed else (f_NO, u_NI)
+            if self._sum is None and self._in_place() is None:
+                self._sum = left.T @ right
+            else:
+                self._buffer().addmm_(left.T, right)
 
     def slice(self, start: int, stop: int) -> Tensor:
         """The rows [start, stop) of the sum, to add to."""
@@ -37,8 +54,14 @@ class WeightGradient:
     def add(self, value: Tensor) -> None:
         self._buffer().add_(value)
 
+    def release(self) -> None:
+        """Drops what waits, after an error."""
+        self._waiting.clear()
+
     def take(self) -> Tensor | None:
         """What autograd still has to add to ``.grad``: None if it is there already."""
+        if self._waiting:
+            self._add_waiting()
         total, self._sum = self._sum, None
         return total
 

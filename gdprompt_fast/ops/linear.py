@@ -5,7 +5,9 @@ cotangents of the outputs at the S context tokens of a group. So W' = W − η E
 
     y = x W'ᵀ + b' = x Wᵀ + b − η (x Xᵀ + 1) E
 
-and W' is never formed (the 1 is the bias's share: an input column of ones).
+and W' is never formed (the 1 is the bias's share: an input column of ones). Where a group has so
+many tokens that Eᵀ X is the cheaper intermediate product, it is formed for one group at a time; the
+update is still not rounded into W.
 
 In autograd a weight that changes with the group is a *handle*, a tensor without elements: it
 carries the dependence of later uses on the inner gradient, so autograd runs the backward of every
@@ -81,20 +83,21 @@ class InnerLinear:
     def product(self, x: Tensor, rows: GroupedRows, level: int, bias: bool = True) -> Tensor:
         """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors."""
         bias_O = self.bias_O if bias else None
-        if not self.factors[:level]:
+        factors = [(f.x_GSI, f.e_GSO) for f in self.factors[:level]]
+        if not factors:
             return torch.nn.functional.linear(x, self.weight_OI, bias_O)
         x_GMI = rows.tokens_to_groups(x)
-        terms = [(self._match(x_GMI, f.x_GSI, bias), f.e_GSO) for f in self.factors[:level]]
-        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, terms)
+        ones = self.inner_bias and bias
+        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, factors, ones)
         return rows.tokens_from_groups(y_GMO, tuple(x.shape[1:-1]))
 
     def transposed_product(self, e: Tensor, rows: GroupedRows, level: int) -> Tensor:
         """x̄ = e W − η Σ_k (e E_kᵀ) X_k."""
-        if not (self.inner_weight and self.factors[:level]):
+        factors = [(f.e_GSO, f.x_GSI) for f in self.factors[:level]]
+        if not (self.inner_weight and factors):
             return e @ self.weight_OI
         e_GMO = rows.tokens_to_groups(e)
-        terms = [(e_GMO @ f.e_GSO.transpose(1, 2), f.x_GSI) for f in self.factors[:level]]
-        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, terms)
+        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, factors, False)
         return rows.tokens_from_groups(dx_GMI, tuple(e.shape[1:-1]))
 
     def record(self, x: Tensor, e: Tensor, rows: GroupedRows, level: int) -> Factor:
@@ -108,59 +111,90 @@ class InnerLinear:
             self.factors.append(factor)
         return factor
 
-    def push(self, u_GMI: Tensor, f_GMO: Tensor, level: int, bias: bool = True) -> None:
-        """Adds Fᵀ U to the cotangent of the weight at ``level``."""
+    def push(self, u_GMI: Tensor, f_GMO: Tensor, level: int, double_backward: bool = False) -> None:
+        """Adds Fᵀ U to the cotangent of the weight at ``level``; and F's sum to that of the bias,
+        which a double backward does not meet.
+        """
+        factors = self.factors[:level] if self.phase.second_order else []
+        for factor in factors:
+            factor.pairs.append((u_GMI, f_GMO, not double_backward))
         f_NO = f_GMO.flatten(0, 1)
         if self.weight_gradient is not None:
-            self.weight_gradient.add_product(f_NO, u_GMI.flatten(0, 1))
-        if self.bias_gradient is not None and bias:
+            # A use of θ' is kept for its factors anyway: it waits for the double backward there.
+            wait = bool(factors) and not double_backward
+            self.weight_gradient.add_product(f_NO, u_GMI.flatten(0, 1), wait)
+        if self.bias_gradient is not None and not double_backward:
             self.bias_gradient.add(f_NO.sum(0))
-        if self.phase.second_order:
-            for factor in self.factors[:level]:
-                factor.pairs.append((u_GMI, f_GMO, bias))
 
     def pull(self, factor: Factor) -> tuple[Tensor | None, Tensor | None]:
         """Cotangents (X̄, Ē) of a factor from the uses of the weights it made; frees them."""
         x_cot: Tensor | None = None
         e_cot: Tensor | None = None
         for u_GMI, f_GMO, bias in factor.pairs:
-            match_GSM = self._match(factor.x_GSI, u_GMI, bias)
-            e_cot = _add_product(e_cot, match_GSM, f_GMO, -self.inner_lr)
+            if e_cot is None:
+                e_cot = torch.zeros_like(factor.e_GSO)
+            self._add_update(e_cot, factor.x_GSI, u_GMI, f_GMO, self.inner_bias and bias)
             if self.inner_weight:
-                match_GSM = factor.e_GSO @ f_GMO.transpose(1, 2)
-                x_cot = _add_product(x_cot, match_GSM, u_GMI, -self.inner_lr)
+                if x_cot is None:
+                    x_cot = torch.zeros_like(factor.x_GSI)
+                self._add_update(x_cot, factor.e_GSO, f_GMO, u_GMI, False)
         factor.pairs.clear()
         return x_cot, e_cot
 
-    def _match(self, a_GMI: Tensor, b_GSI: Tensor, bias: bool) -> Tensor:
-        """a bᵀ + 1, as far as the inner step moves the weight and the bias; [G, M, S]."""
-        ones = float(self.inner_bias and bias)
-        if not self.inner_weight:
-            return a_GMI.new_full((len(a_GMI), a_GMI.shape[1], b_GSI.shape[1]), ones)
-        match = a_GMI @ b_GSI.transpose(1, 2)
-        return match.add_(ones) if ones else match
+    def release(self) -> None:
+        """Drops the activations and cotangents kept for the backward passes."""
+        for factor in self.factors:
+            factor.release()
+        if self.weight_gradient is not None:
+            self.weight_gradient.release()
 
     def _updated_product(
         self,
         x_GMI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
-        terms: list[tuple[Tensor, Tensor]],
+        factors: list[tuple[Tensor, Tensor]],
+        ones: bool,
     ) -> Tensor:
-        """x Wᵀ + b − η Σ match · factor, [G, M, O]."""
-        (match_GMS, factor_GSO), *rest = terms
-        passes = implementation("linear", x_GMI)
-        y_GMO: Tensor = passes.updated_product(
-            x_GMI, weight_OI, bias_O, match_GMS, factor_GSO, -self.inner_lr
-        )
-        for match_GMS, factor_GSO in rest:  # further inner steps
-            y_GMO.baddbmm_(match_GMS, factor_GSO, alpha=-self.inner_lr)
+        """x Wᵀ + b − η Σ (x Keyᵀ + ones) Value over factors (Key, Value); [G, M, O]."""
+        (key_GSI, value_GSO), *rest = factors
+        y_GMO: Tensor
+        if self._forms_update(x_GMI, key_GSI, value_GSO):
+            y_GMO, rest = torch.nn.functional.linear(x_GMI, weight_OI, bias_O), factors
+        else:
+            match_GMS = self._match(x_GMI, key_GSI, ones)
+            y_GMO = implementation("linear", x_GMI).updated_product(
+                x_GMI, weight_OI, bias_O, match_GMS, value_GSO, -self.inner_lr
+            )
+        for key_GSI, value_GSO in rest:
+            self._add_update(y_GMO, x_GMI, key_GSI, value_GSO, ones)
         return y_GMO
 
+    def _add_update(
+        self, y_GMO: Tensor, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor, ones: bool
+    ) -> None:
+        """y −= η (x Keyᵀ + ones) Value, in place."""
+        if not self._forms_update(x_GMI, key_GSI, value_GSO):
+            y_GMO.baddbmm_(self._match(x_GMI, key_GSI, ones), value_GSO, alpha=-self.inner_lr)
+            return
+        for y_MO, x_MI, key_SI, value_SO in zip(y_GMO, x_GMI, key_GSI, value_GSO, strict=True):
+            y_MO.addmm_(x_MI, key_SI.T @ value_SO, alpha=-self.inner_lr)
+        if ones:
+            y_GMO.sub_(value_GSO.sum(1, keepdim=True), alpha=self.inner_lr)
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """total + scale · a b, in place where there is a total."""
-    return (a @ b).mul_(scale) if total is None else total.baddbmm_(a, b, alpha=scale)
+    def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor) -> bool:
+        """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""
+        tokens, inputs = x_GMI.shape[1:]
+        context, outputs = value_GSO.shape[1:]
+        through_tokens = tokens * context * (inputs + outputs)
+        return self.inner_weight and through_tokens > (tokens + context) * inputs * outputs
+
+    def _match(self, x_GMI: Tensor, key_GSI: Tensor, ones: bool) -> Tensor:
+        """x Keyᵀ + ones, as far as the inner step moves the weight and the bias; [G, M, S]."""
+        if not self.inner_weight:
+            return x_GMI.new_full((len(x_GMI), x_GMI.shape[1], key_GSI.shape[1]), float(ones))
+        match = x_GMI @ key_GSI.transpose(1, 2)
+        return match.add_(1.0) if ones else match
 
 
 def inner_linear(
@@ -234,7 +268,8 @@ class _InnerLinearBackward(Function):
         factor, ctx.factor = ctx.factor, None
         cot_e, cot_x = None, None
         if ctx.needs_dx:
-            layer.push(rows.tokens_to_groups(cot_dx), factor.e_GSO, level, bias=False)
+            u_GMI = rows.tokens_to_groups(cot_dx)
+            layer.push(u_GMI, factor.e_GSO, level, double_backward=True)
             cot_e = layer.product(cot_dx, rows, level, bias=False)
         x_GSI, e_GSO = layer.pull(factor)
         if e_GSO is not None:

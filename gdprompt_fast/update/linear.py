@@ -36,8 +36,7 @@ class LinearSite(FactoredSite):
 
     def release(self) -> None:
         super().release()
-        for factor in self.layer.factors:
-            factor.release()
+        self.layer.release()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
