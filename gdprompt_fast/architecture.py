@@ -132,7 +132,8 @@ def check_model(model: nn.Module) -> None:
     """Everything about the model itself that can make a meta step wrong.
 
     Raises:
-        ValueError: unsupported architecture, active dropout, gradient checkpointing, autocast.
+        ValueError: unsupported architecture, active dropout, gradient checkpointing, autocast to
+            another dtype than bfloat16.
     """
     inner = causal_lm(model)
     check_adapters(model)
@@ -148,7 +149,19 @@ def check_model(model: nn.Module) -> None:
             "inside a meta step. "
             "Call model.gradient_checkpointing_disable() first"
         )
-    if torch.is_autocast_enabled(next(inner.parameters()).device.type):
-        raise ValueError(
-            "model: expected no autocast around the step, got an active torch.autocast"
-        )
+    compute_dtype(inner)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype | None:
+    """bfloat16 under ``torch.autocast``: the step then computes in it; None for the weights' own.
+
+    Raises:
+        ValueError: under autocast to another dtype: the range of fp16 needs a scaled loss.
+    """
+    device = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if dtype != torch.bfloat16:
+        raise ValueError(f"model: expected autocast to torch.bfloat16 or none, got {dtype}")
+    return dtype

@@ -312,9 +312,20 @@ def test_active_dropout_is_refused(tiny_model: Build, make_batch: Build) -> None
         fast_meta_step(model, make_batch(), objective="gold")
 
 
-def test_autocast_is_refused(tiny_model: Build, make_batch: Build) -> None:
-    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
+def test_autocast_to_fp16_is_refused(tiny_model: Build, make_batch: Build) -> None:
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(ValueError, match=r"autocast to torch.bfloat16 .* got torch.float16"),
+    ):
         fast_meta_step(tiny_model(), make_batch(), objective="gold")
+
+
+def test_the_reference_refuses_autocast(tiny_model: Build, make_batch: Build) -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="expected no autocast around the reference"),
+    ):
+        reference_meta_step(tiny_model(), make_batch(), objective="gold")
 
 
 def test_inner_step_checks_its_arguments(tiny_model: Build, make_batch: Build) -> None:

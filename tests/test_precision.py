@@ -4,6 +4,7 @@ allows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import MODELS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
+from gdprompt_fast.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows
@@ -45,6 +47,55 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
         _, exact = gradients_of(reference_meta_step, model, batch, **options)
     ours, eager = whole_error(fast, exact), whole_error(plain, exact)
     assert ours <= 2 * eager + 1e-2, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize("name", MODELS)
+def test_under_autocast_fp32_weights_get_the_gradient_of_bf16_products(
+    name: str, steps: int, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model(name).float(), make_batch("grouped")
+    options: dict[str, Any] = dict(
+        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        _, fast = gradients_of(fast_meta_step, model, batch, **options)
+    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    assert {g.dtype for g in fast.values()} == {torch.float32}
+    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    assert ours > 1e-4, "the products were not in bf16"
+    assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
+
+
+@pytest.mark.parametrize("inner_params", ["full", "lora"])
+def test_under_autocast_adapters_do_not_widen_what_they_read(
+    inner_params: str, lora_model: Build, make_batch: Build
+) -> None:
+    model, batch = lora_model("llama-tied").float(), make_batch()
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.05, inner_params=inner_params)
+    wide: set[int] = set()
+
+    def watch(tensor: torch.Tensor) -> None:
+        if tensor.dtype == torch.float32 and tensor.shape[:-1] == batch.context_ids.shape:
+            wide.add(tensor.shape[-1])
+
+    with torch.autocast("cpu", torch.bfloat16), PeakMemory(model_tensors(model), on_new=watch):
+        fast_meta_step(model, batch, **options)
+    assert model.config.hidden_size in wide  # the head's sums
+    assert model.config.intermediate_size not in wide
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, fast = gradients_of(fast_meta_step, model, batch, **options)
+    assert {g.dtype for g in fast.values()} == {torch.float32}
+    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 
 def change_errors(dtype: torch.dtype) -> tuple[float, float]:
@@ -86,6 +137,21 @@ def test_the_dual_form_keeps_an_update_that_rounding_into_bf16_weights_loses() -
     dual, rounded = change_errors(torch.bfloat16)
     assert dual < 0.01, f"the dual form's change is off by {dual:.1%}"
     assert rounded > 10 * dual, f"rounded weights: {rounded:.1%}, dual form: {dual:.1%}"
+
+
+def test_an_update_under_autocast_is_applied_in_bf16(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model("llama-tied").float(), make_batch()
+
+    def logits() -> torch.Tensor:
+        update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
+        with update.applied_to(model, groups=torch.arange(3)), torch.no_grad():
+            return model(input_ids=batch.query_ids).logits
+
+    exact = logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits()
+    assert got.dtype == torch.bfloat16
+    assert 1e-4 < float((got - exact).norm() / exact.norm()) < 5e-2
 
 
 @pytest.mark.parametrize("kind", ["norms", "adapters"])

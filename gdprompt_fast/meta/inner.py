@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import check_ids, check_model
+from ..architecture import check_ids, check_model, compute_dtype
 from ..batch import check_context_group, check_contexts, describe
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
@@ -129,8 +129,9 @@ def inner_step(
     check_inner(inner_lr, inner_steps)
     group = check_context_group(context_group, context_ids)
     groups = int(group.max()) + 1
-    state = StepState(groups, float(inner_lr), Phase(second_order=False))
-    with torch.enable_grad():
+    dtype = compute_dtype(model)
+    state = StepState(groups, float(inner_lr), Phase(second_order=False), dtype)
+    with torch.enable_grad(), torch.autocast(context_ids.device.type, enabled=False):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
             take_inner_steps(

@@ -18,7 +18,11 @@ from ..update.site import StepState
 
 
 def outer_target(
-    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, dtype: torch.dtype
+    batch: MetaBatch,
+    teacher: TeacherTargets | None,
+    token_rows: GroupedRows,
+    state: StepState,
+    dtype: torch.dtype,
 ) -> Target:
     """What each response token's prediction is compared with, in group-major order."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -27,7 +31,7 @@ def outer_target(
     logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
         None if logits is None else token_rows.to_groups(logits),
-        None if hidden is None else token_rows.to_groups(hidden),
+        None if hidden is None else token_rows.to_groups(state.cast(hidden)),
         teacher.head,
         dtype,
     )
@@ -42,10 +46,10 @@ def response_weights(batch: MetaBatch, outer_reduction: str, dtype: torch.dtype)
     return per_query.repeat_interleave(lengths_Q)
 
 
-def lm_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def lm_loss(model: nn.Module, ids: Tensor, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The mean over rows of each row's mean next-token NLL at θ."""
     one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False)))
+    adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False), dtype))
     with adapted.differentiable():
         hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
     _, weight_BT = context_weights(one_group, 1, mask)

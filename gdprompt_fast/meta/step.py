@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..architecture import predicting_states
+from ..architecture import compute_dtype, predicting_states
 from ..backend import resolve_backend, use_backend
 from ..batch import MetaBatch
 from ..ops.phase import Phase
@@ -52,6 +52,10 @@ def fast_meta_step(
     ∇_θ outer goes through the inner step. No θ'_i is ever formed; the cost is about two ordinary
     training steps on the same tokens.
 
+    Under ``torch.autocast`` to bfloat16, activations and matrix products are in bfloat16 (the
+    residual stream too, as in a model loaded in it), of one copy of the weights made for the step;
+    weights, ``.grad`` and the sums inside norms and losses stay in fp32.
+
     Args:
         model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT
             LoRA model around one. Its parameters with ``requires_grad`` are the outer ones. It is
@@ -97,9 +101,12 @@ def fast_meta_step(
         first_order,
         backend,
     )
-    state = StepState(batch.groups, float(inner_lr), Phase(second_order=not first_order))
-    ran = resolve_backend(backend, batch.context_ids.device)
-    with torch.enable_grad(), use_backend(ran), clean_after_error(model):
+    phase, dtype = Phase(second_order=not first_order), compute_dtype(model)
+    state = StepState(batch.groups, float(inner_lr), phase, dtype)
+    device = batch.context_ids.device
+    ran = resolve_backend(backend, device)
+    autocast = torch.autocast(device.type, enabled=False)  # the sites cast for themselves
+    with torch.enable_grad(), autocast, use_backend(ran), clean_after_error(model):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
         with adapted.differentiable():
             contexts = GroupedRows(batch.context_group, batch.groups)
@@ -116,7 +123,7 @@ def fast_meta_step(
             lm = nll_C.mean()
             (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
         if lm_batch is not None:
-            lm = lm_loss(model, *lm_batch)
+            lm = lm_loss(model, *lm_batch, dtype)
             if lm_weight > 0:
                 (lm_weight * lm).backward()
     return MetaStepOutput(
@@ -142,6 +149,6 @@ def _query_loss(
     token_rows = GroupedRows(
         batch.query_group.repeat_interleave(batch.response_mask.sum(1)), batch.groups
     )
-    target = outer_target(batch, teacher, token_rows, hidden_RD.dtype)
+    target = outer_target(batch, teacher, token_rows, adapted.state, hidden_RD.dtype)
     losses_R = adapted.vocabulary.response_loss(hidden_RD, target, token_rows)
     return (losses_R * response_weights(batch, outer_reduction, losses_R.dtype)).sum()

@@ -39,17 +39,17 @@ class WeightGradient:
         for f_NO, u_NI in products:
             left, right = (u_NI, f_NO) if self._transposed else (f_NO, u_NI)
             if self._sum is None and self._in_place() is None:
-                self._sum = left.T @ right
+                self._sum = (left.T @ right).to(self._parameter.dtype)
             else:
-                self._buffer().addmm_(left.T, right)
+                _add_product_(self._buffer(), left.T, right)
 
-    def slice(self, start: int, stop: int) -> Tensor:
-        """The rows [start, stop) of the sum, to add to."""
-        return self._buffer()[start:stop]
+    def add_product_to_rows(self, start: int, stop: int, f_Nv: Tensor, u_NI: Tensor) -> None:
+        """The rows [start, stop) += Fᵀ U."""
+        _add_product_(self._buffer()[start:stop], f_Nv.T, u_NI)
 
     def add_rows(self, index_N: Tensor, rows_NI: Tensor) -> None:
         """Adds a row for every index."""
-        self._buffer().index_add_(0, index_N, rows_NI)
+        self._buffer().index_add_(0, index_N, rows_NI.to(self._parameter.dtype))
 
     def add(self, value: Tensor) -> None:
         self._buffer().add_(value)
@@ -78,3 +78,10 @@ class WeightGradient:
         if self._sum is None:
             self._sum = torch.zeros_like(self._parameter)
         return self._sum
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:  # mixed precision
+        total.add_(left @ right)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..architecture import causal_lm
+from ..architecture import causal_lm, compute_dtype
 from ..batch import MetaBatch
 from ..options import (
     InnerParams,
@@ -125,6 +125,8 @@ def reference_meta_step(
         first_order,
         backend,
     )
+    if compute_dtype(model) is not None:
+        raise ValueError("model: expected no autocast around the reference, got an active one")
     inner = {
         name: p if p.requires_grad else p.detach().requires_grad_()
         for name, p in select_inner(model, inner_params).items()

@@ -17,7 +17,7 @@ from . import linear, norm  # noqa: F401
 from .embedding import EmbeddingSite
 from .lora import LowRankSite
 from .site import Site, StepState, find_rule
-from .substitutes import ATTENTION, substitute_for
+from .substitutes import ATTENTION, adapters_keep_dtype, substitute_for
 from .vocabulary import VocabularySite
 
 
@@ -69,7 +69,7 @@ class AdaptedModel:
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
         try:
-            with _replaced(self.model, forwards):
+            with _replaced(self.model, forwards), adapters_keep_dtype(self.model, self.state.dtype):
                 yield
         except BaseException:
             self.release()
@@ -79,12 +79,15 @@ class AdaptedModel:
 
     @contextmanager
     def inference(self, rows: GroupedRows) -> Iterator[None]:
-        """Inside, row b of any input runs at the last θ' of its group; no gradients."""
+        """Inside, row b of any input runs at the last θ' of its group, in the precision of the step
+        that made it; no gradients.
+        """
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: _checked(site, rows) for module, site in self.sites.items()}
         forwards[self.head] = _without_grad(self.vocabulary.logits)
-        with _replaced(self.model, forwards):
+        device = self.head.weight.device.type
+        with _replaced(self.model, forwards), torch.autocast(device, enabled=False):
             yield
 
     def hidden_states(self, ids_BT: Tensor, rows: GroupedRows, level: int) -> Tensor:

@@ -28,7 +28,7 @@ class EmbeddingSite(FactoredSite):
         check_embedding(module)
         gradient = outer_gradient(module.weight)
         self.table = InnerEmbedding(
-            module.weight.detach(),
+            state.cast(module.weight.detach()),
             module.padding_idx,
             inner=inner["weight"],
             inner_lr=state.inner_lr,

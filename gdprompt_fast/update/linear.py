@@ -22,8 +22,8 @@ class LinearSite(FactoredSite):
         weight_gradient = WeightGradient(weight, transposed) if weight.requires_grad else None
         bias_gradient = outer_gradient(bias)
         self.layer = InnerLinear(
-            weight.detach().T if transposed else weight.detach(),
-            None if bias is None else bias.detach(),
+            state.cast(weight.detach().T if transposed else weight.detach()),
+            None if bias is None else state.cast(bias.detach()),
             inner_weight=inner["weight"],
             inner_bias=inner.get("bias", False),
             inner_lr=state.inner_lr,
@@ -40,6 +40,7 @@ class LinearSite(FactoredSite):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
+        x = self.state.cast(x)
         return inner_linear(x, self.handle, self.layer, self.state.rows, self.state.level)
 
 

@@ -15,8 +15,8 @@ class LowRankSite(MaterialisedSite):
     """
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        weight, own_BOI = self.module.weight, self.of_rows("weight")
+        x = self.state.cast(inputs[0])
+        weight, own_BOI = self.state.cast(self.module.weight), self.of_rows("weight")
         assert own_BOI is not None
         change_BOI = (own_BOI - weight).to(x.dtype)
         y = torch.nn.functional.linear(x, weight) + torch.bmm(x, change_BOI.transpose(1, 2))

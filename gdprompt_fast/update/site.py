@@ -22,6 +22,7 @@ class StepState:
         groups: G, the number of adapted models.
         inner_lr: η.
         phase: where the step is.
+        dtype: of activations and products under mixed precision; None for the weights' own.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
     """
@@ -29,8 +30,13 @@ class StepState:
     groups: int
     inner_lr: float
     phase: Phase
+    dtype: torch.dtype | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """The tensor in the dtype of the step's products."""
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
 class Site:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..ops.attention import attention
@@ -54,3 +55,16 @@ def substitute_for(module: Any) -> Callable[[Tensor], Tensor] | None:
     if name == "transformers.activations.NewGELUActivation":
         return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     return None
+
+
+def adapters_keep_dtype(
+    model: nn.Module, dtype: torch.dtype | None
+) -> AbstractContextManager[None]:
+    """Under mixed precision, keeps PEFT from widening each adapter's input to its fp32 weights: the
+    adapters' sites compute in the step's dtype, and keep their inputs for the backward passes.
+    """
+    if dtype is None or not hasattr(model, "peft_config"):
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model)

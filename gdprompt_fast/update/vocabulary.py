@@ -24,7 +24,7 @@ class VocabularySite(FactoredSite):
             check_embedding(embedding)
         gradient = outer_gradient(head.weight)
         self.vocabulary = Vocabulary(
-            head.weight.detach(),
+            state.cast(head.weight.detach()),
             padding_idx=None if embedding is None else embedding.padding_idx,
             inner=inner,
             inner_lr=state.inner_lr,

@@ -51,7 +51,8 @@ class Slice(Block):
         self.start, self.stop, self.width = start, stop, stop - start
 
     def project(self, h_GND: Tensor, weight_VD: Tensor) -> Tensor:
-        logits = h_GND.flatten(0, 1) @ weight_VD[self.start : self.stop].T
+        weight = weight_VD[self.start : self.stop].to(h_GND.dtype)
+        logits = h_GND.flatten(0, 1) @ weight.T
         return wide(logits).view(*h_GND.shape[:2], -1)
 
     def expand(self, x_GNv: Tensor, weight_VD: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class Columns(Block):
         return weight_VD[self._valid_Gv]
 
     def project(self, h_GND: Tensor, weight_VD: Tensor) -> Tensor:
-        return wide(h_GND @ self.rows_of(weight_VD).transpose(1, 2))
+        return wide(h_GND @ self.rows_of(weight_VD).to(h_GND.dtype).transpose(1, 2))
 
     def select(self, x_GNV: Tensor) -> Tensor:
         return x_GNV.gather(2, self._valid_Gv[:, None, :].expand(-1, x_GNV.shape[1], -1))

@@ -250,8 +250,9 @@ class Vocabulary:
     def add_weight_gradient(self, block: Slice, f_GNv: Tensor, u_GND: Tensor) -> None:
         """+= Fᵀ U at the rows of a block."""
         if self.gradient is not None:
-            rows = self.gradient.slice(block.start, block.stop)
-            rows.addmm_(f_GNv.flatten(0, 1).to(rows.dtype).T, u_GND.flatten(0, 1).to(rows.dtype))
+            u_ND = u_GND.flatten(0, 1)
+            f_Nv = f_GNv.flatten(0, 1).to(u_ND.dtype)
+            self.gradient.add_product_to_rows(block.start, block.stop, f_Nv, u_ND)
 
     def blocks(self, tokens: int) -> list[Slice]:
         return list(slices(len(self.weight_VD), tokens))
