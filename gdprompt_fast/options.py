@@ -89,6 +89,7 @@ def check_step(
     lm_batch: LMBatch | None,
     first_order: bool,
     backend: str,
+    recompute: str,
 ) -> None:
     """Checks the arguments of a meta step before anything is computed.
 
@@ -116,6 +117,8 @@ def check_step(
         raise ValueError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
     if not isinstance(first_order, bool):
         raise ValueError(f"first_order: expected a bool, got {first_order!r}")
+    if recompute not in ("none", "block"):
+        raise ValueError(f'recompute: expected "none" or "block", got {recompute!r}')
     if lm_batch is not None:
         check_lm_batch(lm_batch, model)
     resolve_backend(backend, embedding.device)

@@ -67,6 +67,36 @@ def test_every_architecture_is_exact_with_lora(
     assert_equal_steps(lora_model(name), make_batch(), inner_params=inner)
 
 
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_is_exact_with_recomputed_blocks(
+    name: str, steps: int, tiny_model: Build, make_batch: Build
+) -> None:
+    options: dict[str, Any] = dict(inner_steps=steps, lm_weight=0.3, recompute="block")
+    assert_equal_steps(tiny_model(name), make_batch("grouped"), **options)
+
+
+@pytest.mark.parametrize("inner", ["full", "lora", "norms"])
+@pytest.mark.parametrize("outer", ["full", "lora", "norms"])
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+def test_recomputed_blocks_are_exact_whatever_is_moved_and_trained(
+    steps: int, outer: str, inner: str, lora_model: Build, make_batch: Build
+) -> None:
+    model = lora_model("llama-tied")
+    if outer != "lora":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(outer == "full" or "norm" in name)
+    assert_equal_steps(
+        model,
+        make_batch("uneven"),
+        inner_params=(lambda name, _: "norm" in name) if inner == "norms" else inner,
+        inner_steps=steps,
+        lm_batch=ragged([5, 3], 6, seed=9),
+        lm_weight=0.3,
+        recompute="block",
+    )
+
+
 @pytest.mark.parametrize("objective", ["kl", "gold"])
 @pytest.mark.parametrize("kind", ["one-each", "grouped", "uneven"])
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")

@@ -11,7 +11,7 @@ from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
-from ..options import context_weights
+from ..options import LMBatch, context_weights
 from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
@@ -46,17 +46,25 @@ def response_weights(batch: MetaBatch, outer_reduction: str, dtype: torch.dtype)
     return per_query.repeat_interleave(lengths_Q)
 
 
-def lm_loss(model: nn.Module, ids: Tensor, mask: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The mean over rows of each row's mean next-token NLL at θ."""
+def lm_backward(
+    model: nn.Module, lm_batch: LMBatch, weight: float, dtype: torch.dtype | None, recompute: str
+) -> Tensor:
+    """The mean over rows of each row's mean next-token NLL at θ; adds weight times its gradient to
+    ``.grad``.
+    """
+    ids, mask = lm_batch
     one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False), dtype))
-    with adapted.differentiable():
+    with adapted.differentiable(recompute):
         hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
-    _, weight_BT = context_weights(one_group, 1, mask)
-    predicts = weight_BT > 0
-    hidden_ND = hidden_BTD[predicts]
-    rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]), dtype)
-    losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
-    return (losses_N * weight_BT[predicts].to(dtype)).sum() / len(ids)
+        _, weight_BT = context_weights(one_group, 1, mask)
+        predicts = weight_BT > 0
+        hidden_ND = hidden_BTD[predicts]
+        rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]), wide)
+        losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
+        loss = (losses_N * weight_BT[predicts].to(wide)).sum() / len(ids)
+        if weight > 0:
+            (weight * loss).backward()
+    return loss.detach()

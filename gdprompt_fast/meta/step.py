@@ -22,7 +22,7 @@ from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .inner import take_inner_steps
-from .outer import lm_loss, outer_target, response_weights
+from .outer import lm_backward, outer_target, response_weights
 
 
 def fast_meta_step(
@@ -38,6 +38,7 @@ def fast_meta_step(
     lm_batch: LMBatch | None = None,
     first_order: bool = False,
     backend: str = "auto",
+    recompute: str = "none",
 ) -> MetaStepOutput:
     """Adds the exact meta-gradient of a batch to ``.grad``, as ``loss.backward()`` would.
 
@@ -75,6 +76,8 @@ def fast_meta_step(
             by default.
         first_order: drop the second-order term (first-order MAML): cheaper, and another gradient.
         backend: ``"torch"``, ``"triton"`` (a GPU), or ``"auto"``: Triton where it can run.
+        recompute: ``"block"`` keeps of every transformer block its input and the factors of its
+            update only, and computes the rest again where a pass needs it; ``"none"`` keeps all.
 
     Returns:
         Detached losses.
@@ -100,6 +103,7 @@ def fast_meta_step(
         lm_batch,
         first_order,
         backend,
+        recompute,
     )
     phase, dtype = Phase(second_order=not first_order), compute_dtype(model)
     state = StepState(batch.groups, float(inner_lr), phase, dtype)
@@ -108,7 +112,7 @@ def fast_meta_step(
     autocast = torch.autocast(device.type, enabled=False)  # the sites cast for themselves
     with torch.enable_grad(), autocast, use_backend(ran), clean_after_error(model):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
-        with adapted.differentiable():
+        with adapted.differentiable(recompute):
             contexts = GroupedRows(batch.context_group, batch.groups)
             lm_on_contexts = lm_weight > 0 and lm_batch is None
             nll_C, inner_loss = take_inner_steps(
@@ -123,9 +127,7 @@ def fast_meta_step(
             lm = nll_C.mean()
             (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
         if lm_batch is not None:
-            lm = lm_loss(model, *lm_batch, dtype)
-            if lm_weight > 0:
-                (lm_weight * lm).backward()
+            lm = lm_backward(model, lm_batch, lm_weight, dtype, recompute)
     return MetaStepOutput(
         outer_loss=query_loss.detach() + lm_weight * lm.detach(),
         query_loss=query_loss.detach(),

@@ -21,11 +21,13 @@ class Phase:
         second_order: whether the outer gradient goes through the inner step.
         inner_backward: the backward of an inner step is running, which records inner gradients;
             otherwise it is the last one, which adds to ``.grad``.
+        replaying: an inner backward runs again, for its graph: its inner gradients are recorded.
     """
 
     def __init__(self, second_order: bool) -> None:
         self.second_order = second_order
         self.inner_backward = False
+        self.replaying = False
 
     @contextmanager
     def inner(self) -> Iterator[None]:
@@ -34,6 +36,14 @@ class Phase:
             yield
         finally:
             self.inner_backward = False
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        self.replaying = True
+        try:
+            yield
+        finally:
+            self.replaying = False
 
 
 def handle_like(handle: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ def reference_meta_step(
     lm_batch: LMBatch | None = None,
     first_order: bool = False,
     backend: str = "auto",
+    recompute: str = "none",
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
@@ -124,6 +125,7 @@ def reference_meta_step(
         lm_batch,
         first_order,
         backend,
+        recompute,
     )
     if compute_dtype(model) is not None:
         raise ValueError("model: expected no autocast around the reference, got an active one")

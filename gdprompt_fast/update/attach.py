@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..architecture import backbone_and_head, causal_lm
 from ..ops.rows import GroupedRows
@@ -16,6 +17,7 @@ from ..ops.rows import GroupedRows
 from . import linear, norm  # noqa: F401
 from .embedding import EmbeddingSite
 from .lora import LowRankSite
+from .recompute import recomputed
 from .site import Site, StepState, find_rule
 from .substitutes import ATTENTION, adapters_keep_dtype, substitute_for
 from .vocabulary import VocabularySite
@@ -58,13 +60,17 @@ class AdaptedModel:
         return list(dict.fromkeys([*self.sites.values(), self.vocabulary]))
 
     @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """Inside, the model's modules run as sites, with ops that are twice differentiable."""
+    def differentiable(self, recompute: str = "none") -> Iterator[None]:
+        """Inside, the model's modules run as sites, with ops that are twice differentiable, and
+        with ``recompute="block"`` its transformer blocks keep their input only.
+        """
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: site.forward for module, site in self.sites.items()}
         for module in self.model.modules():
             if module not in forwards and (forward := substitute_for(module)) is not None:
                 forwards[module] = forward
+            if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
+                forwards[module] = recomputed(module, self.sites, self.state)
         config = causal_lm(self.model).config
         before = config._attn_implementation
         config._attn_implementation = ATTENTION

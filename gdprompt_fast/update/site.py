@@ -54,6 +54,10 @@ class Site:
         self.state = state
         self.moved = []
 
+    def inputs(self) -> list[Tensor]:
+        """What :meth:`forward` reads at the current level that a gradient may be asked of."""
+        raise NotImplementedError
+
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
         self.moved = []
@@ -77,6 +81,9 @@ class FactoredSite(Site):
         """The handle of the weights at the current level."""
         return self.moved[0] if self.moved else self._at_theta
 
+    def inputs(self) -> list[Tensor]:
+        return [self.handle]
+
 
 class MaterialisedSite(Site):
     """A layer of small parameters: every group has its own, [G, *shape].
@@ -89,6 +96,11 @@ class MaterialisedSite(Site):
         self.module = module
         self._names = [name for name, moves in inner.items() if moves]
         self.moved = [_per_group(getattr(module, name), state.groups) for name in self._names]
+
+    def inputs(self) -> list[Tensor]:
+        parameters = self.module.named_parameters(recurse=False)
+        shared = [p for name, p in parameters if name not in self._names and p.requires_grad]
+        return [*self.moved, *shared]
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""
