@@ -119,9 +119,7 @@ def _lora_materialise_kernel(
     tl.store(after_ptr + (group * O + o[:, None]) * I + i[None, :], acc, mask=live)
 
 
-def lora_product(
-    x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: GroupedRows
-) -> Tensor:
+def lora_product(x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: GroupedRows) -> Tensor:
     """y[b] = x[b] W'ᵀ of row b's group; in half precision x[b] Wᵀ + x[b] (W' − W)ᵀ."""
     x = x.contiguous()
     B, *tokens, I = x.shape
@@ -191,12 +189,12 @@ def _materialise_blocks(I: int, O: int) -> dict[str, int]:
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: the adapters of Llama 3.2 1B's down-projection,
-    A [r, 8192] and B [2048, r], in bf16 and fp32.
+    """What benchmarks/compile_kernels.py compiles: the adapter of Llama 3.2 1B's up-projection, A
+    [r, 2048] and B [8192, r], in bf16 and fp32.
     """
     cases = []
     for rank in (1, 16):
-        for matrix, I, O in ((f"A rank {rank}", 8192, rank), (f"B rank {rank}", rank, 2048)):
+        for matrix, I, O in ((f"A rank {rank}", 2048, rank), (f"B rank {rank}", rank, 8192)):
             for dtype in ("bf16", "fp32"):
                 for kernel, blocks in (
                     (_lora_product_kernel, _product_blocks(256, I, O)),

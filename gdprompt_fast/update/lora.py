@@ -15,9 +15,7 @@ class LowRankSite(MaterialisedSite):
 
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
         super().__init__(module, inner, state)
-        self.layer = InnerLora(
-            module.weight.detach(), inner_lr=state.inner_lr, phase=state.phase
-        )
+        self.layer = InnerLora(module.weight.detach(), inner_lr=state.inner_lr, phase=state.phase)
 
     def step(self, gradients: list[Tensor]) -> None:
         weight, after = self.moved.pop(0), gradients.pop(0)

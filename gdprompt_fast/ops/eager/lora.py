@@ -8,9 +8,7 @@ from torch import Tensor
 from ..rows import GroupedRows
 
 
-def lora_product(
-    x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: GroupedRows
-) -> Tensor:
+def lora_product(x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: GroupedRows) -> Tensor:
     """y[b] = x[b] W'ᵀ of row b's group; in half precision x[b] Wᵀ + x[b] (W' − W)ᵀ."""
     x_GMI = rows.tokens_to_groups(x)
     if weight_OI is None or own_GOI.dtype == x.dtype:
