@@ -174,7 +174,7 @@ def test_small_parameters_keep_their_update_in_bf16_too(
             (moved, getattr(site.module, name))
             for site in update._adapted.sites.values()
             if isinstance(site, MaterialisedSite)
-            for moved, name in zip(site.moved, site._names, strict=True)
+            for moved, name in zip(site.moved, site.names, strict=False)
         ]
         return torch.cat([(moved - weight.float()).flatten() for moved, weight in pairs]).detach()
 

@@ -1,9 +1,9 @@
 """Recomputation of transformer blocks, exact through the inner step.
 
-A block is y = f(h, P), P being what it reads of its sites: handles of weights, each group's own
-small parameters, shared ones. Between the passes of a meta step it keeps its input h, the cotangent
-of its output and the factors of its sites (which other passes need); everything else is computed
-again where a pass needs it:
+A block is y = f(h, P), P being what its sites read in autograd: handles of weights, each group's
+own small parameters, shared ones. Between the passes of a meta step it keeps its input h, the
+cotangent of its output and the factors of its sites, which other passes need; everything else is
+computed again where a pass needs it:
 
     forward            f
     inner backward     f and its gradient, which records the factors
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..ops.guard import differentiable_no_further
+from ..ops.rows import GroupedRows
 from .site import Site, StepState
 
 Gradients = Sequence[Tensor | None]
@@ -35,62 +36,63 @@ class BlockUse:
     Args:
         forward: f, of the hidden states alone.
         sites: those inside the block.
-        shared: the block's trained parameters that have no site.
         state: as it is at this use.
     """
 
     def __init__(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        sites: list[Site],
-        shared: list[nn.Parameter],
-        state: StepState,
+        self, forward: Callable[[Tensor], Tensor], sites: list[Site], state: StepState
     ) -> None:
         self._forward, self._sites, self._state = forward, sites, state
         self._rows, self._level = state.rows, state.level
-        self._moved = [site.moved for site in sites]
-        self.inputs = [*shared, *(tensor for site in sites for tensor in site.inputs())]
         self.phase = state.phase
+        self.inputs = [tensor for site in sites for tensor in site.tensors]
 
-    def run(self, h: Tensor) -> Tensor:
-        """f(h), with the sites as they were at this use."""
+    def run(self, h: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """f(h, P), P in place of what the sites read."""
         state = self._state
-        present = state.rows, state.level, [site.moved for site in self._sites]
-        self._set(self._rows, self._level, self._moved)
+        present = state.rows, state.level, [site.tensors for site in self._sites]
+        remaining = iter(inputs)
+        at_use = [[next(remaining) for _ in site.tensors] for site in self._sites]
+        self._set(self._rows, self._level, at_use)
         try:
             return self._forward(h)
         finally:
             self._set(*present)
 
-    def gradient(self, h: Tensor, e: Tensor) -> Gradients:
+    def gradient(self, h: Tensor, inputs: Sequence[Tensor], e: Tensor) -> Gradients:
         """Cotangents of h and P for the cotangent e of y."""
         with torch.enable_grad():
-            h = h.detach().requires_grad_()
-            y = self.run(h)
-        return torch.autograd.grad(y, [h, *self.inputs], e, allow_unused=True)
+            leaves = _leaves(h, *inputs)
+            y = self.run(leaves[0], leaves[1:])
+        return torch.autograd.grad(y, leaves, e, allow_unused=True)
 
-    def double_backward(self, h: Tensor, e: Tensor, cotangents: Gradients) -> Gradients:
+    def double_backward(
+        self, h: Tensor, inputs: Sequence[Tensor], e: Tensor, cotangents: Gradients
+    ) -> Gradients:
         """Cotangents of e, h and P for those of the results of :meth:`gradient`."""
         with torch.enable_grad():
-            h, e = h.detach().requires_grad_(), e.detach().requires_grad_()
-            y = self.run(h)
+            e, *leaves = _leaves(e, h, *inputs)
+            y = self.run(leaves[0], leaves[1:])
             with self.phase.inner(), self.phase.replay():
-                first = torch.autograd.grad(
-                    y, [h, *self.inputs], e, create_graph=True, allow_unused=True
-                )
-        del y
-        outputs, given = [], []
-        for gradient, cotangent in zip(first, cotangents, strict=True):
-            if gradient is not None and gradient.requires_grad:
-                outputs.append(gradient)
-                given.append(cotangent)
-        del first, gradient
-        return torch.autograd.grad(outputs, [e, h, *self.inputs], given, allow_unused=True)
+                first = torch.autograd.grad(y, leaves, e, create_graph=True, allow_unused=True)
+        pairs = [
+            (gradient, cotangent)
+            for gradient, cotangent in zip(first, cotangents, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        del y, first  # their graph is freed as the backward goes
+        outputs, given = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, [e, *leaves], given, allow_unused=True)
 
-    def _set(self, rows: Any, level: int, moved: list[list[Tensor]]) -> None:
+    def _set(self, rows: GroupedRows, level: int, tensors: list[list[Tensor]]) -> None:
         self._state.rows, self._state.level = rows, level
-        for site, tensors in zip(self._sites, moved, strict=True):
-            site.moved = tensors
+        for site, at_use in zip(self._sites, tensors, strict=True):
+            site.tensors = at_use
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    """Detached: the graph of a pass inside a block ends at its inputs."""
+    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def recomputed(
@@ -98,17 +100,10 @@ def recomputed(
 ) -> Callable[..., Tensor]:
     """The forward of a transformer block that keeps its input only."""
     own = [sites[module] for module in block.modules() if module in sites]
-    shared = [
-        parameter
-        for module in block.modules()
-        if module not in sites
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    ]
     forward = type(block).forward
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        use = BlockUse(lambda h: forward(block, h, *args, **kwargs), own, shared, state)
+        use = BlockUse(lambda h: forward(block, h, *args, **kwargs), own, state)
         return _Block.apply(hidden_states, use, *use.inputs)
 
     return run
@@ -119,7 +114,7 @@ class _Block(Function):
     def forward(ctx: Any, h: Tensor, use: BlockUse, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(h, *inputs)
         ctx.use = use
-        return use.run(h)
+        return use.run(h, inputs)
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> Any:
@@ -128,20 +123,20 @@ class _Block(Function):
             dh, *dinputs = _BlockBackward.apply(e, h, ctx.use, *inputs)
         else:
             differentiable_no_further("a recomputed block", "once outside an inner step")
-            dh, *dinputs = ctx.use.gradient(h, e)
+            dh, *dinputs = ctx.use.gradient(h, inputs, e)
         return dh, None, *dinputs
 
 
 class _BlockBackward(Function):
     @staticmethod
     def forward(ctx: Any, e: Tensor, h: Tensor, use: BlockUse, *inputs: Tensor) -> Any:
-        ctx.save_for_backward(e, h)
+        ctx.save_for_backward(e, h, *inputs)
         ctx.use = use
-        return tuple(use.gradient(h, e))
+        return tuple(use.gradient(h, inputs, e))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         differentiable_no_further("a recomputed block", "twice")
-        e, h = ctx.saved_tensors
-        cot_e, cot_h, *cot_inputs = ctx.use.double_backward(h, e, cotangents)
+        e, h, *inputs = ctx.saved_tensors
+        cot_e, cot_h, *cot_inputs = ctx.use.double_backward(h, inputs, e, cotangents)
         return cot_e, cot_h, None, *cot_inputs

@@ -42,25 +42,29 @@ class StepState:
 class Site:
     """A layer whose parameters the inner step may move.
 
-    ``moved`` holds a tensor for whatever the inner step moves, at the current level: the parameters
-    of every group, or a handle without elements where the update is kept in factors (see
-    ops/linear.py). Either way the inner step is ``moved − η ∂L/∂moved``, and autograd sees the
-    dependence.
+    Attributes:
+        tensors: what the forward reads in autograd at the current level: the parameters, every
+            group's own where the inner step moves them, or a handle without elements where the
+            update is kept in factors (see ops/linear.py). Either way autograd sees the dependence.
+        moving: the number of them that the inner step moves, the first ones.
     """
 
-    moved: list[Tensor]
+    def __init__(self, state: StepState, tensors: list[Tensor], moving: int) -> None:
+        self.state, self.tensors, self.moving = state, tensors, moving
 
-    def __init__(self, state: StepState) -> None:
-        self.state = state
-        self.moved = []
+    @property
+    def moved(self) -> list[Tensor]:
+        return self.tensors[: self.moving]
 
-    def inputs(self) -> list[Tensor]:
-        """What :meth:`forward` reads at the current level that a gradient may be asked of."""
-        raise NotImplementedError
+    def step(self, gradients: list[Tensor]) -> None:
+        """Takes an inner step, moved − η ∂L/∂moved, with what autograd brought for ``moved``."""
+        pairs = zip(self.moved, gradients, strict=True)
+        after = [tensor - self.state.inner_lr * gradient for tensor, gradient in pairs]
+        self.tensors = [*after, *self.tensors[self.moving :]]
 
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
-        self.moved = []
+        self.tensors = []
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The module's forward at the current level, for the rows now going through the model."""
@@ -71,18 +75,12 @@ class FactoredSite(Site):
     """A layer whose update is kept in factors: one handle stands for its weights in autograd."""
 
     def __init__(self, state: StepState, handle: Tensor, inner: bool) -> None:
-        super().__init__(state)
-        self._at_theta = handle
-        if inner:
-            self.moved = [handle]
+        super().__init__(state, [handle], int(inner))
 
     @property
     def handle(self) -> Tensor:
         """The handle of the weights at the current level."""
-        return self.moved[0] if self.moved else self._at_theta
-
-    def inputs(self) -> list[Tensor]:
-        return [self.handle]
+        return self.tensors[0]
 
 
 class MaterialisedSite(Site):
@@ -92,23 +90,21 @@ class MaterialisedSite(Site):
     """
 
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
-        super().__init__(state)
-        self.module = module
-        self._names = [name for name, moves in inner.items() if moves]
-        self.moved = [_per_group(getattr(module, name), state.groups) for name in self._names]
-
-    def inputs(self) -> list[Tensor]:
-        parameters = self.module.named_parameters(recurse=False)
-        shared = [p for name, p in parameters if name not in self._names and p.requires_grad]
-        return [*self.moved, *shared]
+        self.names = sorted(inner, key=lambda name: not inner[name])  # the moving ones first
+        moving = sum(inner.values())
+        parameters = [getattr(module, name) for name in self.names]
+        own = [_per_group(parameter, state.groups) for parameter in parameters[:moving]]
+        super().__init__(state, [*own, *parameters[moving:]], moving)
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""
-        rows = self.state.rows
-        if name in self._names:
-            return self.moved[self._names.index(name)][rows.group_B]
-        shared = getattr(self.module, name, None)
-        return None if shared is None else shared.expand(len(rows), *shared.shape)
+        if name not in self.names:
+            return None
+        index, rows = self.names.index(name), self.state.rows
+        tensor = self.tensors[index]
+        if index < self.moving:
+            return tensor[rows.group_B]
+        return tensor.expand(len(rows), *tensor.shape)
 
 
 def _per_group(parameter: Tensor, groups: int) -> Tensor:
