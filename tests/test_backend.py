@@ -51,9 +51,11 @@ def test_every_op_with_a_kernel_runs_it(
         used.add(module.__name__)
         return module
 
-    for op in ("attention", "linear", "norm", "swiglu"):
+    for op in backend.KERNELS:
         monkeypatch.setattr(f"gdprompt_fast.ops.{op}.implementation", spy)
-    fast_meta_step(tiny_model().float(), make_batch("uneven"), objective="gold", backend="triton")
+    for name in ("llama-tied", "gpt-neox"):
+        model = tiny_model(name).float()
+        fast_meta_step(model, make_batch("uneven"), objective="gold", backend="triton")
     assert used >= {f"gdprompt_fast.kernels.{op}" for op in backend.KERNELS}
 
 
