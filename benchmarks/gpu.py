@@ -52,6 +52,7 @@ from transformers import AutoModelForCausalLM
 
 from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
 from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,8 @@ EMPTY: Row = {
 
 UP = dict(groups=16, rows=32, inputs=2048, outputs=8192, context=256)
 DOWN = dict(groups=16, rows=32, inputs=8192, outputs=2048, context=256)
+LORA_A = dict(groups=16, rows=16, tokens=256, inputs=2048, outputs=16)
+LORA_B = {**LORA_A, "inputs": 16, "outputs": 8192}
 HEADS = dict(heads=32, kv_heads=8, dim=64)
 # Of Llama 3.2 1B: 16 examples of 256 context tokens and 32 query tokens.
 TIMED: dict[str, dict[str, Shape]] = {
@@ -89,6 +92,12 @@ TIMED: dict[str, dict[str, Shape]] = {
     "attention": {
         "contexts": dict(batch=16, tokens=256, **HEADS),
         "one long text": dict(batch=1, tokens=8192, **HEADS),
+    },
+    "lora": {
+        "contexts, A": LORA_A,
+        "contexts, B": LORA_B,
+        "queries, A": {**LORA_A, "tokens": 32},
+        "queries, B": {**LORA_B, "tokens": 32},
     },
     "norm": {
         "contexts": dict(examples=16, tokens=256, hidden=2048),
@@ -115,6 +124,10 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "attention": {  # few: in fp32 each takes half a minute to compile
         "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
         "odd, window": dict(batch=1, heads=3, kv_heads=1, tokens=131, dim=64, window=40),
+    },
+    "lora": {
+        "odd, groups of 0 to 3 rows": dict(groups=4, rows=5, tokens=37, inputs=401, outputs=3),
+        "rank 1, one token": dict(groups=3, rows=3, tokens=1, inputs=1, outputs=70, transposed=1),
     },
     "norm": {
         "odd": dict(examples=3, tokens=5, hidden=401),
@@ -199,6 +212,20 @@ def linear_passes(draw: Draw, shape: Shape) -> Passes:
     return {"updated_product": (x, weight, bias, match, factor, -0.3)}
 
 
+def lora_passes(draw: Draw, shape: Shape) -> Passes:
+    """Every group has a weight of its own; rows that are no more than the groups have one each."""
+    groups, rows, tokens, inputs, outputs = (shape[name] for name in LORA_A)
+    weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
+    own = weight.float() + draw(groups, outputs, inputs).float()
+    x, e = draw(rows, tokens, inputs), draw(rows, tokens, outputs)
+    group = torch.arange(rows, device=x.device)
+    grouped = GroupedRows(group if rows <= groups else group**2 % groups, groups)
+    return {
+        "lora_product": (x, weight, own, grouped),
+        "lora_materialise": (own, e, x, grouped, -0.3),
+    }
+
+
 def norm_passes(draw: Draw, shape: Shape) -> Passes:
     """Every example has a weight of its own, as after an inner step."""
     eager = importlib.import_module("gdprompt_fast.ops.eager.norm")
@@ -264,6 +291,7 @@ def attention_passes(draw: Draw, shape: Shape) -> Passes:
 
 PASSES: dict[str, Callable[[Draw, Shape], Passes]] = {
     "linear": linear_passes,
+    "lora": lora_passes,
     "norm": norm_passes,
     "swiglu": swiglu_passes,
     "gelu": gelu_passes,
@@ -276,6 +304,7 @@ PASS_NAMES = {
 }
 PASS_NAMES |= {
     "linear": ("updated_product",),
+    "lora": ("lora_product", "lora_materialise"),
     "rotary": ("rotary_forward", "rotary_backward"),  # the double backward is the forward
 }
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12}  # the fewest there can be

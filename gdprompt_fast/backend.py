@@ -14,7 +14,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 # The ops that have one.
-KERNELS = frozenset({"attention", "gelu", "linear", "norm", "rotary", "swiglu"})
+KERNELS = frozenset({"attention", "gelu", "linear", "lora", "norm", "rotary", "swiglu"})
 
 # A plain global: autograd runs the backward of GPU tensors in threads of its own.
 _chosen = "auto"

@@ -101,6 +101,33 @@ def test_lora_inside_and_outside_is_exact(
     )
 
 
+@pytest.mark.parametrize("steps", [1, 3], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize("chosen", ["lora_", "lora_A", "lora_B.default.weight", "bias"])
+def test_lora_with_biases_is_exact_whatever_part_of_it_is_inside(
+    chosen: str, steps: int, lora_model: Build, make_batch: Build
+) -> None:
+    assert_equal_steps(
+        lora_model("llama-tied", lora_bias=True),
+        make_batch("uneven"),
+        inner_params=lambda name, _: chosen in name,
+        inner_steps=steps,
+        lm_weight=0.2,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize("trained", ["lora_", "layers"])
+def test_first_order_with_lora_inside_is_exact(
+    trained: str, steps: int, lora_model: Build, make_batch: Build
+) -> None:
+    model = lora_model("llama-tied")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    assert_equal_steps(
+        model, make_batch(), inner_params="lora", inner_steps=steps, first_order=True
+    )
+
+
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize(
     "chosen", ["mlp", "lm_head", "embed_tokens", "bias", "layernorm", "q_proj.weight"]

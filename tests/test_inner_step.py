@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gdprompt_fast import MetaBatch, inner_step
+from gdprompt_fast.ops.eager import lora as eager_lora
 from gdprompt_fast.options import select_inner
 from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.reference.step import next_token_nll, twice_differentiable_attention
@@ -118,6 +119,23 @@ def test_lora_adapters_of_every_group_equal_materialised_copies(
     with update.applied_to(model, groups=torch.arange(3)):
         logits = model(input_ids=batch.query_ids).logits
     assert (logits - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_adapters_take_an_inner_step_in_one_launch_per_layer_for_all_groups(
+    lora_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = lora_model("llama-tied"), make_batch("grouped")
+    shapes, materialise = [], eager_lora.lora_materialise
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        after = materialise(*arguments)
+        shapes.append(tuple(after.shape))
+        return after
+
+    monkeypatch.setattr(eager_lora, "lora_materialise", counted)
+    inner_step(model, batch.context_ids, batch.context_mask, batch.context_group, 0.1, 1, "lora")
+    layers = [p for n, p in model.named_parameters() if ".lora_" in n]
+    assert sorted(shapes) == sorted((3, *layer.shape) for layer in layers)
 
 
 def test_the_update_works_under_no_grad_and_leaves_parameters_and_gradients_alone(

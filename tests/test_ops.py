@@ -23,6 +23,7 @@ from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
 from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear
+from gdprompt_fast.ops.lora import InnerLora, inner_lora, lora_materialise, lora_product, stepped
 from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.phase import Phase, weight_handle
 from gdprompt_fast.ops.rotary import rotary
@@ -250,20 +251,20 @@ def inner_linear_twice(
 def materialised_linear(
     x_context: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     x_query: Tensor,
     groups: list[Tensor],
     steps: int,
 ) -> Tensor:
     out = torch.zeros(*x_query.shape[:-1], len(weight), dtype=x_query.dtype)
     for g in range(3):
-        w, b = weight, bias
+        own = [weight] if bias is None else [weight, bias]
         for _ in range(steps):
-            loss = F.linear(x_context[groups[0] == g], w, b).sin().sum()
-            dw, db = torch.autograd.grad(loss, (w, b), create_graph=True)
-            w, b = w - 0.3 * dw, b - 0.3 * db
+            loss = F.linear(x_context[groups[0] == g], *own).sin().sum()
+            grads = torch.autograd.grad(loss, own, create_graph=True)
+            own = [w - 0.3 * dw for w, dw in zip(own, grads, strict=True)]
         out = out.index_put(
-            ((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], w, b)
+            ((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], *own)
         )
     return out
 
@@ -327,6 +328,94 @@ def assert_same_value_and_gradients(
     got = torch.autograd.grad(out, inputs, direction)
     for g, e in zip(got, torch.autograd.grad(expected, inputs, direction), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+
+
+RAGGED = GroupedRows(torch.tensor([2, 0, 2, 2]), 3)  # group 1 has no rows
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 1), (1, 1, 4), (2, 3, 3)], ids=str)
+def test_lora_product_equals_pytorch_and_is_twice_differentiable(shape: tuple[int, ...]) -> None:
+    tokens, inputs, outputs = shape
+    x, own, weight = leaf(4, tokens, inputs), leaf(3, outputs, inputs), leaf(outputs, inputs)
+
+    def op(x: Tensor, own: Tensor) -> Tensor:
+        return lora_product(x, weight.detach(), own, RAGGED)
+
+    expected = torch.einsum("bti,boi->bto", x, own[RAGGED.group_B])
+    torch.testing.assert_close(op(x, own), expected)
+    assert gradcheck(op, (x, own))
+    assert gradgradcheck(op, (x, own))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 1), (1, 1, 4), (2, 3, 3)], ids=str)
+def test_lora_materialise_equals_pytorch_and_is_twice_differentiable(
+    shape: tuple[int, ...],
+) -> None:
+    tokens, inputs, outputs = shape
+    own, e, x = leaf(3, outputs, inputs), leaf(4, tokens, outputs), leaf(4, tokens, inputs)
+
+    def op(own: Tensor | None, e: Tensor, x: Tensor) -> Tensor:
+        return lora_materialise(own, e, x, RAGGED, -0.3)
+
+    by_row = torch.einsum("bto,bti->boi", e, x)
+    change = -0.3 * torch.zeros_like(own).index_add(0, RAGGED.group_B, by_row)
+    torch.testing.assert_close(op(own, e, x), own + change)
+    torch.testing.assert_close(op(None, e, x), change)
+    assert gradcheck(op, (own, e, x))
+    assert gradgradcheck(op, (own, e, x))
+    assert gradgradcheck(lambda e, x: op(None, e, x), (e, x))
+
+
+def inner_lora_twice(
+    x_context: Tensor, weight: Tensor, x_query: Tensor, groups: list[Tensor], steps: int
+) -> Tensor:
+    """Inner steps of a nonlinear loss at one low-rank weight, then a query at the weights they
+    make.
+    """
+    contexts, queries = (GroupedRows(group, 3) for group in groups)
+    phase = Phase(second_order=True)
+    layer = InnerLora(weight.detach(), inner_lr=0.3, phase=phase)
+    own = weight.expand(3, *weight.shape)
+    for level in range(steps):
+        y = inner_lora(x_context, own, layer, contexts, level)
+        with phase.inner():
+            (after,) = torch.autograd.grad(y.sin().sum(), own, create_graph=True)
+        own = stepped(own, after)
+    return inner_lora(x_query, own, layer, queries, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("outputs", [1, 4], ids=["to-the-rank", "from-the-rank"])
+@pytest.mark.parametrize(
+    "groups",
+    [([0, 1, 2], [0, 1, 2]), ([2, 0, 0, 1], [1, 1, 0, 2, 1]), ([0, 1, 2], [2])],
+    ids=["one-each", "ragged", "groups-without-queries"],
+)
+def test_inner_lora_equals_materialised_weights_and_its_double_backward_is_right(
+    groups: tuple[list[int], list[int]], outputs: int, steps: int
+) -> None:
+    group = [torch.tensor(g) for g in groups]
+    inputs = leaf(len(groups[0]), 2, 3), leaf(outputs, 3), leaf(len(groups[1]), 3, 3)
+    assert_same_value_and_gradients(
+        lambda *x: inner_lora_twice(*x, group, steps),
+        lambda x, w, q: materialised_linear(x, w, None, q, group, steps),
+        inputs,
+    )
+
+
+def test_inner_lora_is_differentiable_again_after_two_inner_steps() -> None:
+    group = [torch.tensor([1, 0, 1]), torch.tensor([0, 1])]
+    inputs = leaf(3, 2, 2), leaf(1, 2), leaf(2, 1, 2)
+    assert gradgradcheck(lambda *x: inner_lora_twice(*x, group, 2), inputs)
+
+
+def test_an_adapter_that_is_used_twice_in_one_forward_pass_raises() -> None:
+    phase, rows = Phase(second_order=True), GroupedRows(torch.tensor([0]), 1)
+    x, own = leaf(1, 2, 3), leaf(1, 3, 3)
+    layer = InnerLora(own.detach()[0], inner_lr=0.3, phase=phase)
+    y = inner_lora(inner_lora(x, own, layer, rows, 0), own, layer, rows, 0)
+    with pytest.raises(RuntimeError, match="used twice in one forward pass"), phase.inner():
+        torch.autograd.grad(y.sum(), own, create_graph=True)
 
 
 def inner_embedding_once(table: Tensor, ids: list[Tensor], groups: list[Tensor]) -> Tensor:

@@ -12,6 +12,9 @@ class GroupedRows:
     Products between the queries and the contexts of one group are batched over groups, so rows are
     laid out as [G, M, …] with zeros in unused places. When the rows stand in that order already, it
     is a view.
+
+    For kernels that take the rows where they are: those of group g are
+    ``order_B[offset_G[g]:offset_G[g + 1]]``.
     """
 
     def __init__(self, group_B: Tensor, groups: int) -> None:
@@ -20,8 +23,9 @@ class GroupedRows:
         self.groups = groups
         self.per_group = int(counts.max())
         order = torch.argsort(group_B, stable=True)
-        first = torch.cumsum(counts, 0) - counts
-        rank = torch.arange(len(group_B), device=group_B.device) - first[group_B[order]]
+        self.order_B = order
+        self.offset_G = torch.nn.functional.pad(torch.cumsum(counts, 0), (1, 0))
+        rank = torch.arange(len(group_B), device=group_B.device) - self.offset_G[group_B[order]]
         self._slot_B = torch.empty_like(order)
         self._slot_B[order] = group_B[order] * self.per_group + rank
         slots = groups * self.per_group

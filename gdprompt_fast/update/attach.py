@@ -106,9 +106,9 @@ class AdaptedModel:
                 allow_unused=True,
             )
         self._check_used(moved, grads)
-        after = iter([w - self.state.inner_lr * g for w, g in zip(moved, grads, strict=True)])
+        each = iter(grads)
         for site in self._all_sites:
-            site.moved = [next(after) for _ in site.moved]
+            site.step([next(each) for _ in site.moved])
 
     def release(self) -> None:
         """Drops what the sites hold, after an error.
@@ -151,7 +151,7 @@ def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -
 def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Site | None:
     """The site of a layer; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
-    if any(inner.values()) and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
+    if inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
         return LowRankSite(module, inner, state)
     rule = find_rule(module)
     if rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:

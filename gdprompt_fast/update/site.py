@@ -38,8 +38,7 @@ class Site:
 
     ``moved`` holds a tensor for whatever the inner step moves, at the current level: the parameters
     of every group, or a handle without elements where the update is kept in factors (see
-    ops/linear.py). Either way the inner step is ``moved − η ∂L/∂moved``, and autograd sees the
-    dependence.
+    ops/linear.py). Either way autograd sees the dependence.
     """
 
     moved: list[Tensor]
@@ -47,6 +46,11 @@ class Site:
     def __init__(self, state: StepState) -> None:
         self.state = state
         self.moved = []
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Takes an inner step, moved − η ∂L/∂moved, with what autograd brought for ``moved``."""
+        pairs = zip(self.moved, gradients, strict=True)
+        self.moved = [tensor - self.state.inner_lr * gradient for tensor, gradient in pairs]
 
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
