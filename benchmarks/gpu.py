@@ -107,6 +107,14 @@ TIMED: dict[str, dict[str, Shape]] = {
         "contexts": dict(examples=16, tokens=256, hidden=8192),
         "queries": dict(examples=16, tokens=32, hidden=8192),
     },
+    "gelu": {
+        "contexts": dict(examples=16, tokens=256, hidden=8192),
+        "contexts, tanh": dict(examples=16, tokens=256, hidden=8192, tanh=1),
+    },
+    "rotary": {
+        "contexts": dict(batch=16, tokens=256, **HEADS),
+        "queries": dict(batch=16, tokens=32, **HEADS),
+    },
 }
 ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "linear": {
@@ -127,9 +135,17 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
         "one token": dict(examples=2, tokens=1, hidden=64),
     },
     "swiglu": {"odd": dict(examples=3, tokens=1, hidden=401)},
+    "gelu": {
+        "odd": dict(examples=3, tokens=1, hidden=401),
+        "odd, tanh": dict(examples=3, tokens=1, hidden=401, tanh=1),
+    },
+    "rotary": {
+        "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
+        "part of each head": dict(batch=3, heads=5, kv_heads=5, tokens=1, dim=80, rotated=20),
+    },
 }
 TINY = dict(groups=2, rows=5, inputs=32, outputs=48, context=6, examples=2, tokens=9, hidden=64)
-TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5)
+TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5, rotated=6)
 
 
 @dataclass
@@ -237,6 +253,25 @@ def swiglu_passes(draw: Draw, shape: Shape) -> Passes:
     }
 
 
+def gelu_passes(draw: Draw, shape: Shape) -> Passes:
+    x, dy, a = (draw(shape["examples"], shape["tokens"], shape["hidden"]) for _ in range(3))
+    approximate = "tanh" if shape.get("tanh") else "none"
+    return {
+        "gelu_forward": (x, approximate),
+        "gelu_backward": (dy, x, approximate),
+        "gelu_double_backward": (a, dy, x, approximate),
+    }
+
+
+def rotary_passes(draw: Draw, shape: Shape) -> Passes:
+    """q and k as a model has them: [B, T, H, D] in memory."""
+    batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
+    q, k = (draw(batch, tokens, shape[n], dim).transpose(1, 2) for n in ("heads", "kv_heads"))
+    angle = draw(1, tokens, shape.get("rotated", dim))
+    arguments = (q, k, angle.cos(), angle.sin())
+    return {"rotary_forward": arguments, "rotary_backward": arguments}
+
+
 def attention_passes(draw: Draw, shape: Shape) -> Passes:
     """q, k and v as a model has them: [B, T, H, D] in memory."""
     batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
@@ -259,15 +294,18 @@ PASSES: dict[str, Callable[[Draw, Shape], Passes]] = {
     "lora": lora_passes,
     "norm": norm_passes,
     "swiglu": swiglu_passes,
+    "gelu": gelu_passes,
+    "rotary": rotary_passes,
     "attention": attention_passes,  # last: it takes the longest to compile
 }
-PASS_NAMES: dict[str, tuple[str, ...]] = {
+PASS_NAMES = {
+    op: tuple(f"{op}_{pass_}" for pass_ in ("forward", "backward", "double_backward"))
+    for op in PASSES
+}
+PASS_NAMES |= {
     "linear": ("updated_product",),
     "lora": ("lora_product", "lora_materialise"),
-    **{
-        op: tuple(f"{op}_{pass_}" for pass_ in ("forward", "backward", "double_backward"))
-        for op in ("norm", "swiglu", "attention")
-    },
+    "rotary": ("rotary_forward", "rotary_backward"),  # the double backward is the forward
 }
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12}  # the fewest there can be
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
-KERNELS = frozenset({"attention", "linear", "lora", "norm", "swiglu"})  # the ops that have one
+# The ops that have one.
+KERNELS = frozenset({"attention", "gelu", "linear", "lora", "norm", "rotary", "swiglu"})
 
 # A plain global: autograd runs the backward of GPU tensors in threads of its own.
 _chosen = "auto"

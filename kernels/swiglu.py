@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-NUM_WARPS = 4
-
-
-@triton.jit
-def _flat(n, BLOCK: tl.constexpr):
-    # the elements of this program, and which of them are there
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return at, at < n
+from .elementwise import compile_case, flat, launch
 
 
 @triton.jit
@@ -29,7 +20,7 @@ def _swiglu_forward_kernel(
     BLOCK: tl.constexpr,
 ):
     # y = gate σ(gate) up
-    at, live = _flat(n, BLOCK)
+    at, live = flat(n, BLOCK)
     gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
     y = gate / (1.0 + tl.exp(-gate)) * up
@@ -47,7 +38,7 @@ def _swiglu_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     # dgate = dy up silu'(gate);  dup = dy silu(gate)
-    at, live = _flat(n, BLOCK)
+    at, live = flat(n, BLOCK)
     dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -72,7 +63,7 @@ def _swiglu_double_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     # cot dy = a up silu' + b silu;  cot gate = dy (a up silu'' + b silu');  cot up = a dy silu'
-    at, live = _flat(n, BLOCK)
+    at, live = flat(n, BLOCK)
     a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + at, mask=live, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -92,13 +83,13 @@ def _swiglu_double_backward_kernel(
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(gate) ∘ up."""
-    (y,) = _launch(_swiglu_forward_kernel, 1, gate, up, like=gate)
+    (y,) = launch(_swiglu_forward_kernel, 1, gate, up, like=gate)
     return y
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate)."""
-    dgate, dup = _launch(_swiglu_backward_kernel, 2, dy, gate, up, like=gate)
+    dgate, dup = launch(_swiglu_backward_kernel, 2, dy, gate, up, like=gate)
     return dgate, dup
 
 
@@ -106,40 +97,13 @@ def swiglu_double_backward(
     a: Tensor, b: Tensor, dy: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dy, gate and up from those of dgate (a) and dup (b)."""
-    cot_dy, cot_gate, cot_up = _launch(
+    cot_dy, cot_gate, cot_up = launch(
         _swiglu_double_backward_kernel, 3, a, b, dy, gate, up, like=gate
     )
     return cot_dy, cot_gate, cot_up
 
 
-def _launch(kernel: Any, outputs: int, *inputs: Tensor, like: Tensor) -> list[Tensor]:
-    n = like.numel()
-    out = [torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(outputs)]
-    flat = [t.contiguous() for t in inputs]
-    with torch.cuda.device_of(like):
-        kernel[(triton.cdiv(n, BLOCK),)](*flat, *out, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
-    return out
-
-
 def compile_cases(_target: str) -> list[dict[str, Any]]:
     """What benchmarks/compile_kernels.py compiles."""
-    return [
-        {
-            "name": kernel.fn.__name__.strip("_").removesuffix("_kernel"),
-            "kernel": kernel,
-            "signature": {
-                name: "*bf16" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name != "BLOCK"
-            },
-            "constexprs": {"BLOCK": BLOCK},
-            "aligned": ["n"],
-            "num_warps": NUM_WARPS,
-            "num_stages": 3,
-        }
-        for kernel in (
-            _swiglu_forward_kernel,
-            _swiglu_backward_kernel,
-            _swiglu_double_backward_kernel,
-        )
-    ]
+    kernels = _swiglu_forward_kernel, _swiglu_backward_kernel, _swiglu_double_backward_kernel
+    return [compile_case(kernel) for kernel in kernels]

@@ -56,7 +56,7 @@ def assert_triton_equals_the_reference(
 
 @needs_triton
 def test_every_op_with_a_kernel_runs_it(
-    lora_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+    lora_model: Build, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = set()
     implementation = backend.implementation
@@ -66,10 +66,11 @@ def test_every_op_with_a_kernel_runs_it(
         used.add(module.__name__)
         return module
 
-    for op in ("attention", "linear", "lora", "norm", "swiglu"):
+    for op in backend.KERNELS:
         monkeypatch.setattr(f"gdprompt_fast.ops.{op}.implementation", spy)
     options: dict[str, Any] = dict(objective="gold", inner_params=lambda *_: True)
-    fast_meta_step(lora_model().float(), make_batch("uneven"), backend="triton", **options)
+    for model in (lora_model("llama-tied"), tiny_model("gpt-neox")):
+        fast_meta_step(model.float(), make_batch("uneven"), backend="triton", **options)
     assert used >= {f"gdprompt_fast.kernels.{op}" for op in backend.KERNELS}
 
 

@@ -68,7 +68,7 @@ def test_a_tiny_run_leaves_every_row_and_all_gates_pass(gpu: Any, tmp_path: Path
         assert any(row["kind"] == "ceiling" and row["op"] == ceiling for row in rows)
 
 
-@pytest.mark.parametrize("op", ["linear", "lora", "norm", "swiglu", "attention"])
+@pytest.mark.parametrize("op", sorted(backend.KERNELS))
 def test_the_passes_of_an_op_are_those_of_the_plain_implementation(
     op: str, gpu: Any, bench: Any
 ) -> None:

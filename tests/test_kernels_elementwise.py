@@ -1,4 +1,6 @@
-"""Triton's kernels of norm and SwiGLU, in its interpreter, against the plain passes in fp64."""
+"""Triton's kernels of norm, SwiGLU, GELU and rotary embedding, in its interpreter, against the
+plain passes in fp64.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,19 @@ import torch
 from torch import Tensor
 
 from gdprompt_fast import backend
+from gdprompt_fast.ops.eager import gelu as eager_gelu
 from gdprompt_fast.ops.eager import norm as eager_norm
+from gdprompt_fast.ops.eager import rotary as eager_rotary
 from gdprompt_fast.ops.eager import swiglu as eager_swiglu
+from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.norm import norm
+from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.swiglu import swiglu
 
 pytest.importorskip("triton", reason="the kernels need Triton")
+from gdprompt_fast.kernels import gelu as kernel_gelu
 from gdprompt_fast.kernels import norm as kernel_norm
+from gdprompt_fast.kernels import rotary as kernel_rotary
 from gdprompt_fast.kernels import swiglu as kernel_swiglu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +53,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "KERNELS", frozenset({"norm", "swiglu"}))
+    monkeypatch.setattr(backend, "KERNELS", frozenset({"norm", "swiglu", "gelu", "rotary"}))
 
 
 def relative_error(value: Tensor, gold: Tensor) -> float:
@@ -146,6 +154,89 @@ def test_swiglu_of_large_gates_is_finite() -> None:
     torch.testing.assert_close(results, expected)
 
 
+@each_dtype
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("shape", [(3, 401), (1, 1), (2, 5, 308)], ids=str)
+def test_every_pass_of_gelu_errs_at_most_twice_as_much_as_eager(
+    shape: tuple[int, ...], approximate: str, dtype: torch.dtype
+) -> None:
+    x, dy, a = ((2 * torch.randn(shape)).to(dtype) for _ in range(3))
+    for pass_, names, inputs in (
+        ("gelu_forward", "y", (x, approximate)),
+        ("gelu_backward", "dx", (dy, x, approximate)),
+        ("gelu_double_backward", "cot_dy cot_x", (a, dy, x, approximate)),
+    ):
+        fast, plain = getattr(kernel_gelu, pass_), getattr(eager_gelu, pass_)
+        results = [fast(*inputs), plain(*inputs), plain(*widen(inputs))]
+        if pass_ != "gelu_double_backward":
+            results = [(only,) for only in results]
+        assert_at_most_twice_eager(names, *results)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_large_inputs_is_finite(approximate: str) -> None:
+    x = torch.tensor([-1e4, -200.0, -90.0, 90.0, 200.0, 1e4])
+    ones = torch.ones(6)
+    for kernel, eager in (
+        (kernel_gelu.gelu_forward, eager_gelu.gelu_forward),
+        (kernel_gelu.gelu_backward, eager_gelu.gelu_backward),
+        (kernel_gelu.gelu_double_backward, eager_gelu.gelu_double_backward),
+    ):
+        inputs = (ones, ones, x)[-kernel.__code__.co_argcount + 1 :]
+        torch.testing.assert_close(kernel(*inputs, approximate), eager(*inputs, approximate))
+
+
+def rotary_inputs(
+    shape: tuple[int, ...], rotated: int, tables: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """q and k with a gap behind every head, [B, T, H, D] in memory, and tables of unequal
+    halves.
+    """
+    B, H, K, T, D = shape
+    q, k = (torch.randn(B, T, n, D + 2).to(dtype)[..., :D].transpose(1, 2) for n in (H, K))
+    angle = torch.randn(tables, T, rotated)
+    return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "rotated", "tables"),
+    [
+        ((2, 4, 2, 3, 8), 8, 1),
+        ((3, 5, 1, 1, 20), 20, 3),  # one token; neither the heads nor their size a power of two
+        ((2, 3, 3, 5, 14), 6, 2),  # the rest of each head is passed on
+        ((1, 37, 1, 2, 6), 2, 1),  # more heads than one tile takes
+    ],
+    ids=["grouped-heads", "odd", "partial", "many-heads"],
+)
+def test_every_pass_of_rotary_errs_at_most_twice_as_much_as_eager(
+    shape: tuple[int, ...],
+    rotated: int,
+    tables: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_rotary, "TILE_ELEMENTS", 16)
+    inputs = rotary_inputs(shape, rotated, tables, dtype)
+    for pass_ in ("rotary_forward", "rotary_backward"):
+        fast, plain = getattr(kernel_rotary, pass_), getattr(eager_rotary, pass_)
+        assert_at_most_twice_eager("q k", fast(*inputs), plain(*inputs), plain(*widen(inputs)))
+
+
+def test_rotary_of_any_strides_is_the_same_and_token_major() -> None:
+    q, k, cos, sin = rotary_inputs((2, 3, 2, 4, 6), 6, 1, torch.float32)
+    expected = eager_rotary.rotary_backward(q, k, cos, sin)
+    odd = q.transpose(0, 3).contiguous().transpose(0, 3)  # the last dimension is not contiguous
+    got = kernel_rotary.rotary_backward(odd, k.contiguous(), cos.expand(2, -1, -1), sin)
+    torch.testing.assert_close(got, expected)
+    assert all(t.transpose(1, 2).is_contiguous() for t in got)
+    one = torch.ones(()).expand(2, 3, 4, 6)  # as the gradient of a sum is
+    torch.testing.assert_close(
+        kernel_rotary.rotary_backward(one, k, cos, sin),
+        eager_rotary.rotary_backward(one.contiguous(), k, cos, sin),
+    )
+
+
 def test_strided_inputs_give_what_contiguous_ones_give() -> None:
     x, dy, u = (torch.randn(2, 6, 5, 4).transpose(1, 3) for _ in range(3))
     weight, v, w = (torch.randn(6, 2).t() for _ in range(3))
@@ -160,6 +251,10 @@ def test_strided_inputs_give_what_contiguous_ones_give() -> None:
     torch.testing.assert_close(
         kernel_swiglu.swiglu_backward(scalar, gate, up),
         eager_swiglu.swiglu_backward(scalar, gate, up),
+    )
+    torch.testing.assert_close(
+        kernel_gelu.gelu_backward(scalar, gate, "none"),
+        eager_gelu.gelu_backward(scalar, gate, "none"),
     )
 
 
@@ -182,6 +277,9 @@ def test_empty_inputs_give_empty_results_and_sums_of_zero(shape: tuple[int, ...]
     for total in (dweight, dbias, cot_weight):
         torch.testing.assert_close(total, torch.zeros(shape[0], 8))
     assert kernel_swiglu.swiglu_forward(x, x).shape == shape
+    assert kernel_gelu.gelu_forward(x, "tanh").shape == shape
+    heads, table = x[:, None], torch.ones(1, *shape[1:])
+    assert kernel_rotary.rotary_forward(heads, heads, table, table)[0].shape == heads.shape
 
 
 def test_a_row_too_long_for_the_registers_is_refused_by_name() -> None:
@@ -212,8 +310,10 @@ def derivatives(op: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
         (lambda x, w: norm(x, w.expand(3, 8), None, eps=1e-5, center=False), [(3, 2, 4, 8), (8,)]),
         (lambda x, w, b: norm(x, w, b, eps=1e-5, center=True), [(3, 5, 41), (3, 41), (3, 41)]),
         (swiglu, [(3, 5, 41), (3, 5, 41)]),
+        (gelu, [(3, 5, 41)]),
+        (lambda x: gelu(x, "tanh"), [(3, 5, 41)]),
     ],
-    ids=["rms_norm", "rms_norm-of-heads-one-weight", "layer_norm", "swiglu"],
+    ids=["rms_norm", "rms_norm-of-heads-one-weight", "layer_norm", "swiglu", "gelu", "gelu-tanh"],
 )
 def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
     op: Callable[..., Tensor], shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
@@ -234,9 +334,24 @@ def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
     for pass_ in ("forward", "backward", "double_backward"):
         watch(kernel_norm, f"norm_{pass_}")
         watch(kernel_swiglu, f"swiglu_{pass_}")
+        watch(kernel_gelu, f"gelu_{pass_}")
     with backend.use_backend("triton"):
         values = derivatives(op, *inputs)
     assert used == {"forward", "backward", "double_backward"}
+    for index, (value, exact) in enumerate(zip(values, gold, strict=True)):
+        assert relative_error(value, exact) < 1e-5, index
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_first_and_second_derivatives_through_rotary_equal_fp64() -> None:
+    q, k, cos, sin = rotary_inputs((2, 3, 1, 5, 8), 6, 1, torch.float32)
+
+    def op(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(rotary(q, k, cos.to(q.dtype), sin.to(q.dtype)), 1)
+
+    gold = derivatives(op, q.double(), k.double())
+    with backend.use_backend("triton"):
+        values = derivatives(op, q, k)
     for index, (value, exact) in enumerate(zip(values, gold, strict=True)):
         assert relative_error(value, exact) < 1e-5, index
 

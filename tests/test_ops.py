@@ -13,16 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from transformers.activations import NewGELUActivation
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from gdprompt_fast.memory import PeakMemory
 from gdprompt_fast.ops.attention import attention
 from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
+from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear
 from gdprompt_fast.ops.lora import InnerLora, inner_lora, lora_materialise, lora_product, stepped
 from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.phase import Phase, weight_handle
+from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
 from gdprompt_fast.ops.vocabulary import (
@@ -72,6 +76,73 @@ def test_swiglu_equals_pytorch_and_is_twice_differentiable() -> None:
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
     assert gradcheck(swiglu, (gate, up))
     assert gradgradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_equals_pytorch_and_is_twice_differentiable(approximate: str) -> None:
+    x = leaf(3, 5)
+
+    def op(x: Tensor) -> Tensor:
+        return gelu(2 * x, approximate)
+
+    torch.testing.assert_close(op(x), F.gelu(2 * x, approximate=approximate))
+    assert gradcheck(op, (x,))
+    assert gradgradcheck(op, (x,))
+
+
+def test_gelu_of_another_form_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"approximate: expected .none. or .tanh., got 'sigmoid'"):
+        gelu(leaf(3), "sigmoid")
+
+
+def bytes_of_two_derivatives(op: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """What is kept between the two backward passes over x itself, and the peak."""
+    with PeakMemory([x]) as memory:
+        (dx,) = torch.autograd.grad(op(x).sum(), x, create_graph=True)
+        kept = memory.live_bytes
+        torch.autograd.grad(dx.sum(), x)
+    return kept - x.nbytes, memory.peak_bytes - x.nbytes
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_takes_less_memory_than_autograd_takes(approximate: str) -> None:
+    x = leaf(1000)
+    kept, peak = bytes_of_two_derivatives(lambda x: gelu(x, approximate), x)
+    plain = bytes_of_two_derivatives(lambda x: F.gelu(x, approximate=approximate), x)
+    formula = bytes_of_two_derivatives(NewGELUActivation(), x)
+    assert kept <= plain[0], f"{kept} bytes kept, {plain[0]} by PyTorch's gelu"
+    assert kept <= 0.3 * formula[0], f"{kept} bytes kept, {formula[0]} by transformers' formula"
+    assert peak <= 0.75 * min(plain[1], formula[1])
+
+
+@pytest.mark.parametrize("rotated", [6, 4], ids=["whole-heads", "part-of-each-head"])
+@pytest.mark.parametrize("tables", [1, 2], ids=["shared-positions", "positions-of-each-row"])
+def test_rotary_equals_transformers_and_is_differentiable_any_number_of_times(
+    tables: int, rotated: int
+) -> None:
+    q, k = leaf(2, 3, 4, 6), leaf(2, 1, 4, 6)
+    cos, sin = (leaf(tables, 4, rotated).detach() for _ in range(2))  # of unequal halves
+
+    def op(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(q, k, cos, sin)
+
+    torch.testing.assert_close(op(q, k), apply_rotary_pos_emb(q, k, cos, sin))
+    assert gradcheck(op, (q, k))
+    assert gradgradcheck(op, (q, k))
+
+    def third(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        grads = sum(y.pow(4).sum() for y in function(q, k, cos, sin))
+        for _ in range(2):
+            grads = sum(g.sum() for g in torch.autograd.grad(grads, (q, k), create_graph=True))
+        return torch.autograd.grad(grads, (q, k))
+
+    torch.testing.assert_close(third(rotary), third(apply_rotary_pos_emb))
+
+
+def test_rotary_of_tables_that_require_a_gradient_is_refused() -> None:
+    x, table = leaf(1, 1, 2, 4), leaf(1, 2, 4)
+    with pytest.raises(ValueError, match="cos, sin: expected constants"):
+        rotary(x, x, table.detach(), table)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2], ids=lambda w: f"window-{w}")
@@ -124,7 +195,7 @@ def test_attention_keeps_no_square_buffer_and_its_passes_stay_below_the_tile(
     assert after_backward < 16 * one < tokens * tokens * 2 * 8 * 16
 
 
-@pytest.mark.parametrize("op", ["norm", "swiglu", "attention"])
+@pytest.mark.parametrize("op", ["norm", "swiglu", "gelu", "attention"])
 def test_third_derivatives_raise(op: str) -> None:
     ops: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         "norm": (
@@ -132,6 +203,7 @@ def test_third_derivatives_raise(op: str) -> None:
             [leaf(2, 3, 4), leaf(2, 4)],
         ),
         "swiglu": (swiglu, [leaf(3, 4), leaf(3, 4)]),
+        "gelu": (gelu, [leaf(3, 4)]),
         "attention": (
             lambda q, k, v: attention(q, k, v, scale=1.0),
             [leaf(1, 1, 3, 2) for _ in range(3)],

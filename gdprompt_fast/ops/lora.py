@@ -4,9 +4,8 @@ Weights this small get a copy per group, W' [G, O, I] in fp32 at least, and the 
 
     W'_g ← W'_g − η Σ_b E_bᵀ X_b        over the rows b and tokens of group g
 
-with X the inputs of the layer and E the cotangents of its outputs. With the E and X of the two
-layers of an adapter A' = A − ηs (E B)ᵀ X and B' = B − ηs Eᵀ (X Aᵀ), s being LoRA's scale and E the
-cotangents of its output.
+with X the inputs of the layer and E the cotangents of its outputs. An adapter y = s (x Aᵀ) Bᵀ is
+two such layers: with its X and E, A' = A − ηs (E B)ᵀ X and B' = B − ηs Eᵀ (X Aᵀ).
 
 The product and the update are each other's adjoints, so both are differentiable as often as anybody
 likes.

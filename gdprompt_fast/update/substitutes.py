@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ..architecture import type_name
 from ..ops.attention import attention
+from ..ops.gelu import gelu
+from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
 
 ATTENTION = "gdprompt_fast"
@@ -45,16 +49,57 @@ _GATED_MLPS = {
     "transformers.models.qwen2.modeling_qwen2.Qwen2MLP",
     "transformers.models.qwen3.modeling_qwen3.Qwen3MLP",
 }
+_GELUS = {  # the form of Φ of each, with the very constants of the op
+    "transformers.activations.GELUActivation": "none",
+    "transformers.activations.GELUTanh": "tanh",
+    "transformers.activations.NewGELUActivation": "tanh",
+    "transformers.activations.AccurateGELUActivation": "tanh",
+}
+_ROTARY_ATTENTIONS = {
+    "transformers.models.llama.modeling_llama.LlamaAttention",
+    "transformers.models.mistral.modeling_mistral.MistralAttention",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention",
+    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
+}
+_ROTARY = "apply_rotary_pos_emb"  # what all of them call, from the globals of their file
 
 
-def substitute_for(module: Any) -> Callable[[Tensor], Tensor] | None:
+def substitute_for(module: Any) -> Callable[..., Any] | None:
     """The forward to use in place of the module's own, if there is a better one."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = type_name(module)
     if name in _GATED_MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return lambda x: module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
-    if name == "transformers.activations.NewGELUActivation":
-        return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    if name in _GELUS:
+        return lambda x: gelu(x, _GELUS[name])
+    if name in _ROTARY_ATTENTIONS:
+        return _with_our_rotary(module)
     return None
+
+
+def _with_our_rotary(attention: Any) -> Callable[..., Any] | None:
+    """The module's own forward, but with our rotary embedding among its globals; None where it does
+    not call transformers' own.
+
+    The globals of its file stay as they are: other models share them.
+    """
+    forward = type(attention).forward
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    own = forward.__globals__.get(_ROTARY)
+    in_same_file = getattr(own, "__module__", None) == type(attention).__module__
+    # Hugging Face's kernels package makes a module of the function, with the name of its kernel.
+    if not in_same_file and getattr(own, "kernel_layer_name", None) != "rotary_pos_emb":
+        return None
+    copied = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTARY: rotary},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(copied, attention)
 
 
 def adapters_keep_dtype(

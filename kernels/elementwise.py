@@ -1,0 +1,54 @@
+"""What elementwise kernels share: a program's part of flattened tensors, and the launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def flat(n, BLOCK: tl.constexpr):
+    # the elements of this program, and which of them are there
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at, at < n
+
+
+def launch(
+    kernel: Any, outputs: int, *inputs: Tensor, like: Tensor, **constants: Any
+) -> list[Tensor]:
+    """Runs ``kernel(*inputs, *outputs, n, BLOCK, **constants)``; its outputs are ``like`` one
+    input.
+    """
+    n = like.numel()
+    out = [torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(outputs)]
+    dense = [t.contiguous() for t in inputs]
+    with torch.cuda.device_of(like):
+        kernel[(triton.cdiv(n, BLOCK),)](
+            *dense, *out, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **constants
+        )
+    return out
+
+
+def compile_case(kernel: Any, variant: str = "", **constants: Any) -> dict[str, Any]:
+    """A kernel as :func:`launch` runs it in bf16, for benchmarks/compile_kernels.py."""
+    constexprs = {"BLOCK": BLOCK, **constants}
+    return {
+        "name": kernel.fn.__name__.strip("_").removesuffix("_kernel") + variant,
+        "kernel": kernel,
+        "signature": {
+            name: "*bf16" if name.endswith("_ptr") else "i32"
+            for name in kernel.arg_names
+            if name not in constexprs
+        },
+        "constexprs": constexprs,
+        "aligned": ["n"],
+        "num_warps": NUM_WARPS,
+        "num_stages": 3,
+    }

@@ -1,0 +1,127 @@
+"""x Φ(x): the three passes of ops/gelu.py, elementwise over flattened tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elementwise import compile_case, flat, launch
+
+K = tl.constexpr(0.7978845608028654)  # √(2/π); the tanh form's u = K (x + C x³)
+C = tl.constexpr(0.044715)
+ROOT_HALF = tl.constexpr(0.7071067811865476)
+DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
+
+
+@triton.jit
+def _cdf(x, TANH: tl.constexpr):
+    # Φ(x); or ½ (1 + tanh(u)) = σ(2u), and σ(2u) σ(−2u) without cancellation
+    if TANH:
+        u = K * (x + C * x * x * x)
+        e = tl.exp(-2.0 * tl.abs(u))
+        s = 1.0 / (1.0 + e)
+        return tl.where(u < 0, e * s, s), e * s * s
+    else:
+        return 0.5 * (1.0 + tl.erf(ROOT_HALF * x)), 0.0
+
+
+@triton.jit
+def _derivatives(x, TANH: tl.constexpr):
+    # gelu' = Φ + x d and gelu'' = 2 d + x d', with d = Φ'
+    cdf, slope = _cdf(x, TANH)
+    if TANH:
+        du = 2.0 * K * (1.0 + 3.0 * C * x * x)
+        density = slope * du
+        d_density = slope * (12.0 * K * C * x + (1.0 - 2.0 * cdf) * du * du)
+    else:
+        density = DENSITY_AT_0 * tl.exp(-0.5 * x * x)
+        d_density = -x * density
+    return cdf + x * density, 2.0 * density + x * d_density
+
+
+@triton.jit
+def _gelu_forward_kernel(
+    x_ptr,  # [n] in
+    y_ptr,  # [n] out, x's dtype
+    n,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # y = x Φ(x)
+    at, live = flat(n, BLOCK)
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    cdf, _ = _cdf(x, TANH)
+    tl.store(y_ptr + at, (x * cdf).to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    dy_ptr,  # [n] in
+    x_ptr,  # [n] in
+    dx_ptr,  # [n] out, x's dtype
+    n,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # dx = dy gelu'(x)
+    at, live = flat(n, BLOCK)
+    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    first, _ = _derivatives(x, TANH)
+    tl.store(dx_ptr + at, (dy * first).to(dx_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _gelu_double_backward_kernel(
+    a_ptr,  # [n] in, cotangent of dx
+    dy_ptr,  # [n] in
+    x_ptr,  # [n] in
+    cot_dy_ptr,  # [n] out, x's dtype
+    cot_x_ptr,  # [n] out, x's dtype
+    n,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # cot dy = a gelu'(x);  cot x = a dy gelu''(x)
+    at, live = flat(n, BLOCK)
+    a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    first, second = _derivatives(x, TANH)
+    tl.store(cot_dy_ptr + at, (a * first).to(cot_dy_ptr.dtype.element_ty), mask=live)
+    tl.store(cot_x_ptr + at, (a * dy * second).to(cot_x_ptr.dtype.element_ty), mask=live)
+
+
+def gelu_forward(x: Tensor, approximate: str) -> Tensor:
+    """y = x Φ(x)."""
+    (y,) = launch(_gelu_forward_kernel, 1, x, like=x, TANH=approximate == "tanh")
+    return y
+
+
+def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    """dx = dy ∘ gelu'(x)."""
+    (dx,) = launch(_gelu_backward_kernel, 1, dy, x, like=x, TANH=approximate == "tanh")
+    return dx
+
+
+def gelu_double_backward(
+    a: Tensor, dy: Tensor, x: Tensor, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """Cotangents of dy and x from that of dx (a)."""
+    cot_dy, cot_x = launch(
+        _gelu_double_backward_kernel, 2, a, dy, x, like=x, TANH=approximate == "tanh"
+    )
+    return cot_dy, cot_x
+
+
+def compile_cases(_target: str) -> list[dict[str, Any]]:
+    """What benchmarks/compile_kernels.py compiles: both forms of every pass."""
+    kernels = _gelu_forward_kernel, _gelu_backward_kernel, _gelu_double_backward_kernel
+    return [
+        compile_case(kernel, f" {form}", TANH=form == "tanh")
+        for kernel in kernels
+        for form in ("exact", "tanh")
+    ]
