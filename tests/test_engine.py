@@ -97,6 +97,14 @@ def test_recomputed_blocks_are_exact_whatever_is_moved_and_trained(
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+def test_recomputed_blocks_give_the_first_order_answer_when_asked(
+    steps: int, tiny_model: Build, make_batch: Build
+) -> None:
+    options: dict[str, Any] = dict(first_order=True, inner_steps=steps, recompute="block")
+    assert_equal_steps(tiny_model("qwen3-head-norms"), make_batch("grouped"), **options)
+
+
 @pytest.mark.parametrize("objective", ["kl", "gold"])
 @pytest.mark.parametrize("kind", ["one-each", "grouped", "uneven"])
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")

@@ -124,6 +124,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "negative lm_weight": (dict(lm_weight=-0.1), "lm_weight: .*got -0.1"),
     "lm_batch that is no pair": (dict(lm_batch=torch.zeros(2)), r"lm_batch: expected a pair"),
     "first_order that is no bool": (dict(first_order="no"), "first_order: expected a bool"),
+    "unknown recompute": (dict(recompute="all"), "recompute: expected .*got 'all'"),
     "unknown backend": (dict(backend="cuda"), "backend: expected one of .*got 'cuda'"),
 }
 

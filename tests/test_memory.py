@@ -17,13 +17,13 @@ from gdprompt_fast.ops.vocabulary import block
 EXAMPLES, CONTEXT, QUERY, RESPONSE, VOCABULARY, HIDDEN = 6, 24, 8, 2, 1024, 64
 
 
-def small_llama(hidden: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
+def small_llama(hidden: int, vocabulary: int = VOCABULARY, layers: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=hidden,
             intermediate_size=3 * hidden,
-            num_hidden_layers=4,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=vocabulary,
@@ -161,6 +161,26 @@ def test_memory_is_that_of_two_sets_of_activations_and_does_not_grow_with_adapte
     )
     assert fast <= 1.8 * plain, f"{fast} bytes over the model, {plain} for an ordinary step"
     assert fast <= 0.75 * sequential, f"{fast} bytes, {sequential} for the sequential loop"
+
+
+def test_recomputed_blocks_keep_their_input_and_factors_only(batch: MetaBatch) -> None:
+    layers, width, inner = 8, 128, 384
+    model = small_llama(width, layers=layers)
+    kept = {
+        recompute: peak_bytes_over_model(
+            model,
+            lambda recompute=recompute: fast_meta_step(
+                model, batch, objective="gold", recompute=recompute
+            ),
+        )
+        for recompute in ("none", "block")
+    }
+    # inputs and output cotangents of q, k, v, o, gate, up, down; then what enters the block
+    factors = (3 * width + inner) + (width + width + width + 2 * inner + width)
+    per_token = 4 * layers * (factors + 2 * width)
+    one_block = kept["none"] / layers
+    assert kept["block"] <= EXAMPLES * CONTEXT * per_token + 2 * one_block
+    assert kept["block"] <= 0.7 * kept["none"], kept
 
 
 def test_lora_outside_needs_no_gradient_of_the_size_of_a_base_weight(batch: MetaBatch) -> None:
