@@ -171,8 +171,8 @@ def test_small_parameters_keep_their_update_in_bf16_too(
             inner_params=lambda name, _: chosen in name,
         )
         pairs = [
-            (moved, getattr(site.module, name))
-            for site in update._adapted.sites.values()
+            (moved, getattr(module, name))
+            for module, site in update._adapted.sites.items()
             if isinstance(site, MaterialisedSite)
             for moved, name in zip(site.moved, site.names, strict=False)
         ]
