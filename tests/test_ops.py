@@ -495,7 +495,7 @@ def vocabulary_twice(
         (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
     handle = handle - 0.3 * step
     h_RD = states(ids[1], handle, queries, 1)[:, -1]
-    target = GoldTarget(queries.to_groups(ids[1][:, 0]), table.dtype)
+    target = GoldTarget(queries.to_groups(ids[1][:, 0]))
     return response_loss(h_RD, target, handle, vocabulary, queries, 1)
 
 

@@ -18,18 +18,16 @@ from ..update.site import StepState
 
 
 def outer_target(
-    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, dtype: torch.dtype
+    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows
 ) -> Target:
     """What each response token's prediction is compared with, in group-major order."""
-    dtype = torch.promote_types(dtype, torch.float32)
     if teacher is None:
-        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]), dtype)
+        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]))
     logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
         None if logits is None else token_rows.to_groups(logits),
         None if hidden is None else token_rows.to_groups(hidden),
         teacher.head,
-        dtype,
     )
 
 
@@ -53,6 +51,6 @@ def lm_loss(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     hidden_ND = hidden_BTD[predicts]
     rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]), dtype)
+    target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]))
     losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
     return (losses_N * weight_BT[predicts].to(dtype)).sum() / len(ids)
