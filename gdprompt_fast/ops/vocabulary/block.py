@@ -27,8 +27,7 @@ def wide(t: Tensor) -> Tensor:
 
 
 def add_product_(x_GNv: Tensor, a_GNS: Tensor, b_GSv: Tensor, scale: float) -> Tensor:
-    """x += scale · a b, multiplied in b's dtype; an fp32 x keeps what is small beside it."""
-    a_GNS = a_GNS.to(b_GSv.dtype)
+    """x += scale · a b; an fp32 x keeps what is small beside it."""
     if x_GNv.dtype == b_GSv.dtype:
         return x_GNv.baddbmm_(a_GNS, b_GSv, alpha=scale)
     return x_GNv.add_(a_GNS @ b_GSv, alpha=scale)
@@ -74,10 +73,11 @@ class Slice(Block):
         return x_GNV[..., self.start : self.stop]
 
     def add_at_(self, x_GNv: Tensor, ids_GS: Tensor, values_GNS: Tensor) -> Tensor:
-        # Those that are not here add a zero; spread, as a GPU's additions to one place would wait.
-        here = (ids_GS >= self.start) & (ids_GS < self.stop)
-        columns = (ids_GS - self.start).remainder(self.stop - self.start)
-        values = (values_GNS * here[:, None, :]).to(x_GNv.dtype)
+        # Ids that are not here add zeros, all over the block: a GPU's additions to one place wait
+        # for each other.
+        offset = ids_GS - self.start
+        columns = offset.remainder(self.stop - self.start)
+        values = (values_GNS * (columns == offset)[:, None, :]).to(x_GNv.dtype)
         return x_GNv.scatter_add_(2, columns[:, None, :].expand_as(values), values)
 
 
@@ -99,7 +99,7 @@ class Columns(Block):
         return x_GNV.gather(2, self._valid_Gv[:, None, :].expand(-1, x_GNV.shape[1], -1))
 
     def add_at_(self, x_GNv: Tensor, ids_GS: Tensor, values_GNS: Tensor) -> Tensor:
-        return add_product_(x_GNv, values_GNS, self.matches(ids_GS, x_GNv.dtype), 1.0)
+        return x_GNv.baddbmm_(values_GNS.to(x_GNv.dtype), self.matches(ids_GS, x_GNv.dtype))
 
     def matches(self, ids_GN: Tensor, dtype: torch.dtype) -> Tensor:
         """1 where ids[g, n] is column v, [G, N, v]."""

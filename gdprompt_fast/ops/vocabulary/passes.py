@@ -126,11 +126,10 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
             match = a_GSD @ wide(use.u_GMD).transpose(1, 2)
             f_p = use.f_b_GMS[level] + vocabulary.at_next(use.f_context_GMS)
             center -= vocabulary.inner_lr * (match * f_p.transpose(1, 2)).sum(-1)
-            use_match.append(match)
+            use_match.append(match.to(use.u_GMD.dtype))
         for lookup in vocabulary.lookups:
-            match = a_GSD @ wide(lookup.u_GMD).transpose(1, 2)
-            p = vocabulary.probabilities_at(lookup.ids_GM, level)
-            center -= vocabulary.inner_lr * (match * p).sum(-1)
+            match = a_GSD @ wide(lookup.u_GMD).transpose(1, 2) * -vocabulary.inner_lr
+            center += (match * vocabulary.probabilities_at(lookup.ids_GM, level)).sum(-1)
             lookup_match.append((lookup.ids_GM, match))
     step.adjoint = Adjoint(vocabulary.project(direction, level), use_match, lookup_match, center)
 

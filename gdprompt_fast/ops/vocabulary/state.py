@@ -40,8 +40,8 @@ class Projection(NamedTuple):
     """
 
     h_GND: Tensor
-    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level
-    lookup_match_GNS: Tensor | None  # h Σ_k E_kᵀ
+    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level, in h's dtype
+    lookup_match_GNS: Tensor | None  # −η h Σ_k E_kᵀ
 
 
 @dataclass
@@ -70,8 +70,10 @@ class Adjoint:
     """
 
     direction: Projection  # w ∘ (cotangent of ∂L/∂H)
-    use_match_GSM: list[Tensor]  # A Uᵀ, one for each use of the weights this step made
-    lookup_match: list[tuple[Tensor, Tensor]]  # (ids, A Uᵀ), likewise
+    use_match_GSM: list[
+        Tensor
+    ]  # A Uᵀ, one for each use of the weights this step made, in U's dtype
+    lookup_match: list[tuple[Tensor, Tensor]]  # (ids, −η A Uᵀ), likewise
     center_GS: Tensor  # rowsum(P ∘ cotangent of B)
 
 
@@ -152,8 +154,10 @@ class Vocabulary:
     def project(self, h_GND: Tensor, level: int) -> Projection:
         h, sum_GSD = wide(h_GND), self.lookup_sum(level)
         match = [h @ step.a_GSD.transpose(1, 2) for step in self.steps[: self.terms(level)]]
-        lookup_match = None if sum_GSD is None else h @ wide(sum_GSD).transpose(1, 2)
-        return Projection(h_GND, match, lookup_match)
+        lookup_match = None
+        if sum_GSD is not None:
+            lookup_match = (h @ wide(sum_GSD).transpose(1, 2)).mul_(-self.inner_lr)
+        return Projection(h_GND, [m.to(h_GND.dtype) for m in match], lookup_match)
 
     def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
         """Rows times W'ᵀ at the columns of a block, [G, N, v]; in fp32 or fp64 if W' is not W."""
@@ -164,7 +168,7 @@ class Vocabulary:
             add_product_(z, match_GNS, b_GSv[k], -self.inner_lr)
         if rows.lookup_match_GNS is not None:
             assert self.context_ids_GS is not None
-            block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS * -self.inner_lr)
+            block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS)
         return z
 
     def differences(self, block: Block, steps: range) -> dict[int, Tensor]:
@@ -206,7 +210,7 @@ class Vocabulary:
         for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
             add_product_(b_bar, match_GSM, f_GMv, -self.inner_lr)
         for ids_GM, match_GSM in step.adjoint.lookup_match:
-            block.add_at_(b_bar, ids_GM, match_GSM * -self.inner_lr)
+            block.add_at_(b_bar, ids_GM, match_GSM)
         return implementation("vocabulary", b_bar).logit_cotangent(
             b_bar, step.adjoint.center_GS, step.nll_weight_GS, b[k], self.next_ids_GS, block.columns
         )
