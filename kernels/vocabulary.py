@@ -233,7 +233,7 @@ def online_softmax(
     z = _rows(z_GNv)
     e = torch.empty(z_GNv.shape, dtype=dtype, device=z.device)
     new = torch.empty(4, *ids_GN.shape, dtype=torch.float32, device=z.device)
-    statistics = (t.contiguous() for t in (ids_GN, top_GN, total_GN, picked_GN))
+    statistics = (s.contiguous() for s in (ids_GN, top_GN, total_GN, picked_GN))
     with torch.cuda.device_of(z):
         _online_softmax_kernel[(len(z),)](
             z, *statistics, e, new, *z.shape, z.stride(0), first, **_sweep(z.shape[1])
@@ -255,7 +255,7 @@ def online_kl(
     e = torch.empty(groups, 2 * rows, width, dtype=dtype, device=z.device)
     new = torch.empty(3, *top_GR.shape, dtype=torch.float32, device=z.device)
     gap = torch.empty(groups, rows, dtype=torch.float32, device=z.device)
-    statistics = (t.contiguous() for t in (top_GR, total_GR, gap_GN))
+    statistics = (s.contiguous() for s in (top_GR, total_GR, gap_GN))
     with torch.cuda.device_of(z):
         _online_kl_kernel[(len(z),)](
             z,
