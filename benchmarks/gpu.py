@@ -7,7 +7,8 @@
 Ceilings first: the copy bandwidth and the matrix rate that every other number is a ratio of. Then
 every pass of every kernel in ``gdprompt_fast.backend.KERNELS``: the gate, its error against fp64 at
 most twice that of the plain passes plus a floor, and, only if the gate passed, its time beside
-theirs at the shapes of Llama 3.2 1B. Then the whole step, gated on a tiny model.
+theirs at the shapes of Llama 3.2 1B. Then, likewise, the losses at the vocabulary, which are matrix
+products with some of those passes between them. Then the whole step, gated on a tiny model.
 
 The work is a fixed list of cases. A worker process announces each before it starts and appends its
 row when it is done; this process waits. A case that crashes the worker or hangs becomes a row, and
@@ -33,6 +34,7 @@ import functools
 import gc
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import statistics
@@ -52,7 +54,17 @@ from transformers import AutoModelForCausalLM
 
 from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
 from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.ops.gradient import WeightGradient
+from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
+from gdprompt_fast.ops.vocabulary.passes import (
+    adjoint_pass,
+    context_pass,
+    response_pass,
+    state_gradient,
+)
+from gdprompt_fast.ops.vocabulary.state import Lookup
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +127,15 @@ TIMED: dict[str, dict[str, Shape]] = {
         "contexts": dict(batch=16, tokens=256, **HEADS),
         "queries": dict(batch=16, tokens=32, **HEADS),
     },
+    "vocabulary": {
+        "a tile of contexts": dict(groups=16, rows=256, columns=4096, hidden=2048),
+        "a tile of responses": dict(groups=16, rows=32, columns=4096, hidden=2048),
+    },
+    "losses": {
+        "contexts and responses": dict(
+            groups=16, rows=256, responses=32, hidden=2048, vocabulary=128256
+        )
+    },
 }
 ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "linear": {
@@ -143,9 +164,15 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
         "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
         "part of each head": dict(batch=3, heads=5, kv_heads=5, tokens=1, dim=80, rotated=20),
     },
+    "vocabulary": {
+        "odd": dict(groups=3, rows=7, columns=401, hidden=41),
+        "own columns": dict(groups=3, rows=1, columns=5000, hidden=8, own=1),
+    },
+    "losses": {"odd": dict(groups=3, rows=7, responses=5, hidden=41, vocabulary=401)},
 }
 TINY = dict(groups=2, rows=5, inputs=32, outputs=48, context=6, examples=2, tokens=9, hidden=64)
 TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5, rotated=6)
+TINY |= dict(columns=70, responses=3, vocabulary=70)
 
 
 @dataclass
@@ -272,6 +299,29 @@ def rotary_passes(draw: Draw, shape: Shape) -> Passes:
     return {"rotary_forward": arguments, "rotary_backward": arguments}
 
 
+def vocabulary_passes(draw: Draw, shape: Shape) -> Passes:
+    """A tile in the middle of the vocabulary; of some rows the id is in it."""
+    groups, rows, columns, hidden = (shape[n] for n in ("groups", "rows", "columns", "hidden"))
+    z, teacher_z, b_bar = (3 * draw(groups, rows, columns) for _ in range(3))
+    lse, teacher_lse, center, weight = (draw(groups, rows).float() for _ in range(4))
+    lse, teacher_lse = lse + 10, teacher_lse + 10
+    ids = torch.arange(groups * rows, device=z.device).view(groups, rows) * 2
+    first: int | Tensor = rows
+    if shape.get("own"):
+        first = torch.arange(columns, device=z.device).expand(groups, columns)
+    top, total = draw(groups, 2 * rows).float(), draw(groups, 2 * rows).float().exp()
+    student, teacher = (top[:, :rows], total[:, :rows], center), (top, total, center)
+    b, e_w = draw(groups, rows, columns), draw(groups, rows, hidden)
+    return {
+        "online_softmax": (z, ids, rows, *student, z.dtype),
+        "online_kl": (z, teacher_z, *teacher, z.dtype),
+        "accumulate_": (draw(groups, rows, hidden).float(), e_w, lse.sigmoid()),
+        "softmax_minus_one_hot": (z, lse, ids, first, z.dtype),
+        "softmax_difference": (z, lse, teacher_z, teacher_lse, z.dtype),
+        "logit_cotangent": (b_bar, center, weight, b, ids, first),
+    }
+
+
 def attention_passes(draw: Draw, shape: Shape) -> Passes:
     """q, k and v as a model has them: [B, T, H, D] in memory."""
     batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
@@ -296,6 +346,7 @@ PASSES: dict[str, Callable[[Draw, Shape], Passes]] = {
     "swiglu": swiglu_passes,
     "gelu": gelu_passes,
     "rotary": rotary_passes,
+    "vocabulary": vocabulary_passes,
     "attention": attention_passes,  # last: it takes the longest to compile
 }
 PASS_NAMES = {
@@ -306,6 +357,14 @@ PASS_NAMES |= {
     "linear": ("updated_product",),
     "lora": ("lora_product", "lora_materialise"),
     "rotary": ("rotary_forward", "rotary_backward"),  # the double backward is the forward
+    "vocabulary": (
+        "online_softmax",
+        "online_kl",
+        "accumulate_",
+        "softmax_minus_one_hot",
+        "softmax_difference",
+        "logit_cotangent",
+    ),
 }
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12}  # the fewest there can be
 
@@ -435,15 +494,30 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
+def widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
 def gate(bench: Bench, op: str, pass_: str, shape: Shape, dtype: torch.dtype) -> Row:
     """The worst output of a pass: its error, that of the plain pass, and what is allowed."""
-    arguments = PASSES[op](drawer(bench.device, dtype), shape)[pass_]
-    wide = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
     plain_pass = getattr(importlib.import_module(f"gdprompt_fast.ops.eager.{op}"), pass_)
     kernel_pass = getattr(importlib.import_module(f"gdprompt_fast.kernels.{op}"), pass_)
-    results = [tensors_in(f(*a)) for f, a in ((kernel_pass, arguments), (plain_pass, arguments))]
+
+    def arguments() -> tuple[Any, ...]:
+        """Drawn again each time: some passes work in place."""
+        return PASSES[op](drawer(bench.device, dtype), shape)[pass_]
+
+    exact = plain_pass(*map(widened, arguments()))
+    return compare(kernel_pass(*arguments()), plain_pass(*arguments()), exact)
+
+
+def compare(kernel: Any, eager: Any, gold: Any) -> Row:
+    """The row of a gate, of results in the same order."""
     worst: Row = {}
-    for got, plain, exact in zip(*results, tensors_in(plain_pass(*wide)), strict=True):
+    for got, plain, exact in zip(*map(tensors_in, (kernel, eager, gold)), strict=True):
         if (got.shape, got.dtype, got.device) != (plain.shape, plain.dtype, plain.device):
             return {"status": f"failed: {got.dtype} {list(got.shape)}, not as the plain pass"}
         error, eager_error = relative_error(got, exact), relative_error(plain, exact)
@@ -480,7 +554,7 @@ def time_pass(bench: Bench, op: str, pass_: str, shape: Shape, provider: str) ->
 
 
 def ceiling_of(op: str) -> str:
-    return "matrix" if op in ("linear", "attention") else "copy"
+    return "matrix" if op in ("linear", "attention", "losses") else "copy"
 
 
 def kernel_cases(bench: Bench) -> Iterator[Case]:
@@ -514,6 +588,99 @@ def kernel_cases(bench: Bench) -> Iterator[Case]:
                         dtype="bfloat16",
                         ceiling=ceiling_of(op),
                     )
+
+
+# The losses at a tied head after an inner step
+
+LOSSES = ("context_loss", "response_loss", "double_backward")
+
+
+def loss_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Forward and inner backward of the contexts' loss, forward and backward of the responses' KL
+    to a teacher, and the double backward of the former with the head's gradient of both.
+    """
+    groups, rows, responses, hidden = (shape[n] for n in ("groups", "rows", "responses", "hidden"))
+    weight = draw(shape["vocabulary"], hidden) * hidden**-0.5
+    weight.grad = torch.zeros_like(weight)
+    phase, gradient = Phase(second_order=True), WeightGradient(weight)
+    vocabulary = Vocabulary(weight, None, True, 0.1, phase, gradient)
+    group = torch.arange(groups, device=weight.device)
+    ids = torch.arange(groups * rows, device=weight.device) ** 2 % len(weight)
+    vocabulary.begin_contexts(ids.view(groups, rows), GroupedRows(group, groups))
+    h_GSD, e_GSD, direction_GSD = (draw(groups, rows, hidden) for _ in range(3))
+    h_GMD, teacher_GMD, u_GMD = (draw(groups, responses, hidden) for _ in range(3))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    position_weight = torch.full((groups, rows), 1 / rows, device=weight.device, dtype=wide)
+
+    def context_loss() -> tuple[Tensor, ...]:
+        vocabulary.steps.clear()
+        nll_GS = context_pass(vocabulary, h_GSD, 0)
+        (step,) = vocabulary.steps
+        step.weight_GS, step.lookup_GSD, step.direction_GSD = position_weight, e_GSD, direction_GSD
+        return nll_GS, state_gradient(vocabulary, step, 0)
+
+    def response_loss() -> tuple[Tensor, ...]:
+        target = TeacherTarget(None, teacher_GMD, weight)
+        response = response_pass(vocabulary, h_GMD, target, 1)
+        vocabulary.response, vocabulary.uses = response.f.tile, [response.use]
+        return response.loss_GM, response.dh_GMD
+
+    def double_backward() -> tuple[Tensor, ...]:
+        return adjoint_pass(vocabulary, 0), gradient.slice(0, len(weight))
+
+    context_loss()
+    response_loss()
+    vocabulary.lookups.append(Lookup(ids.view(groups, rows)[:, :responses], u_GMD))
+    return dict(zip(LOSSES, (context_loss, response_loss, double_backward), strict=True))
+
+
+def loss_flops(pass_: str, shape: Shape) -> float:
+    """Of the products with the head, and with the inner update of the responses' logits."""
+    groups, rows, responses = shape["groups"], shape["rows"], shape["responses"]
+    per_context, per_response, per_pair = {
+        "context_loss": (2, 0, 0),  # logits, mean row
+        "response_loss": (1, 4, 3),  # of student and teacher
+        "double_backward": (5, 3, 2),  # logits twice, their cotangent's product, gradients
+    }[pass_]
+    tokens = groups * (rows * per_context + responses * per_response) * shape["hidden"]
+    return 2.0 * shape["vocabulary"] * (tokens + groups * rows * responses * per_pair)
+
+
+def gate_loss(bench: Bench, pass_: str, shape: Shape, dtype: torch.dtype) -> Row:
+    results = []
+    for on, wide in (("triton", False), ("torch", False), ("torch", True)):
+        draw = drawer(bench.device, dtype)
+        with backend.use_backend(on):
+            calls = loss_calls((lambda *s, d=draw: d(*s).double()) if wide else draw, shape)
+            results.append(calls[pass_]())
+    return compare(*results)
+
+
+def time_loss(bench: Bench, pass_: str, shape: Shape, provider: str) -> Row:
+    ops = [("losses", pass_), *(("vocabulary", name) for name in PASS_NAMES["vocabulary"])]
+    if provider == "triton" and any(bench.failed_gates(*each) for each in ops):
+        return {"status": "not timed: gate not passed"}
+    with backend.use_backend("triton" if provider == "triton" else "torch"):
+        call = loss_calls(drawer(bench.device, torch.bfloat16), shape)[pass_]
+        memory = measure_memory(bench.device, call, [])
+        times = measure_time(bench, call, seconds=1.0, least=3, most=30)
+    rate = loss_flops(pass_, shape) / (1e-3 * times["median_ms"])
+    ceiling = bench.ceiling("matrix")
+    ratio = rate / ceiling if ceiling else None
+    return {**memory, **times, "rate": rate, "ceiling_ratio": ratio, "status": bench.timed_status}
+
+
+def loss_cases(bench: Bench) -> Iterator[Case]:
+    for name, shape in bench.shapes(ODD, "losses").items():
+        for dtype, pass_ in itertools.product(FLOOR, LOSSES):
+            run = functools.partial(gate_loss, bench, pass_, shape, dtype)
+            row = {"pass": pass_, "provider": "triton", "case": name, "shapes": shape}
+            yield case("kernel", "gate", "losses", run, **row, dtype=str(dtype)[6:])
+    for name, shape in bench.shapes(TIMED, "losses").items():
+        for pass_, provider in itertools.product(LOSSES, ("triton", "eager")):
+            run = functools.partial(time_loss, bench, pass_, shape, provider)
+            row = {"pass": pass_, "provider": provider, "case": name, "shapes": shape}
+            yield case("kernel", "time", "losses", run, **row, dtype="bfloat16", ceiling="matrix")
 
 
 # The whole step
@@ -654,7 +821,7 @@ def all_cases(bench: Bench) -> list[Case]:
         )
         for name, (run, dtype) in ceilings.items()
     ]
-    return [*cases, *kernel_cases(bench), *step_cases(bench)]
+    return [*cases, *kernel_cases(bench), *loss_cases(bench), *step_cases(bench)]
 
 
 # The worker

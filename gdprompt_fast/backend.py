@@ -14,7 +14,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 # The ops that have one.
-KERNELS = frozenset({"attention", "gelu", "linear", "lora", "norm", "rotary", "swiglu"})
+KERNELS = frozenset(
+    {"attention", "gelu", "linear", "lora", "norm", "rotary", "swiglu", "vocabulary"}
+)
 
 # A plain global: autograd runs the backward of GPU tensors in threads of its own.
 _chosen = "auto"

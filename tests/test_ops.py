@@ -31,6 +31,8 @@ from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
 from gdprompt_fast.ops.vocabulary import (
     GoldTarget,
+    Target,
+    TeacherTarget,
     Vocabulary,
     context_loss,
     response_loss,
@@ -472,9 +474,16 @@ def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
 
 
 def vocabulary_twice(
-    table: Tensor, mix: Tensor, ids: list[Tensor], groups: list[Tensor], tied: bool
+    table: Tensor,
+    mix: Tensor,
+    ids: list[Tensor],
+    groups: list[Tensor],
+    tied: bool,
+    teacher_RV: Tensor | None = None,
 ) -> Tensor:
-    """A model of one tanh layer: an inner step on the head (and the tied table), then its NLL."""
+    """A model of one tanh layer: an inner step on the head (and the tied table), then its NLL or
+    the KL to a teacher.
+    """
     contexts, queries = (GroupedRows(group, 2) for group in groups)
     phase, gradient = Phase(second_order=True), WeightGradient(table)
     vocabulary = Vocabulary(
@@ -495,12 +504,19 @@ def vocabulary_twice(
         (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
     handle = handle - 0.3 * step
     h_RD = states(ids[1], handle, queries, 1)[:, -1]
-    target = GoldTarget(queries.to_groups(ids[1][:, 0]), table.dtype)
+    target: Target = GoldTarget(queries.to_groups(ids[1][:, 0]))
+    if teacher_RV is not None:
+        target = TeacherTarget(queries.to_groups(teacher_RV), None, None)
     return response_loss(h_RD, target, handle, vocabulary, queries, 1)
 
 
 def vocabulary_materialised(
-    table: Tensor, mix: Tensor, ids: list[Tensor], groups: list[Tensor], tied: bool
+    table: Tensor,
+    mix: Tensor,
+    ids: list[Tensor],
+    groups: list[Tensor],
+    tied: bool,
+    teacher_RV: Tensor | None = None,
 ) -> Tensor:
     def states(tokens: Tensor, table: Tensor) -> Tensor:
         if tied:
@@ -515,21 +531,26 @@ def vocabulary_materialised(
         (step,) = torch.autograd.grad(nll.mean(1).sum(), table, create_graph=True)
         adapted = table - 0.3 * step
         h = states(ids[1][row : row + 1], adapted)[:, -1]
-        losses.append(F.cross_entropy(h @ adapted.T, ids[1][row, :1], reduction="none"))
+        gold = F.one_hot(ids[1][row, :1], len(table)).to(table)
+        p = gold if teacher_RV is None else teacher_RV[row : row + 1].softmax(1)
+        kl = F.kl_div((h @ adapted.T).log_softmax(1), p, reduction="none")
+        losses.append(kl.sum(1))
     return torch.cat(losses)
 
 
+@pytest.mark.parametrize("objective", ["gold", "teacher"])
 @pytest.mark.parametrize("tied", [False, True], ids=["head-alone", "tied"])
 @pytest.mark.parametrize("tile", [1 << 21, 8], ids=["one-block", "many-blocks"])
 def test_the_losses_at_an_inner_updated_head_and_their_double_backward_are_right(
-    tile: int, tied: bool, monkeypatch: pytest.MonkeyPatch
+    tile: int, tied: bool, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vocabulary_block, "TILE_ELEMENTS", tile)
     ids = [torch.tensor([[1, 2, 1], [0, 3, 2]]), torch.tensor([[1, 0], [2, 3], [4, 1]])]
     groups = [torch.tensor([0, 1]), torch.tensor([1, 1, 0])]
+    teacher = leaf(3, 7).detach() if objective == "teacher" else None
     assert_same_value_and_gradients(
-        lambda table, mix: vocabulary_twice(table, mix, ids, groups, tied),
-        lambda table, mix: vocabulary_materialised(table, mix, ids, groups, tied),
+        lambda table, mix: vocabulary_twice(table, mix, ids, groups, tied, teacher),
+        lambda table, mix: vocabulary_materialised(table, mix, ids, groups, tied, teacher),
         (leaf(7, 3), leaf(3, 3)),
     )
 

@@ -18,22 +18,16 @@ from ..update.site import StepState
 
 
 def outer_target(
-    batch: MetaBatch,
-    teacher: TeacherTargets | None,
-    token_rows: GroupedRows,
-    state: StepState,
-    dtype: torch.dtype,
+    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, state: StepState
 ) -> Target:
     """What each response token's prediction is compared with, in group-major order."""
-    dtype = torch.promote_types(dtype, torch.float32)
     if teacher is None:
-        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]), dtype)
+        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]))
     logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
         None if logits is None else token_rows.to_groups(logits),
         None if hidden is None else token_rows.to_groups(state.cast(hidden)),
         teacher.head,
-        dtype,
     )
 
 
@@ -61,10 +55,9 @@ def lm_backward(
         predicts = weight_BT > 0
         hidden_ND = hidden_BTD[predicts]
         rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]), wide)
+        target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]))
         losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
-        loss = (losses_N * weight_BT[predicts].to(wide)).sum() / len(ids)
+        loss = (losses_N * weight_BT[predicts].to(losses_N.dtype)).sum() / len(ids)
         if weight > 0:
             (weight * loss).backward()
     return loss.detach()

@@ -152,6 +152,6 @@ def _query_loss(
     token_rows = GroupedRows(
         batch.query_group.repeat_interleave(batch.response_mask.sum(1)), batch.groups
     )
-    target = outer_target(batch, teacher, token_rows, adapted.state, hidden_RD.dtype)
+    target = outer_target(batch, teacher, token_rows, adapted.state)
     losses_R = adapted.vocabulary.response_loss(hidden_RD, target, token_rows)
     return (losses_R * response_weights(batch, outer_reduction, losses_R.dtype)).sum()

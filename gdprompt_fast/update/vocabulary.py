@@ -63,6 +63,6 @@ class VocabularySite(FactoredSite):
         terms = range(vocabulary.terms(self.state.level))
         out = h_GND.new_empty(*h_GND.shape[:2], len(vocabulary.weight_VD))
         for block in vocabulary.blocks(h_GND.shape[0] * h_GND.shape[1]):
-            _, b = vocabulary.softmaxes(block, terms)
+            b = vocabulary.differences(block, terms)
             out[..., block.start : block.stop] = vocabulary.logits(block, projection, b)
         return rows.tokens_from_groups(out, hidden_BTD.shape[1:-1])

@@ -144,21 +144,21 @@ class _ResponseLoss(Function):
     ) -> Tensor:
         response = response_pass(vocabulary, rows.to_groups(hidden.detach()), target, level)
         ctx.save_for_backward(handle)
-        ctx.use = response, target, vocabulary, rows, level
+        ctx.use = response, vocabulary, rows, level
         return rows.from_groups(response.loss_GM)
 
     @staticmethod
     def backward(ctx: Any, cot_loss: Tensor) -> Any:
         differentiable_no_further("response_loss", "once")
-        response, target, vocabulary, rows, level = ctx.use
+        response, vocabulary, rows, level = ctx.use
         weight_GM1 = rows.to_groups(cot_loss)[..., None]
         weighted_h = (wide(response.use.u_GMD) * weight_GM1).to(response.use.u_GMD.dtype)
         if vocabulary.inner and vocabulary.phase.second_order and level > 0:
             response.use.u_GMD = weighted_h
-            vocabulary.response = response.rows, response.lse_GM, target
+            vocabulary.response = response.f.tile
             vocabulary.uses.append(response.use)
         else:
-            response_weight_pass(vocabulary, response, target, weighted_h, level)
+            response_weight_pass(vocabulary, response, weighted_h, level)
         dh = (wide(response.dh_GMD) * weight_GM1).to(response.dh_GMD.dtype)
         ctx.use = None
         (handle,) = ctx.saved_tensors
@@ -187,6 +187,7 @@ class _TiedLookup(Function):
         if not vocabulary.terms(level):
             return torch.nn.functional.embedding(ids, vocabulary.weight_VD)
         found = vocabulary.rows_at(rows.to_groups(ids, fill=-1).flatten(1), level)
+        found = found.to(vocabulary.weight_VD.dtype)
         return rows.tokens_from_groups(found, ids.shape[1:])
 
     @staticmethod

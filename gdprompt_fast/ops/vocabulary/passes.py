@@ -7,49 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import Columns, column_blocks, wide
+from .block import Block, Columns, column_blocks, wide
+from .online import OnlineSums
 from .state import Adjoint, HeadStep, Projection, Use, Vocabulary
-from .target import Target
+from .target import GoldTarget, Target
 
 
-class _OnlineSoftmax:
-    """Sums over the vocabulary weighted by softmax(z), one block at a time (as in
-    FlashAttention).
-    """
-
-    def __init__(self, like_GND: Tensor) -> None:
-        wide_like = wide(like_GND)
-        self.top_GN = wide_like.new_full(like_GND.shape[:2], float("-inf"))
-        self.total_GN = torch.zeros_like(self.top_GN)
-        self.sums: dict[str | int, Tensor] = {}
-
-    def exponentials(self, z_GNv: Tensor) -> Tensor:
-        """e^(z − running maximum), after scaling what has been summed to the new maximum."""
-        top = torch.maximum(self.top_GN, z_GNv.amax(-1))
-        shrink = (self.top_GN - top).exp_()
-        self.top_GN = top
-        for total in self.sums.values():
-            total.mul_(shrink[..., None])
-        e = (z_GNv - top[..., None]).exp_()
-        self.total_GN = self.total_GN * shrink + e.sum(-1)
-        return e
-
-    def add(self, name: str | int, value: Tensor) -> None:
-        _add(self.sums, name, value)
-
-    @property
-    def lse_GN(self) -> Tensor:
-        return self.top_GN + self.total_GN.log()
-
-    def mean(self, name: str | int) -> Tensor:
-        return self.sums[name] / self.total_GN[..., None]
-
-
-def _add(sums: dict, name: str | int, value: Tensor) -> None:
-    if name in sums:
-        sums[name].add_(value)
-    else:
-        sums[name] = value
+def _stream(vocabulary: Vocabulary, rows: Projection, target: Target, terms: range) -> OnlineSums:
+    """P W and P B_kᵀ of some rows, with their log-sum-exp; of the target too if it needs them."""
+    online = OnlineSums(rows.h_GND, target.rows_per_token)
+    for block in vocabulary.blocks(_tokens(vocabulary, rows.h_GND, bool(terms))):
+        b = vocabulary.differences(block, terms)
+        e = target.exponentials(online, block, vocabulary.logits(block, rows, b))
+        products = [e @ b[k].transpose(1, 2) for k in terms]
+        online.add([block.expand(e, vocabulary.weight_VD), *products])
+    return online
 
 
 def context_pass(vocabulary: Vocabulary, h_GSD: Tensor, level: int) -> Tensor:
@@ -57,35 +29,37 @@ def context_pass(vocabulary: Vocabulary, h_GSD: Tensor, level: int) -> Tensor:
     needs.
     """
     terms = range(vocabulary.terms(level))
-    states = vocabulary.project(h_GSD, level)
-    online = _OnlineSoftmax(h_GSD)
     assert vocabulary.next_ids_GS is not None and vocabulary.context_ids_GS is not None
-    next_logit = torch.zeros_like(online.top_GN)
-    for block in vocabulary.blocks(online.top_GN.numel()):
-        p, b = vocabulary.softmaxes(block, terms)
-        z = vocabulary.logits(block, states, b)
-        next_logit += block.pick(z, vocabulary.next_ids_GS)
-        e = online.exponentials(z)
-        online.add("W", block.expand(e, vocabulary.weight_VD))
-        for k in terms:
-            online.add(k, e @ p[k].transpose(1, 2))
-    step = HeadStep(states, online.lse_GN, mean_row_GSD=online.mean("W"))
+    states, target = vocabulary.project(h_GSD, level), GoldTarget(vocabulary.next_ids_GS)
+    online = _stream(vocabulary, states, target, terms)
+    mean_row_GSD, *p_b_GSS = online.means()
+    step = HeadStep(states, online.lse_GR, mean_row_GSD, torch.zeros_like(online.lse_GR))
     vocabulary.steps.append(step)
     if terms:
-        p_context = vocabulary.softmaxes(Columns(vocabulary.context_ids_GS), range(level + 1))[0][
-            level
-        ]
-        step.mean_row_GSD = vocabulary.complete_product(
-            step.mean_row_GSD, [online.mean(k) for k in terms], p_context, level
-        )
-    return step.lse_GS - next_logit
+        p_context = vocabulary.probabilities_at(vocabulary.context_ids_GS, level)
+        step.mean_row_GSD = vocabulary.complete_product(mean_row_GSD, p_b_GSS, p_context, level)
+    return target.loss(online)
 
 
 def state_gradient(vocabulary: Vocabulary, step: HeadStep, level: int) -> Tensor:
     """∂L/∂H = w ∘ (P W' − W'[next token]), [G, S, D]."""
     assert step.weight_GS is not None and vocabulary.next_ids_GS is not None
-    difference = step.mean_row_GSD - wide(vocabulary.rows_at(vocabulary.next_ids_GS, level))
+    difference = step.mean_row_GSD - vocabulary.rows_at(vocabulary.next_ids_GS, level)
     return (step.weight_GS[..., None] * difference).to(step.states.h_GND.dtype)
+
+
+@dataclass
+class Difference:
+    """F = softmax(h W'ᵀ) − target, made a block at a time."""
+
+    rows: Projection
+    lse_GM: Tensor
+    target: Target
+
+    def tile(self, vocabulary: Vocabulary, block: Block, b_GSv: dict[int, Tensor]) -> Tensor:
+        """[G, M, v], in the weight's dtype."""
+        z = vocabulary.logits(block, self.rows, b_GSv)
+        return self.target.tile(block, z, self.lse_GM, vocabulary.weight_VD.dtype)
 
 
 @dataclass
@@ -94,8 +68,7 @@ class Response:
 
     loss_GM: Tensor
     dh_GMD: Tensor
-    rows: Projection
-    lse_GM: Tensor
+    f: Difference
     use: Use
 
 
@@ -103,46 +76,31 @@ def response_pass(vocabulary: Vocabulary, h_GMD: Tensor, target: Target, level: 
     """KL(target ‖ softmax(h W'ᵀ)) of every row and its gradient, with F = softmax − target."""
     terms = range(vocabulary.terms(level))
     rows = vocabulary.project(h_GMD, level)
-    online = _OnlineSoftmax(h_GMD)
-    sums: dict[str | int, Tensor] = {}
-    for block in vocabulary.blocks(_tokens(vocabulary, h_GMD, bool(terms))):
-        p, b = vocabulary.softmaxes(block, terms)
-        z = vocabulary.logits(block, rows, b)
-        t = target.probabilities(block)
-        e = online.exponentials(z)
-        _add(sums, "z", (t * z).sum(-1))
-        _add(sums, "W", block.expand(t, vocabulary.weight_VD))
-        online.add("W", block.expand(e, vocabulary.weight_VD))
-        for k in terms:
-            p_T = p[k].transpose(1, 2)
-            _add(sums, k, t @ p_T)
-            online.add(k, e @ p_T)
-    f_p = [online.mean(k) - sums[k] for k in terms]
+    online = _stream(vocabulary, rows, target, terms)
+    loss = target.loss(online)
+    f = Difference(rows, online.lse_GR[:, : h_GMD.shape[1]], target)
+    f_w, *f_b = target.difference(online, lambda ids: vocabulary.gather(ids, terms))
     f_context = None
     if terms:
         assert vocabulary.context_ids_GS is not None
-        parts = []
-        for columns in column_blocks(vocabulary.context_ids_GS):
-            _, b = vocabulary.softmaxes(columns, terms)
-            student = (vocabulary.logits(columns, rows, b) - online.lse_GN[..., None]).exp_()
-            parts.append(student - target.probabilities(columns))
-        f_context = torch.cat(parts, dim=2)
-    dh = vocabulary.complete_product(online.mean("W") - sums["W"], f_p, f_context, level)
-    loss = online.lse_GN - sums["z"] + target.negative_entropy
-    return Response(loss, dh.to(h_GMD.dtype), rows, online.lse_GN, Use(h_GMD, f_p, f_context))
+        parts = [
+            f.tile(vocabulary, columns, vocabulary.differences(columns, terms))
+            for columns in column_blocks(vocabulary.context_ids_GS)
+        ]
+        f_context = wide(torch.cat(parts, dim=2))
+    dh = vocabulary.complete_product(f_w, f_b, f_context, level).to(h_GMD.dtype)
+    return Response(loss, dh, f, Use(h_GMD, f_b, f_context))
 
 
 def response_weight_pass(
-    vocabulary: Vocabulary, response: Response, target: Target, weighted_h_GMD: Tensor, level: int
+    vocabulary: Vocabulary, response: Response, weighted_h_GMD: Tensor, level: int
 ) -> None:
     """Adds Fᵀ (weight ∘ h) to the head's outer gradient, where no other pass makes F again."""
     if vocabulary.gradient is None:
         return
     terms = range(vocabulary.terms(level))
     for block in vocabulary.blocks(_tokens(vocabulary, weighted_h_GMD, bool(terms))):
-        _, b = vocabulary.softmaxes(block, terms)
-        student = vocabulary.logits(block, response.rows, b).sub_(response.lse_GM[..., None]).exp_()
-        f_GMv = student.sub_(target.probabilities(block))
+        f_GMv = response.f.tile(vocabulary, block, vocabulary.differences(block, terms))
         vocabulary.add_weight_gradient(block, f_GMv, weighted_h_GMD)
 
 
@@ -164,13 +122,14 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
     use_match, lookup_match = [], []
     if vocabulary.inner:
         for use in vocabulary.uses:
+            assert use.f_context_GMS is not None
             match = a_GSD @ wide(use.u_GMD).transpose(1, 2)
-            center -= vocabulary.inner_lr * (match * use.f_p_GMS[level].transpose(1, 2)).sum(-1)
-            use_match.append(match)
+            f_p = use.f_b_GMS[level] + vocabulary.at_next(use.f_context_GMS)
+            center -= vocabulary.inner_lr * (match * f_p.transpose(1, 2)).sum(-1)
+            use_match.append(match.to(use.u_GMD.dtype))
         for lookup in vocabulary.lookups:
-            match = a_GSD @ wide(lookup.u_GMD).transpose(1, 2)
-            p = vocabulary.softmaxes(Columns(lookup.ids_GM), range(level + 1))[0][level]
-            center -= vocabulary.inner_lr * (match * p).sum(-1)
+            match = a_GSD @ wide(lookup.u_GMD).transpose(1, 2) * -vocabulary.inner_lr
+            center += (match * vocabulary.probabilities_at(lookup.ids_GM, level)).sum(-1)
             lookup_match.append((lookup.ids_GM, match))
     step.adjoint = Adjoint(vocabulary.project(direction, level), use_match, lookup_match, center)
 
@@ -185,36 +144,43 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
         begin_adjoint(vocabulary, step, level)
     terms = range(vocabulary.terms(level))
     h = step.states.h_GND
-    sums: dict[str | int, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for block in vocabulary.blocks(h.shape[0] * h.shape[1]):
         tile = vocabulary.tile(block, level)
         z_cot, b = tile.z_cot_GSv, tile.b_GSv[level]
         assert z_cot is not None
         _add(sums, "W", block.expand(z_cot, vocabulary.weight_VD))
         for k in terms:
-            p_T = tile.p_GSv[k].transpose(1, 2)
-            _add(sums, f"z{k}", z_cot @ p_T)
-            _add(sums, f"b{k}", b @ p_T)
+            b_T = tile.b_GSv[k].transpose(1, 2)
+            _add(sums, f"z{k}", z_cot @ b_T)
+            _add(sums, f"b{k}", b @ b_T)
         vocabulary.add_weight_gradient(block, z_cot, h)
         if step.direction_GSD is not None:
             vocabulary.add_weight_gradient(block, b, step.direction_GSD)
         if last and vocabulary.uses:
             vocabulary.add_weight_gradient(block, tile.f_GMv[0], vocabulary.uses[0].u_GMD)
-    z_context = None
+    z_b, z_context = [sums[f"z{k}"] for k in terms], None
     if terms:
-        assert vocabulary.context_ids_GS is not None and step.direction_GSD is not None
+        assert vocabulary.context_ids_GS is not None
         tile = vocabulary.tile(Columns(vocabulary.context_ids_GS), level)
-        z_context = tile.z_cot_GSv
-    z_p = [sums[f"z{k}"] for k in terms]
-    h_cot = vocabulary.complete_product(sums["W"], z_p, z_context, level)
+        assert tile.z_cot_GSv is not None
+        z_context, b_context = wide(tile.z_cot_GSv), wide(tile.b_GSv[level])
+        b_b = [sums[f"b{k}"] for k in terms]
+    h_cot = vocabulary.complete_product(sums["W"], z_b, z_context, level)
     if step.adjoint is not None:
         h_cot = h_cot + _factor_cotangent(vocabulary, step, level)
     if terms:
         assert step.direction_GSD is not None
-        b_p = [sums[f"b{k}"] for k in terms]
-        vocabulary.uses.append(Use(h, z_p, z_context))
-        vocabulary.uses.append(Use(step.direction_GSD, b_p, tile.b_GSv[level]))
+        vocabulary.uses.append(Use(h, z_b, z_context))
+        vocabulary.uses.append(Use(step.direction_GSD, b_b, b_context))
     return h_cot.to(h.dtype)
+
+
+def _add(sums: dict[str, Tensor], name: str, share: Tensor) -> None:
+    if name in sums:
+        sums[name].add_(share)
+    else:
+        sums[name] = wide(share)
 
 
 def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Tensor:
@@ -222,12 +188,11 @@ def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Ten
     total = torch.zeros_like(step.mean_row_GSD)
     if vocabulary.inner:
         for use in vocabulary.uses:
-            assert use.f_context_GMS is not None
-            f_b = use.f_p_GMS[level] - vocabulary.at_next(use.f_context_GMS)
-            total.baddbmm_(f_b.transpose(1, 2), wide(use.u_GMD), alpha=-vocabulary.inner_lr)
+            b_f = use.f_b_GMS[level].transpose(1, 2)
+            total.baddbmm_(b_f, wide(use.u_GMD), alpha=-vocabulary.inner_lr)
         for lookup in vocabulary.lookups:
-            b = vocabulary.softmaxes(Columns(lookup.ids_GM), range(level + 1))[1][level]
-            total.baddbmm_(b, wide(lookup.u_GMD), alpha=-vocabulary.inner_lr)
+            b = vocabulary.differences(Columns(lookup.ids_GM), range(level + 1))[level]
+            total.baddbmm_(wide(b), wide(lookup.u_GMD), alpha=-vocabulary.inner_lr)
     assert step.weight_GS is not None
     return total.mul_(step.weight_GS[..., None])
 

@@ -13,8 +13,7 @@ each sum.
 
 A use of W' at rows U with cotangents F [·, V] contributes Fᵀ U to its cotangent. Every such F is
 again made a block at a time, here in :meth:`Vocabulary.tile`; the gradients then need, beside sums
-over blocks, only the small products F P_kᵀ with the probabilities P_k, and F at the columns of the
-context's own tokens.
+over blocks, only the small products F B_kᵀ, and F at the columns of the context's own tokens.
 
 Letters: G groups, S context positions of a group, M rows of a use, N any of these, v columns of a
     block.
@@ -22,17 +21,17 @@ Letters: G groups, S context positions of a group, M rows of a use, N any of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from ...backend import implementation
 from ..gradient import WeightGradient
 from ..phase import Phase
 from ..rows import GroupedRows
-from .block import Block, Columns, Slice, slices, wide
-from .target import Target
+from .block import Block, Columns, Slice, add_product_, slices, wide
 
 
 class Projection(NamedTuple):
@@ -41,8 +40,8 @@ class Projection(NamedTuple):
     """
 
     h_GND: Tensor
-    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level
-    lookup_match_GNS: Tensor | None  # h Σ_k E_kᵀ
+    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level, in h's dtype
+    lookup_match_GNS: Tensor | None  # −η h Σ_k E_kᵀ
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Use:
     """A use of W' at rows U whose cotangent F is made a block at a time."""
 
     u_GMD: Tensor
-    f_p_GMS: list[Tensor]  # F P_kᵀ, one for each k below the use's level
+    f_b_GMS: list[Tensor]  # F B_kᵀ, one for each k below the use's level
     f_context_GMS: Tensor | None  # F at the context's tokens, F onehot(c)ᵀ
 
 
@@ -71,8 +70,10 @@ class Adjoint:
     """
 
     direction: Projection  # w ∘ (cotangent of ∂L/∂H)
-    use_match_GSM: list[Tensor]  # A Uᵀ, one for each use of the weights this step made
-    lookup_match: list[tuple[Tensor, Tensor]]  # (ids, A Uᵀ), likewise
+    use_match_GSM: list[
+        Tensor
+    ]  # A Uᵀ, one for each use of the weights this step made, in U's dtype
+    lookup_match: list[tuple[Tensor, Tensor]]  # (ids, −η A Uᵀ), likewise
     center_GS: Tensor  # rowsum(P ∘ cotangent of B)
 
 
@@ -83,12 +84,12 @@ class HeadStep:
     states: Projection  # H
     lse_GS: Tensor
     mean_row_GSD: Tensor  # P W', the probability-weighted mean row
+    nll_weight_GS: Tensor  # weight of the position's NLL in the outer loss itself
     weight_GS: Tensor | None = None  # w, known once the inner backward starts
     lookup_GSD: Tensor | None = None  # E
     direction_GSD: Tensor | None = (
         None  # w ∘ (cotangent of ∂L/∂H), if the double backward reached it
     )
-    nll_weight_GS: Tensor | None = None  # weight of the position's NLL in the outer loss itself
     adjoint: Adjoint | None = None
 
     @property
@@ -101,7 +102,6 @@ class HeadStep:
 class Tile(NamedTuple):
     """Everything vocabulary-sized, in one block."""
 
-    p_GSv: dict[int, Tensor]  # P_k
     b_GSv: dict[int, Tensor]  # B_k
     f_GMv: list[Tensor]  # F of every use so far, in the order of Vocabulary.uses
     z_cot_GSv: Tensor | None  # cotangent of the logits of the step asked for
@@ -129,9 +129,8 @@ class Vocabulary:
     steps: list[HeadStep] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
-    response: tuple[Projection, Tensor, Target] | None = (
-        None  # its logits' rows and lse, and its target
-    )
+    # F of the response in a block, of which it gets B_k
+    response: Callable[[Vocabulary, Block, dict[int, Tensor]], Tensor] | None = None
     contexts: GroupedRows | None = None
     context_ids_GS: Tensor | None = None
     next_ids_GS: Tensor | None = None
@@ -155,78 +154,88 @@ class Vocabulary:
     def project(self, h_GND: Tensor, level: int) -> Projection:
         h, sum_GSD = wide(h_GND), self.lookup_sum(level)
         match = [h @ step.a_GSD.transpose(1, 2) for step in self.steps[: self.terms(level)]]
-        lookup_match = None if sum_GSD is None else h @ wide(sum_GSD).transpose(1, 2)
-        return Projection(h_GND, match, lookup_match)
+        lookup_match = None
+        if sum_GSD is not None:
+            lookup_match = (h @ wide(sum_GSD).transpose(1, 2)).mul_(-self.inner_lr)
+        return Projection(h_GND, [m.to(h_GND.dtype) for m in match], lookup_match)
 
     def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
-        """Rows times W'ᵀ at the columns of a block, [G, N, v]."""
+        """Rows times W'ᵀ at the columns of a block, [G, N, v]; in fp32 or fp64 if W' is not W."""
         z = block.project(rows.h_GND, self.weight_VD)
+        if rows.match_GNS or rows.lookup_match_GNS is not None:
+            z = wide(z)
         for k, match_GNS in enumerate(rows.match_GNS):
-            z.baddbmm_(match_GNS, b_GSv[k], alpha=-self.inner_lr)
+            add_product_(z, match_GNS, b_GSv[k], -self.inner_lr)
         if rows.lookup_match_GNS is not None:
             assert self.context_ids_GS is not None
-            block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS * -self.inner_lr)
+            block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS)
         return z
 
-    def softmaxes(self, block: Block, steps: range) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """P_k and B_k of the given inner steps in a block."""
-        p: dict[int, Tensor] = {}
+    def differences(self, block: Block, steps: range) -> dict[int, Tensor]:
+        """B_k of the given inner steps in a block, in the weight's dtype."""
         b: dict[int, Tensor] = {}
         for k in steps:
             step = self.steps[k]
-            p[k] = self.logits(block, step.states, b).sub_(step.lse_GS[..., None]).exp_()
-            assert self.next_ids_GS is not None
-            b[k] = block.subtract_one_hot_(p[k].clone(), self.next_ids_GS)
-        return p, b
+            z = self.logits(block, step.states, b)
+            passes, dtype = implementation("vocabulary", z), self.weight_VD.dtype
+            b[k] = passes.softmax_minus_one_hot(
+                z, step.lse_GS, self.next_ids_GS, block.columns, dtype
+            )
+        return b
 
     def tile(self, block: Block, down_to: int) -> Tile:
-        """P, B and F of all steps and uses, made in the order of the double backward, ending with
-        the cotangent of the logits of step ``down_to``.
+        """B and F of all steps and uses, made in the order of the double backward, ending with the
+        cotangent of the logits of step ``down_to``.
         """
         last = len(self.steps)
-        p, b = self.softmaxes(block, range(last) if self.inner else range(down_to, down_to + 1))
+        b = self.differences(block, range(last) if self.inner else range(down_to, down_to + 1))
         f: list[Tensor] = []
         if self.response is not None and self.uses:
-            rows, lse_GM, target = self.response
-            student = self.logits(block, rows, b).sub_(lse_GM[..., None]).exp_()
-            f.append(student.sub_(target.probabilities(block)))
+            f.append(self.response(self, block, b))
         z_cot: Tensor | None = None
         for k in reversed(range(down_to, last if self.inner else down_to + 1)):
-            z_cot = self._logit_cotangent(block, self.steps[k], p[k], b, f, k)
+            z_cot = self._logit_cotangent(block, self.steps[k], b, f, k)
             f += [z_cot, b[k]]
-        return Tile(p, b, f, z_cot)
+        return Tile(b, f, z_cot)
 
     def _logit_cotangent(
-        self, block: Block, step: HeadStep, p: Tensor, b: dict[int, Tensor], f: list[Tensor], k: int
+        self, block: Block, step: HeadStep, b: dict[int, Tensor], f: list[Tensor], k: int
     ) -> Tensor:
         """P ∘ (B̄ − rowsum(P ∘ B̄)), plus the share of the NLL itself; B̄ = (w ∘ Ḋ) W'ᵀ − η Σ (A
         Uᵀ) F.
         """
-        z_cot = torch.zeros_like(p)
-        if step.adjoint is not None:
-            z_cot = self.logits(block, step.adjoint.direction, b)
-            for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
-                z_cot.baddbmm_(match_GSM, f_GMv, alpha=-self.inner_lr)
-            for ids_GM, match_GSM in step.adjoint.lookup_match:
-                block.add_at_(z_cot, ids_GM, match_GSM * -self.inner_lr)
-            z_cot.sub_(step.adjoint.center_GS[..., None]).mul_(p)
-        if step.nll_weight_GS is not None:
-            z_cot.addcmul_(b[k], step.nll_weight_GS[..., None])
-        return z_cot
+        if step.adjoint is None:
+            return (b[k] * step.nll_weight_GS[..., None]).to(b[k].dtype)
+        b_bar = self.logits(block, step.adjoint.direction, b)
+        for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
+            add_product_(b_bar, match_GSM, f_GMv, -self.inner_lr)
+        for ids_GM, match_GSM in step.adjoint.lookup_match:
+            block.add_at_(b_bar, ids_GM, match_GSM)
+        return implementation("vocabulary", b_bar).logit_cotangent(
+            b_bar, step.adjoint.center_GS, step.nll_weight_GS, b[k], self.next_ids_GS, block.columns
+        )
+
+    def gather(self, ids_GN: Tensor, terms: range) -> list[Tensor]:
+        """W[ids] and B_k[:, ids]ᵀ of the given inner steps, [G, N, D] and [G, N, S]."""
+        block = Columns(ids_GN)
+        b = self.differences(block, terms)
+        return [block.rows_of(self.weight_VD), *(b[k].transpose(1, 2) for k in terms)]
 
     def rows_at(self, ids_GN: Tensor, level: int) -> Tensor:
-        """W'[ids] of every group, [G, N, D]."""
-        block = Columns(ids_GN)
-        rows = wide(block.rows_of(self.weight_VD)).clone()
-        _, b = self.softmaxes(block, range(self.terms(level)))
-        for k, b_GSN in b.items():
-            rows.baddbmm_(b_GSN.transpose(1, 2), self.steps[k].a_GSD, alpha=-self.inner_lr)
-        sum_GSD = self.lookup_sum(level)
-        if sum_GSD is not None:
+        """W'[ids] of every group, [G, N, D], in fp32 or fp64."""
+        rows, *b_GNS = self.gather(ids_GN, range(self.terms(level)))
+        match_GNS = None
+        if self.lookup_sum(level) is not None:
             assert self.context_ids_GS is not None
-            match_GSN = block.matches(self.context_ids_GS, rows.dtype)
-            rows.baddbmm_(match_GSN.transpose(1, 2), wide(sum_GSD), alpha=-self.inner_lr)
-        return rows.to(self.weight_VD.dtype)
+            match_GNS = Columns(self.context_ids_GS).matches(ids_GN, rows.dtype)
+        return self.complete_product(rows, b_GNS, match_GNS, level)
+
+    def probabilities_at(self, ids_GN: Tensor, k: int) -> Tensor:
+        """P_k at the columns ids, [G, S, N]."""
+        block = Columns(ids_GN)
+        assert self.next_ids_GS is not None
+        b_GSN = wide(self.differences(block, range(k + 1))[k])
+        return b_GSN + block.matches(self.next_ids_GS, b_GSN.dtype)
 
     def at_next(self, f_context_GNS: Tensor) -> Tensor:
         """From F at the context's tokens, F at each position's next token, [G, N, S]."""
@@ -234,17 +243,16 @@ class Vocabulary:
         return by_context.roll(-1, 3).flatten(2)
 
     def complete_product(
-        self, f_w_GND: Tensor, f_p_GNS: list[Tensor], f_context_GNS: Tensor | None, level: int
+        self, f_w_GND: Tensor, f_b_GNS: list[Tensor], f_context_GNS: Tensor | None, level: int
     ) -> Tensor:
-        """F W' from F W, F P_kᵀ and F at the context's tokens, [G, N, D]."""
-        if f_context_GNS is None:
-            return f_w_GND
-        for k, f_p in enumerate(f_p_GNS):
-            f_b = f_p - self.at_next(f_context_GNS)
-            f_w_GND = f_w_GND.baddbmm(f_b, self.steps[k].a_GSD, alpha=-self.inner_lr)
+        """F W' from F W, F B_kᵀ and F at the context's tokens, [G, N, D]; in fp32 or fp64."""
+        f_w_GND = wide(f_w_GND)
+        for k, f_b in enumerate(f_b_GNS):
+            f_w_GND = f_w_GND.baddbmm(wide(f_b), self.steps[k].a_GSD, alpha=-self.inner_lr)
         sum_GSD = self.lookup_sum(level)
         if sum_GSD is not None:
-            f_w_GND = f_w_GND.baddbmm(f_context_GNS, wide(sum_GSD), alpha=-self.inner_lr)
+            assert f_context_GNS is not None
+            f_w_GND = f_w_GND.baddbmm(wide(f_context_GNS), wide(sum_GSD), alpha=-self.inner_lr)
         return f_w_GND
 
     def add_weight_gradient(self, block: Slice, f_GNv: Tensor, u_GND: Tensor) -> None:
@@ -255,4 +263,4 @@ class Vocabulary:
             self.gradient.add_product_to_rows(block.start, block.stop, f_Nv, u_ND)
 
     def blocks(self, tokens: int) -> list[Slice]:
-        return list(slices(len(self.weight_VD), tokens))
+        return list(slices(len(self.weight_VD), tokens, self.weight_VD.device))

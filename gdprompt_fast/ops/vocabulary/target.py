@@ -2,91 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .block import Block, slices
+from ...backend import implementation
+from .block import Block, Slice
+from .online import OnlineSums
 
 
 class Target(Protocol):
-    """A distribution over the vocabulary for each of the N rows of every group."""
+    """A distribution T over the vocabulary for each of the N rows of every group; the student's is
+    P = softmax(z).
+    """
 
-    def probabilities(self, block: Block) -> Tensor:
-        """[G, N, v]."""
+    rows_per_token: int  # that are summed online
+
+    def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
+        """What a tile adds to the online sums, [G, R, v]."""
         ...
 
-    @property
-    def negative_entropy(self) -> Tensor | float:
-        """Σ_v p log p, [G, N]."""
+    def loss(self, online: OnlineSums) -> Tensor:
+        """KL(T ‖ P) of every row after the last tile, [G, N]."""
+        ...
+
+    def difference(
+        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
+    ) -> list[Tensor]:
+        """(P − T) Xᵀ after the last tile, for every X [D, V] whose products with the exponentials
+        are in ``online``; ``gather(ids)`` returns their columns, [G, N, D].
+        """
+        ...
+
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+        """P − T in a block, after :meth:`loss`; [G, N, v]."""
         ...
 
 
 class GoldTarget:
-    """All mass on the gold token: KL(target ‖ student) is its NLL."""
+    """All mass on the gold token: KL(T ‖ P) is its NLL."""
 
-    negative_entropy = 0.0
+    rows_per_token = 1
 
-    def __init__(self, ids_GN: Tensor, dtype: torch.dtype) -> None:
-        self._ids_GN, self._dtype = ids_GN, dtype
+    def __init__(self, ids_GN: Tensor) -> None:
+        self._ids_GN = ids_GN
 
-    def probabilities(self, block: Block) -> Tensor:
-        shape = *self._ids_GN.shape, block.width
-        zeros = torch.zeros(shape, dtype=self._dtype, device=self._ids_GN.device)
-        return block.subtract_one_hot_(zeros, self._ids_GN).neg_()
+    def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
+        passes = implementation("vocabulary", z_GNv)
+        return online.exponentials(passes.online_softmax, z_GNv, self._ids_GN, block.start)
+
+    def loss(self, online: OnlineSums) -> Tensor:
+        return online.lse_GR - online.value_GN
+
+    def difference(
+        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
+    ) -> list[Tensor]:
+        return [p - t for p, t in zip(online.means(), gather(self._ids_GN), strict=True)]
+
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+        passes = implementation("vocabulary", z_GNv)
+        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype)
 
 
 class TeacherTarget:
-    """softmax of teacher logits, or of teacher states times the teacher's head.
+    """softmax of teacher logits, or of teacher states times the teacher's head; the teacher's rows
+    are summed below the student's.
 
     Args:
         logits_GNV: [G, N, V], or None.
         hidden_GND, head_VD: the teacher's states and head, or None.
-        dtype: of the probabilities, fp32 or fp64.
-
-    Raises:
-        FloatingPointError: if the teacher's logits are not numbers.
     """
 
+    rows_per_token = 2
+
     def __init__(
-        self,
-        logits_GNV: Tensor | None,
-        hidden_GND: Tensor | None,
-        head_VD: Tensor | None,
-        dtype: torch.dtype,
+        self, logits_GNV: Tensor | None, hidden_GND: Tensor | None, head_VD: Tensor | None
     ) -> None:
-        self._dtype = dtype
         self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
-        self._lse_GN, self.negative_entropy = self._statistics()
-        if not torch.isfinite(self.negative_entropy).all():
+        self._lse_GN: Tensor | None = None  # known after the loss
+
+    def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
+        passes = implementation("vocabulary", z_GNv)
+        return online.exponentials(passes.online_kl, z_GNv, self._logits(block))
+
+    def loss(self, online: OnlineSums) -> Tensor:
+        """
+        Raises:
+            FloatingPointError: if the teacher's logits are not numbers.
+        """
+        student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
+        if not torch.isfinite(self._lse_GN).all():
             raise FloatingPointError(
                 "teacher: expected finite predictions, got NaN or infinite ones"
             )
+        _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
+        return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
 
-    def probabilities(self, block: Block) -> Tensor:
-        return self._logits(block).sub_(self._lse_GN[..., None]).exp_()
+    def difference(
+        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
+    ) -> list[Tensor]:
+        return [p - t for p, t in (mean.chunk(2, dim=1) for mean in online.means())]
+
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+        passes = implementation("vocabulary", z_GNv)
+        teacher_z_GNv = self._logits(block)
+        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype)
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:
-            return block.select(self._logits_GNV).to(self._dtype, copy=True)
+            return block.select(self._logits_GNV)
         assert self._hidden_GND is not None and self._head_VD is not None
-        return block.project(self._hidden_GND, self._head_VD).to(self._dtype)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """log-sum-exp and Σ p log p, in one online pass over the vocabulary."""
-        source = self._logits_GNV if self._logits_GNV is not None else self._hidden_GND
-        assert source is not None
-        groups, rows = source.shape[:2]
-        vocabulary = len(self._head_VD) if self._head_VD is not None else source.shape[2]
-        top = source.new_full((groups, rows), float("-inf"), dtype=self._dtype)
-        total, weighted = torch.zeros_like(top), torch.zeros_like(top)
-        for block in slices(vocabulary, groups * rows):
-            z = self._logits(block)
-            new_top = torch.maximum(top, z.amax(-1))
-            shrink, e = (top - new_top).exp_(), (z - new_top[..., None]).exp_()
-            total = total * shrink + e.sum(-1)
-            weighted = weighted * shrink + (e * z).nan_to_num(nan=0.0).sum(-1)  # 0 · −∞ is 0
-            top = new_top
-        lse = top + total.log()
-        return lse, weighted / total - lse
+        return block.project(self._hidden_GND, self._head_VD)

@@ -1,0 +1,127 @@
+"""Where the time and the bytes of a meta step go, by op.
+
+    python benchmarks/profile_step.py     # the 63 M Llama, 8 x (64 + 16) tokens, on the CPU; replaces
+    results/profile.jsonl
+
+Every kernel's own time is given to the innermost of our autograd functions around it, in their
+forward and backward passes, and split into matrix products and the rest. Bytes are what is
+allocated in all, not what is alive at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gdprompt_fast import MetaBatch, fast_meta_step
+
+RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"}
+PRODUCTS |= {"aten::baddbmm", "aten::_addmm_activation"}
+OPS = {
+    "_InnerLinear": "linear",
+    "_ContextLoss": "vocabulary",
+    "_ResponseLoss": "vocabulary",
+    "_TiedLookup": "vocabulary",
+    "_InnerEmbedding": "embedding",
+    "_LoraProduct": "lora",
+    "_LoraMaterialise": "lora",
+    "_Attention": "attention",
+    "_Norm": "norm",
+    "_SwiGLU": "swiglu",
+    "_Gelu": "gelu",
+    "_Rotary": "rotary",
+}
+
+
+def op_of(event: FunctionEvent) -> str:
+    """Our op around an event; "model" for what transformers and autograd do between them."""
+    at: FunctionEvent | None = event
+    while at is not None:
+        name = at.name.removeprefix("autograd::engine::evaluate_function: ")
+        while name.endswith("Backward"):
+            name = name.removesuffix("Backward")
+        if name in OPS:
+            return OPS[name]
+        at = at.cpu_parent
+    return "model"
+
+
+def measure(step: Any) -> list[dict[str, Any]]:
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    totals: dict[str, dict[str, float]] = defaultdict(lambda: dict(products=0, rest=0, bytes=0))
+    for event in profiled.events():
+        kind = "products" if event.name in PRODUCTS else "rest"
+        total = totals[op_of(event)]
+        total[kind] += event.self_cpu_time_total
+        total["bytes"] += max(0, event.self_cpu_memory_usage)
+    whole = sum(t["products"] + t["rest"] for t in totals.values())
+    rows = [
+        dict(
+            op=op,
+            share=(t["products"] + t["rest"]) / whole,
+            share_products=t["products"] / whole,
+            ms=(t["products"] + t["rest"]) / 1e3,
+            allocated_bytes=int(t["bytes"]),
+        )
+        for op, t in totals.items()
+    ]
+    return sorted(rows, key=lambda row: -row["share"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--revision", default="", help="kept in the rows")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=24576,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    context, query = (torch.randint(config.vocab_size, (8, tokens)) for tokens in (64, 16))
+    real = torch.ones_like(query, dtype=torch.bool)
+    response = real & (torch.arange(16) >= 8)
+    batch = MetaBatch(context, torch.ones_like(context, dtype=torch.bool), query, real, response)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=False)
+        fast_meta_step(model, batch, objective="gold", backend=arguments.backend)
+
+    rows = measure(step)
+    common = {
+        "backend": arguments.backend,
+        "revision": arguments.revision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    RESULTS.write_text("".join(json.dumps(row | common) + "\n" for row in rows))
+    print("| op | time | of it matrix products | allocated |")
+    print("|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['op']} | {row['share']:.1%} | {row['share_products']:.1%} | "
+            f"{row['allocated_bytes'] / 1e6:,.0f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()

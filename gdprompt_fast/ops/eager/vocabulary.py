@@ -1,0 +1,130 @@
+"""The passes between two matrix products over a tile of logits z [G, N, v].
+
+A tile holds the columns first, …, first + v − 1 of the vocabulary, or each group's own: where a
+pass takes ``columns``, it is the number first or the ids [G, v]. A row's id is at one column of the
+vocabulary, which need not be here; ids below 0 are nowhere. z and the row statistics are fp32 or
+fp64 inside; tiles that go into a product are returned in ``dtype``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def online_softmax(
+    z_GNv: Tensor,
+    ids_GN: Tensor,
+    first: int,
+    top_GN: Tensor,
+    total_GN: Tensor,
+    picked_GN: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """e^(z − top), the statistics of all columns so far, and the factor by which older sums shrink.
+
+    Returns:
+        e, top = max z, total = Σ e^(z − top), picked = z at the row's id (0 until it is met) and
+        shrink = e^(old top − top).
+    """
+    z = _wide(z_GNv)
+    top = torch.maximum(top_GN, z.amax(-1))
+    shrink = (top_GN - top).exp_()
+    e = (z - top[..., None]).exp_()
+    total = torch.addcmul(e.sum(-1), total_GN, shrink)
+    column, here = _find(ids_GN, first, z.shape[2])
+    picked = picked_GN + torch.where(here, z.gather(2, column), 0.0)[..., 0]
+    return e.to(dtype), top, total, picked, shrink
+
+
+def online_kl(
+    z_GNv: Tensor,
+    teacher_z_GNv: Tensor,
+    top_GR: Tensor,
+    total_GR: Tensor,
+    gap_GN: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`online_softmax` for R = 2 N rows, the student's N and then the teacher's.
+
+    Returns:
+        e [G, R, v], top, total, gap = Σ e_teacher ∘ (teacher z − z) and shrink. A teacher's logit
+        of −∞ has no share in the gap.
+    """
+    z = _wide(z_GNv)
+    teacher_z = teacher_z_GNv.to(z.dtype)
+    top = torch.maximum(top_GR, torch.cat([z.amax(-1), teacher_z.amax(-1)], 1))
+    shrink = (top_GR - top).exp_()
+    rows = z.shape[1]
+    e = z.new_empty(len(z), 2 * rows, z.shape[2])
+    torch.sub(z, top[:, :rows, None], out=e[:, :rows])
+    torch.sub(teacher_z, top[:, rows:, None], out=e[:, rows:])
+    e.exp_()
+    total = torch.addcmul(e.sum(-1), total_GR, shrink)
+    t = e[:, rows:]
+    share = torch.where(t > 0, (teacher_z - z).mul_(t), 0.0).sum(-1)
+    return e.to(dtype), top, total, torch.addcmul(share, gap_GN, shrink[:, rows:]), shrink
+
+
+def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor:
+    """sum = shrink ∘ sum + share, in place."""
+    return sum_GRX.mul_(shrink_GR[..., None]).add_(share_GRX)
+
+
+def softmax_minus_one_hot(
+    z_GNv: Tensor, lse_GN: Tensor, ids_GN: Tensor, columns: int | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """e^(z − lse) − onehot(id)."""
+    p = (_wide(z_GNv) - lse_GN[..., None]).exp_()
+    if isinstance(columns, int):
+        column, here = _find(ids_GN, columns, p.shape[2])
+        p.scatter_add_(2, column, -here.to(p.dtype))
+    else:
+        p.sub_(_matches(ids_GN, columns).to(p.dtype))
+    return p.to(dtype)
+
+
+def softmax_difference(
+    z_GNv: Tensor,
+    lse_GN: Tensor,
+    teacher_z_GNv: Tensor,
+    teacher_lse_GN: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """e^(z − lse) − e^(teacher z − teacher lse)."""
+    p = (_wide(z_GNv) - lse_GN[..., None]).exp_()
+    return p.sub_((teacher_z_GNv.to(p.dtype) - teacher_lse_GN[..., None]).exp_()).to(dtype)
+
+
+def logit_cotangent(
+    b_bar_GNv: Tensor,
+    center_GN: Tensor,
+    weight_GN: Tensor,
+    b_GNv: Tensor,
+    ids_GN: Tensor,
+    columns: int | Tensor,
+) -> Tensor:
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype."""
+    x = _wide(b_bar_GNv) - (center_GN - weight_GN)[..., None]
+    if isinstance(columns, int):
+        column, here = _find(ids_GN, columns, x.shape[2])
+        at_id = torch.where(here, x.gather(2, column) - weight_GN[..., None], 0.0)
+        return x.mul_(b_GNv).scatter_add_(2, column, at_id).to(b_GNv.dtype)
+    at_id = _matches(ids_GN, columns) * (x - weight_GN[..., None])
+    return x.mul_(b_GNv).add_(at_id).to(b_GNv.dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _find(ids_GN: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """The column of every row's id, any if it is not here, and whether it is; [G, N, 1]."""
+    column = (ids_GN - first)[..., None]
+    here = (column >= 0) & (column < width)
+    return torch.where(here, column, 0), here
+
+
+def _matches(ids_GN: Tensor, columns_Gv: Tensor) -> Tensor:
+    """Whether a column is the row's id, [G, N, v]."""
+    return (ids_GN[:, :, None] == columns_Gv[:, None, :]) & (ids_GN >= 0)[..., None]
