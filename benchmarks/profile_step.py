@@ -1,8 +1,8 @@
 """Where the time and the bytes of a meta step go, by op.
 
-    python benchmarks/profile_step.py     # the 63 M Llama, 8 x (64 + 16) tokens, on the CPU; replaces
-    results/profile.jsonl
+    python benchmarks/profile_step.py     # replaces results/profile.jsonl
 
+The model is a Llama of 63 M parameters, the batch 8 x (64 + 16) tokens, on the CPU.
 Every kernel's own time is given to the innermost of our autograd functions around it, in their
 forward and backward passes, and split into matrix products and the rest. Bytes are what is
 allocated in all, not what is alive at once.
