@@ -52,6 +52,7 @@ from transformers import AutoModelForCausalLM
 
 from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
 from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ TIMED: dict[str, dict[str, Shape]] = {
     "attention": {
         "contexts": dict(batch=16, tokens=256, **HEADS),
         "one long text": dict(batch=1, tokens=8192, **HEADS),
+        "contexts packed into one row": dict(batch=1, tokens=4096, segments=16, **HEADS),
     },
     "norm": {
         "contexts": dict(examples=16, tokens=256, hidden=2048),
@@ -107,6 +109,7 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "attention": {  # few: in fp32 each takes half a minute to compile
         "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
         "odd, window": dict(batch=1, heads=3, kv_heads=1, tokens=131, dim=64, window=40),
+        "odd, segments": dict(batch=2, heads=2, kv_heads=2, tokens=131, dim=96, segments=3),
     },
     "norm": {
         "odd": dict(examples=3, tokens=5, hidden=401),
@@ -116,7 +119,7 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "swiglu": {"odd": dict(examples=3, tokens=1, hidden=401)},
 }
 TINY = dict(groups=2, rows=5, inputs=32, outputs=48, context=6, examples=2, tokens=9, hidden=64)
-TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5)
+TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5, segments=2)
 
 
 @dataclass
@@ -212,6 +215,7 @@ def swiglu_passes(draw: Draw, shape: Shape) -> Passes:
 
 def attention_passes(draw: Draw, shape: Shape) -> Passes:
     """q, k and v as a model has them: [B, T, H, D] in memory."""
+    eager = importlib.import_module("gdprompt_fast.ops.eager.attention")
     batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
 
     def draw_heads(heads: int) -> Tensor:
@@ -219,9 +223,14 @@ def attention_passes(draw: Draw, shape: Shape) -> Passes:
 
     q, cot_dq, dout = (draw_heads(shape["heads"]) for _ in range(3))
     k, v, cot_dk, cot_dv = (draw_heads(shape["kv_heads"]) for _ in range(4))
-    backward = (dout.transpose(1, 2), q, k, v, dim**-0.5, shape.get("window"))
+    segment_BT = None
+    if segments := shape.get("segments"):
+        segment_BT = (torch.arange(tokens, device=q.device) * segments // tokens).expand(batch, -1)
+    options = dim**-0.5, visible_keys(q, shape.get("window"), segment_BT)
+    forward = (q, k, v, *options)
+    backward = (dout.transpose(1, 2), q, k, v, *eager.attention_forward(*forward), *options)
     return {
-        "attention_forward": backward[1:],
+        "attention_forward": forward,
         "attention_backward": backward,
         "attention_double_backward": (cot_dq, cot_dk, cot_dv, *backward),
     }
@@ -248,7 +257,8 @@ def flops(op: str, pass_: str, shape: Shape) -> float | None:
         per_row = shape["outputs"] * (shape["inputs"] + shape["context"])
         return 2.0 * shape["groups"] * shape["rows"] * per_row
     if op == "attention":
-        pairs = shape["tokens"] * (shape["tokens"] + 1) / 2  # a query sees itself and those before
+        # a query sees itself and those before in its segment
+        pairs = shape["tokens"] * (shape["tokens"] / shape.get("segments", 1) + 1) / 2
         product = 2.0 * shape["batch"] * shape["heads"] * pairs * shape["dim"]
         return product * ATTENTION_PRODUCTS[pass_.removeprefix("attention_")]
     return None
