@@ -2,7 +2,9 @@
 
 The backward passes make the probabilities P = exp(scale Q Kᵀ − lse) again, tile by tile. A kernel
 over query blocks loops over keys, a kernel over key blocks loops over the queries of all heads of
-its group, so every output has one writer. Row statistics go between them in fp32.
+its group, so every output has one writer. Row statistics go between them in fp32. ``visible`` is
+the first key that each query sees and the last query that sees each key, int32 [B, T], if that is
+not all before or after it.
 
 Shapes: B batch, H heads, K key/value heads, G = H / K, T tokens, D head dim. A tensor [B, H, T, D]
 or [B, K, T, D] enters a kernel as its pointer and its strides of batch, head and token.
@@ -462,7 +464,7 @@ TILES = {
     _attention_forward_kernel: (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2)),
     _attention_backward_query_kernel: (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
     _attention_backward_key_kernel: (Tiles(64, 64, 4, 2), Tiles(32, 128, 8, 2)),
-    _attention_double_backward_query_kernel: (Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 2)),
+    _attention_double_backward_query_kernel: (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
     _attention_double_backward_key_kernel: (Tiles(32, 64, 4, 2), Tiles(16, 128, 8, 2)),
 }
 BY_KEY = (_attention_backward_key_kernel, _attention_double_backward_key_kernel)
@@ -487,17 +489,16 @@ def _tiles(kernel: Any, dim: int, dtype: torch.dtype, target: str) -> Tiles:
         return Tiles(32, 32, 4, 1)
     if target == "sm_80":
         return Tiles(64, 32, 4, 2) if dim <= 64 else Tiles(32, 32, 8, 2)
+    if target == "sm_100" and kernel is _attention_double_backward_query_kernel:
+        return Tiles(128 if dim <= 64 else 64, 32, 8, 2)  # sm_90's overflow its tensor memory
     return TILES[kernel][dim > 64]
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """O [B, T, H, D] and lse [B, H, T], the log-sum-exp of each query's scores, in fp32."""
+    q, k, v = _rows_dense(q, k, v)
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -517,6 +518,7 @@ def attention_backward(
     visible: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
+    dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     rows = lse, torch.empty_like(lse)
     inputs = (dout.transpose(1, 2), q, k, v)
@@ -540,6 +542,8 @@ def attention_double_backward(
     visible: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
+    cot_dq, cot_dk, cot_dv = _rows_dense(cot_dq, cot_dk, cot_dv)
+    dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     cot_dout, cot_q, cot_k, cot_v = (torch.empty_like(t) for t in (dout, q, k, v))
     rows = lse, *(torch.empty_like(lse) for _ in range(3))
     inputs = (cot_dq, cot_dk, cot_dv, dout.transpose(1, 2), q, k, v)
@@ -548,6 +552,11 @@ def attention_double_backward(
     by_key = (*inputs, cot_k, cot_v)
     _launch(_attention_double_backward_key_kernel, q, k, by_key, rows, scale, visible)
     return cot_dout, cot_q, cot_k, cot_v
+
+
+def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied where the last dimension is not contiguous."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _launch(
@@ -569,10 +578,9 @@ def _launch(
     else:
         grid = (batch * heads, triton.cdiv(tokens, tiles.queries))
         bounds = (first_key,)
-    dense = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
     with torch.cuda.device_of(q):
         kernel[grid](
-            *((t, *t.stride()[:3]) for t in dense),
+            *((t, *t.stride()[:3]) for t in tensors),
             *rows,
             *bounds,
             heads,

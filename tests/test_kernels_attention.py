@@ -66,7 +66,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(
     batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """q, k and v as transposed views, dout contiguous, cotangents in three layouts."""
+    """q, k and v as views in three layouts, dout contiguous, cotangents in three layouts."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def inputs(
         "dout": draw(batch, tokens, heads, dim),
         "q": draw(batch, tokens, heads, dim).transpose(1, 2),
         "k": draw(batch, tokens, kv_heads, 2 * dim)[..., dim:].transpose(1, 2),
-        "v": draw(batch, tokens, kv_heads, dim).transpose(1, 2),
+        "v": draw(batch, kv_heads, dim, tokens).transpose(2, 3),  # copied too
     }
 
 

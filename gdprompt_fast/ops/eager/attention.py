@@ -1,5 +1,7 @@
 """Causal attention: the three passes, a block of queries at a time. Shapes as in
-ops/attention.py; lse, the log-sum-exp of each query's scores, is [B, H, T] in fp32 or fp64.
+ops/attention.py; lse, the log-sum-exp of each query's scores, is [B, H, T] in fp32 or fp64, and
+``visible`` the first key that each query sees and the last query that sees each key, int32 [B, T],
+if that is not all before or after it.
 """
 
 from __future__ import annotations
@@ -15,11 +17,7 @@ TILE_ELEMENTS = 1 << 21
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """O [B, T, H, D] and lse."""
     batch, heads, tokens, dim = q.shape
