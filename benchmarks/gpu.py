@@ -54,6 +54,7 @@ from transformers import AutoModelForCausalLM
 
 from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
 from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows
@@ -104,6 +105,7 @@ TIMED: dict[str, dict[str, Shape]] = {
     "attention": {
         "contexts": dict(batch=16, tokens=256, **HEADS),
         "one long text": dict(batch=1, tokens=8192, **HEADS),
+        "contexts packed into one row": dict(batch=1, tokens=4096, segments=16, **HEADS),
     },
     "lora": {
         "contexts, A": LORA_A,
@@ -145,6 +147,7 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "attention": {  # few: in fp32 each takes half a minute to compile
         "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
         "odd, window": dict(batch=1, heads=3, kv_heads=1, tokens=131, dim=64, window=40),
+        "odd, segments": dict(batch=2, heads=2, kv_heads=2, tokens=131, dim=96, segments=3),
     },
     "lora": {
         "odd, groups of 0 to 3 rows": dict(groups=4, rows=5, tokens=37, inputs=401, outputs=3),
@@ -171,7 +174,7 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
     "losses": {"odd": dict(groups=3, rows=7, responses=5, hidden=41, vocabulary=401)},
 }
 TINY = dict(groups=2, rows=5, inputs=32, outputs=48, context=6, examples=2, tokens=9, hidden=64)
-TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5, rotated=6)
+TINY |= dict(batch=2, heads=4, kv_heads=2, dim=16, window=5, segments=2, rotated=6)
 TINY |= dict(columns=70, responses=3, vocabulary=70)
 
 
@@ -324,6 +327,7 @@ def vocabulary_passes(draw: Draw, shape: Shape) -> Passes:
 
 def attention_passes(draw: Draw, shape: Shape) -> Passes:
     """q, k and v as a model has them: [B, T, H, D] in memory."""
+    eager = importlib.import_module("gdprompt_fast.ops.eager.attention")
     batch, tokens, dim = shape["batch"], shape["tokens"], shape["dim"]
 
     def draw_heads(heads: int) -> Tensor:
@@ -331,9 +335,14 @@ def attention_passes(draw: Draw, shape: Shape) -> Passes:
 
     q, cot_dq, dout = (draw_heads(shape["heads"]) for _ in range(3))
     k, v, cot_dk, cot_dv = (draw_heads(shape["kv_heads"]) for _ in range(4))
-    backward = (dout.transpose(1, 2), q, k, v, dim**-0.5, shape.get("window"))
+    segment_BT = None
+    if segments := shape.get("segments"):
+        segment_BT = (torch.arange(tokens, device=q.device) * segments // tokens).expand(batch, -1)
+    options = dim**-0.5, visible_keys(q, shape.get("window"), segment_BT)
+    forward = (q, k, v, *options)
+    backward = (dout.transpose(1, 2), q, k, v, *eager.attention_forward(*forward), *options)
     return {
-        "attention_forward": backward[1:],
+        "attention_forward": forward,
         "attention_backward": backward,
         "attention_double_backward": (cot_dq, cot_dk, cot_dv, *backward),
     }
@@ -375,7 +384,8 @@ def flops(op: str, pass_: str, shape: Shape) -> float | None:
         per_row = shape["outputs"] * (shape["inputs"] + shape["context"])
         return 2.0 * shape["groups"] * shape["rows"] * per_row
     if op == "attention":
-        pairs = shape["tokens"] * (shape["tokens"] + 1) / 2  # a query sees itself and those before
+        # a query sees itself and those before in its segment
+        pairs = shape["tokens"] * (shape["tokens"] / shape.get("segments", 1) + 1) / 2
         product = 2.0 * shape["batch"] * shape["heads"] * pairs * shape["dim"]
         return product * ATTENTION_PRODUCTS[pass_.removeprefix("attention_")]
     return None

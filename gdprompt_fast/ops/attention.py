@@ -1,9 +1,11 @@
-"""Causal attention with a double backward and no [T, T] buffer between passes."""
+"""Causal attention with a double backward and no [T, T] buffer in or between its passes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -12,41 +14,83 @@ from .guard import differentiable_no_further
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    segment_BT: Tensor | None = None,
 ) -> Tensor:
-    """O = softmax(scale · Q Kᵀ + causal mask) V, twice differentiable.
+    """O = softmax(scale · Q Kᵀ + mask) V, twice differentiable.
 
-    PyTorch's fused attention has no double backward (pytorch issue 116350). Every pass here
-    recomputes the probabilities from q, k and v, a block of queries at a time.
+    PyTorch's fused attention has no double backward (pytorch issue 116350). The backward passes
+    make the probabilities again, tile by tile, from q, k and the log-sum-exp of each query's
+    scores. Kept for them: q, k, v, the log-sum-exp, and O, which the next layer keeps anyway.
 
     Args:
         q: [B, H, T, D].
         k, v: [B, K, T, D], K key/value heads; K divides H (grouped-query attention).
         window: a query sees this many positions, itself the last; None for all before it.
+        segment_BT: integers; a segment is a run of equal ones, and a query sees keys of its own
+            segment only. For texts packed into a row, and for padding, which is a segment of its
+            own and may hold any finite values. None for one segment.
 
     Returns:
         [B, T, H, D], contiguous, as transformers' attention functions return it.
     """
-    return _Attention.apply(q, k, v, scale, window)
+    return _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
+
+
+def visible_keys(
+    q: Tensor, window: int | None = None, segment_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """The first key that each query sees and the last query that sees each key, int32 [B, T].
+
+    A query sees the keys from its first one to itself. None where that is all before it.
+    """
+    batch, _, tokens, _ = q.shape
+    if segment_BT is None and (window is None or window >= tokens):
+        return None
+    position = torch.arange(tokens, device=q.device)
+    first, last = torch.zeros_like(position), torch.full_like(position, tokens - 1)
+    if segment_BT is not None:
+        begins = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0), value=True)
+        ends = begins.roll(-1, dims=1)
+        first = torch.where(begins, position, first).cummax(1).values
+        last = torch.where(ends, position, last).flip(1).cummin(1).values.flip(1)
+    if window is not None:
+        first = torch.maximum(first, position - window + 1)
+        last = torch.minimum(last, position + window - 1)
+    return first.expand(batch, -1).int().contiguous(), last.expand(batch, -1).int().contiguous()
 
 
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        visible: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.options = scale, window
-        return implementation("attention", q).attention_forward(q, k, v, scale, window)
+        ctx.options = scale, visible
+        out, lse = implementation("attention", q).attention_forward(q, k, v, *ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        dq, dk, dv = _AttentionBackward.apply(dout, *ctx.saved_tensors, *ctx.options)
+        q, k, v, out, lse = ctx.saved_tensors
+        # Detached: how O depends on q, k and v is part of the double backward.
+        dq, dk, dv = _AttentionBackward.apply(dout, q, k, v, out.detach(), lse, *ctx.options)
         return dq, dk, dv, None, None
 
 
 class _AttentionBackward(Function):
-    # dP = dO Vᵀ;  δ = rowsum(P ∘ dP);  dS = P ∘ (dP − δ);  dQ = s dS K;  dK = s dSᵀ Q;  dV = Pᵀ dO
+    # P = exp(scale Q Kᵀ − lse);  dP = dO Vᵀ;  δ = rowsum(dO ∘ O);  dS = P ∘ (dP − δ)
+    # dQ = scale dS K;  dK = scale dSᵀ Q;  dV = Pᵀ dO
     @staticmethod
     def forward(
         ctx: Any,
@@ -54,22 +98,25 @@ class _AttentionBackward(Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        out: Tensor,
+        lse: Tensor,
         scale: float,
-        window: int | None,
+        visible: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(dout, q, k, v)
-        ctx.options = scale, window
-        return implementation("attention", q).attention_backward(dout, q, k, v, scale, window)
+        saved = dout, q, k, v, out, lse
+        ctx.save_for_backward(*saved)
+        ctx.options = scale, visible
+        return implementation("attention", q).attention_backward(*saved, *ctx.options)
 
     @staticmethod
     def backward(ctx: Any, cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor) -> Any:
         # Cotangents Q̇ of dQ, K̇ of dK, V̇ of dV:
-        #   Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ);  σ = rowsum(P ∘ Ṡ);  Ṗ = P ∘ (Ṡ − σ)
-        #   P̄ = (dP − δ) ∘ Ṡ − σ dP + dO V̇ᵀ;  S̄ = P ∘ (P̄ − rowsum(P ∘ P̄))
+        #   Ṡ = scale (Q̇ Kᵀ + Q K̇ᵀ);  σ = rowsum(P ∘ Ṡ);  Ṗ = P ∘ (Ṡ − σ)
+        #   P̄ = (dP − δ) ∘ (Ṡ − σ) + dO V̇ᵀ;  S̄ = P ∘ (P̄ − τ);  τ = rowsum(P ∘ P̄)
         #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO
-        #   cot Q = s (S̄ K + dS K̇);  cot K = s (S̄ᵀ Q + dSᵀ Q̇)
+        #   cot Q = scale (S̄ K + dS K̇);  cot K = scale (S̄ᵀ Q + dSᵀ Q̇)
         differentiable_no_further("attention", "twice")
         cotangents = implementation("attention", cot_dq).attention_double_backward(
             cot_dq, cot_dk, cot_dv, *ctx.saved_tensors, *ctx.options
         )
-        return *cotangents, None, None
+        return *cotangents, None, None, None, None

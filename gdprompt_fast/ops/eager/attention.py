@@ -1,5 +1,7 @@
 """Causal attention: the three passes, a block of queries at a time. Shapes as in
-ops/attention.py.
+ops/attention.py; lse, the log-sum-exp of each query's scores, is [B, H, T] in fp32 or fp64, and
+``visible`` the first key that each query sees and the last query that sees each key, int32 [B, T],
+if that is not all before or after it.
 """
 
 from __future__ import annotations
@@ -14,28 +16,41 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 21
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """O [B, T, H, D]."""
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """O [B, T, H, D] and lse."""
     batch, heads, tokens, dim = q.shape
     out = q.new_zeros(batch, tokens, heads, dim)
-    for block in _blocks(q, k, scale, window):
-        block.add_rows(out.transpose(1, 2), block.p @ block.cols(v))
-    return out
+    lse = q.new_zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for block in _blocks(q, k, scale, visible):
+        scores = block.visible_scores()
+        top = scores.amax(-1, keepdim=True)
+        p = torch.softmax(scores, dim=-1, dtype=lse.dtype)
+        # At the largest score P is exp(top − lse); quicker than a second pass of exponentials.
+        block.add_rows(lse[..., None], top - p.amax(-1, keepdim=True).log())
+        block.add_rows(out.transpose(1, 2), p.to(q.dtype) @ block.cols(v))
+    return out, lse
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    visible: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for block in _blocks(q, k, scale, window):
-        do = block.rows(dout.transpose(1, 2))
-        dp = do @ block.cols(v).transpose(-1, -2)
-        delta = (block.p * dp).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(block.p).mul_(scale)
+    for block in _blocks(q, k, scale, visible):
+        p, do = block.probabilities(lse), block.rows(dout.transpose(1, 2))
+        ds = block.centred_dp(do, v, out).mul_(p).mul_(scale)
         block.add_rows(dq, ds @ block.k)
         block.add_cols(dk, ds.transpose(-1, -2) @ block.q)
-        block.add_cols(dv, block.p.transpose(-1, -2) @ do)
+        block.add_cols(dv, p.transpose(-1, -2) @ do)
     return dq, dk, dv
 
 
@@ -47,23 +62,24 @@ def attention_double_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     scale: float,
-    window: int | None,
+    visible: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
     cot_dout = torch.zeros_like(dout)
     cot_q, cot_k, cot_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for block in _blocks(q, k, scale, window):
-        do, qd = block.rows(dout.transpose(1, 2)), block.rows(cot_dq)
-        kd, vd, vb, p = block.cols(cot_dk), block.cols(cot_dv), block.cols(v), block.p
-        dp = do @ vb.transpose(-1, -2)
-        centred = dp - (p * dp).sum(-1, keepdim=True)
+    for block in _blocks(q, k, scale, visible):
+        p, do = block.probabilities(lse), block.rows(dout.transpose(1, 2))
+        qd, vb = block.rows(cot_dq), block.cols(v)
+        kd, vd = block.cols(cot_dk), block.cols(cot_dv)
+        centred = block.centred_dp(do, v, out)
         sdot = block.scores(qd, block.k).add_(block.scores(block.q, kd))
-        sigma = (p * sdot).sum(-1, keepdim=True)
-        cot_p = centred * sdot
-        cot_p.addcmul_(sigma, dp, value=-1).add_(do @ vd.transpose(-1, -2))
-        cot_s = cot_p.sub_((p * cot_p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
-        pdot = sdot.sub_(sigma).mul_(p)
+        sdot.sub_((p * sdot).sum(-1, keepdim=True))
+        cot_s = (do @ vd.transpose(-1, -2)).addcmul_(centred, sdot)
+        cot_s.sub_((p * cot_s).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+        pdot = sdot.mul_(p)
         ds = centred.mul_(p).mul_(scale)
         block.add_rows(cot_dout.transpose(1, 2), pdot @ vb + p @ vd)
         block.add_rows(cot_q, cot_s @ block.k + ds @ kd)
@@ -78,20 +94,25 @@ class _Block:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, start: int, stop: int, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        queries: range,
+        scale: float,
+        visible: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self.first_key = 0 if window is None else max(0, start - window + 1)
-        self.queries, self.keys = slice(start, stop), slice(self.first_key, stop)
-        self.scale, self.heads, self.size = scale, k.shape[1], stop - start
-        position = torch.arange(start, stop, device=q.device)[:, None]
-        key = torch.arange(self.first_key, stop, device=q.device)
-        hidden = key > position
-        if window is not None:
-            hidden |= key <= position - window
+        first_key_BT = None if visible is None else visible[0]
+        first = 0 if first_key_BT is None else int(first_key_BT[:, queries.start].min())
+        self.queries, self.keys = slice(queries.start, queries.stop), slice(first, queries.stop)
+        self.scale, self.heads, self.size = scale, k.shape[1], len(queries)
         self.q, self.k = self.rows(q), self.cols(k)
-        scores = self.scores(self.q, self.k)
-        self.tile(scores).masked_fill_(hidden, float("-inf"))
-        self.p = torch.softmax(scores, dim=-1)  # [B, K, G·b, S]
+        position = torch.arange(queries.stop, device=q.device)
+        query, key = position[self.queries, None], position[self.keys]
+        hidden = key > query
+        if first_key_BT is not None:
+            hidden = hidden | (key < first_key_BT[:, None, None, self.queries, None])
+        # [b, S], or [B, 1, 1, b, S]; adding it is several times quicker than filling by a mask
+        self.mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
 
     def rows(self, t: Tensor) -> Tensor:
         """Queries of this block: [B, H, T, D] → [B, K, G·b, D]."""
@@ -103,22 +124,39 @@ class _Block:
         return t[:, :, self.keys]
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """scale Q Kᵀ, [B, K, G·b, S]."""
         return (q @ k.transpose(-1, -2)).mul_(self.scale)
 
-    def tile(self, s: Tensor) -> Tensor:
-        """[B, K, G·b, S] → [B, K, G, b, S]."""
-        return s.view(*s.shape[:2], -1, self.size, s.shape[-1])
+    def visible_scores(self) -> Tensor:
+        """The block's own scores, −∞ where the query does not see the key."""
+        s = self.scores(self.q, self.k)
+        s.view(*s.shape[:2], -1, self.size, s.shape[-1]).add_(self.mask)
+        return s
+
+    def probabilities(self, lse: Tensor) -> Tensor:
+        """P = exp(scores − lse), [B, K, G·b, S]."""
+        p = self.visible_scores().to(lse.dtype).sub_(self.rows(lse[..., None])).exp_()
+        return p.to(self.q.dtype)
+
+    def centred_dp(self, do: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """dP − δ, [B, K, G·b, S]."""
+        delta = (do * self.rows(out.transpose(1, 2))).sum(-1, keepdim=True)
+        return (do @ self.cols(v).transpose(-1, -2)).sub_(delta)
 
     def add_rows(self, out: Tensor, t: Tensor) -> None:
         """Adds [B, K, G·b, D] to this block's queries of ``out`` [B, H, T, D]."""
         out[:, :, self.queries] += t.view(out.shape[0], out.shape[1], self.size, out.shape[-1])
 
     def add_cols(self, out: Tensor, t: Tensor) -> None:
+        """Adds [B, K, S, D] to this block's keys of ``out`` [B, K, T, D]."""
         out[:, :, self.keys] += t
 
 
-def _blocks(q: Tensor, k: Tensor, scale: float, window: int | None) -> Iterator[_Block]:
+def _blocks(
+    q: Tensor, k: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
+) -> Iterator[_Block]:
     batch, heads, tokens, _ = q.shape
-    size = max(1, min(tokens, TILE_ELEMENTS // (batch * heads * tokens)))
+    size = max(1, min(tokens, TILE_ELEMENTS // max(1, batch * heads * tokens)))
     for start in range(0, tokens, size):
-        yield _Block(q, k, start, min(start + size, tokens), scale, window)
+        queries = range(start, min(start + size, tokens))
+        yield _Block(q, k, queries, scale, visible)
