@@ -8,7 +8,7 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, torch's own too
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gdprompt_fast import MetaBatch
+from gdprompt_fast import MetaBatch, backend
 
 if importlib.util.find_spec("triton") is not None:
     import triton_interpreter
@@ -36,6 +36,7 @@ if importlib.util.find_spec("triton") is not None:
     triton_interpreter.mend()
 
 VOCABULARY = 67
+LOAD_CPP = backend.load_cpp
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
@@ -89,6 +90,29 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
         )
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def auto_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, also where the C++ ops are built: a test of those asks for the fixture ``cpp``."""
+    monkeypatch.setattr(backend, "load_cpp", lambda: False)
+
+
+@pytest.fixture
+def cpp(auto_is_pytorch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ ops are there, and ``"auto"`` takes them."""
+    if not LOAD_CPP():
+        pytest.skip("the C++ ops are not built: pip install --no-build-isolation -e .")
+    monkeypatch.setattr(backend, "load_cpp", LOAD_CPP)
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def on_each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Ops on the CPU run in PyTorch, then in C++."""
+    if request.param == "cpp":
+        request.getfixturevalue("cpp")
+    with backend.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

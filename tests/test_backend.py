@@ -1,4 +1,4 @@
-"""The choice of a backend, and the whole step on Triton kernels under the interpreter."""
+"""The choice of a backend; the whole step in C++, and on Triton kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,22 @@ CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
+
+
+def modules_used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Fills with the names of the modules whose passes ops take."""
+    used = set()
+    implementation = backend.implementation
+
+    def spy(op: str, like: torch.Tensor) -> Any:
+        module = implementation(op, like)
+        used.add(module.__name__)
+        return module
+
+    modules = {op for op in backend.KERNELS if op != "vocabulary"}
+    for module in modules | {"vocabulary.online", "vocabulary.state", "vocabulary.target"}:
+        monkeypatch.setattr(f"gdprompt_fast.ops.{module}.implementation", spy)
+    return used
 
 
 @needs_triton
@@ -58,26 +74,84 @@ def assert_triton_equals_the_reference(
 def test_every_op_with_a_kernel_runs_it(
     lora_model: Build, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = set()
-    implementation = backend.implementation
-
-    def spy(op: str, like: torch.Tensor) -> Any:
-        module = implementation(op, like)
-        used.add(module.__name__)
-        return module
-
-    modules = {op for op in backend.KERNELS if op != "vocabulary"}
-    for module in modules | {"vocabulary.online", "vocabulary.state", "vocabulary.target"}:
-        monkeypatch.setattr(f"gdprompt_fast.ops.{module}.implementation", spy)
+    used = modules_used(monkeypatch)
     options: dict[str, Any] = dict(objective="gold", inner_params=lambda *_: True)
     for model in (lora_model("llama-tied"), tiny_model("gpt-neox")):
         fast_meta_step(model.float(), make_batch("uneven"), backend="triton", **options)
     assert used >= {f"gdprompt_fast.kernels.{op}" for op in backend.KERNELS}
 
 
-def test_auto_is_pytorch_on_a_cpu(tiny_model: Build, make_batch: Build) -> None:
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "qwen3-head-norms", "mistral-sliding-window", "gpt2-conv1d-positions"]
+)
+def test_the_step_in_cpp_equals_the_reference(
+    name: str, steps: int, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model(name), make_batch("uneven")
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.05, inner_steps=steps)
+    out, got = gradients_of(fast_meta_step, model, batch, backend="cpp", **options)
+    assert out.backend == "cpp"
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    error, parameter = worst_error(got, exact)
+    assert error < 1e-9, f"{parameter}: error {error:.1e}"
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_step_in_cpp_errs_at_most_twice_as_much_as_in_pytorch(
+    dtype: torch.dtype, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model("llama-tied", dtype), make_batch("grouped")
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.05, lm_weight=0.2)
+    _, in_cpp = gradients_of(fast_meta_step, model, batch, backend="cpp", **options)
+    _, on_torch = gradients_of(fast_meta_step, model, batch, backend="torch", **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    error, parameter = worst_error(in_cpp, exact)
+    plain, _ = worst_error(on_torch, exact)
+    floor = 1e-6 if dtype == torch.float32 else 1e-3
+    assert error <= 2 * plain + floor, f"{parameter}: {error:.1e}, of PyTorch {plain:.1e}"
+
+
+@pytest.mark.usefixtures("cpp")
+def test_every_op_in_cpp_runs_in_the_step(
+    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = modules_used(monkeypatch)
+    for name in ("llama-tied", "gpt2-conv1d-positions"):
+        fast_meta_step(tiny_model(name), make_batch("uneven"), objective="gold", backend="cpp")
+    assert used >= {f"gdprompt_fast.ops.cpp.{op}" for op in backend.CPP}
+    assert "gdprompt_fast.ops.eager.linear" in used, "an op without C++ runs in PyTorch"
+
+
+def test_auto_is_pytorch_on_a_cpu_without_the_cpp_ops(tiny_model: Build, make_batch: Build) -> None:
     assert fast_meta_step(tiny_model(), make_batch(), objective="gold").backend == "torch"
     assert backend.resolve_backend("auto", CPU) == "torch"
+
+
+@pytest.mark.usefixtures("cpp")
+def test_auto_is_cpp_on_a_cpu_with_them(tiny_model: Build, make_batch: Build) -> None:
+    assert fast_meta_step(tiny_model(), make_batch(), objective="gold").backend == "cpp"
+    assert backend.resolve_backend("auto", torch.device("meta")) == "torch"
+    half = torch.zeros(1, dtype=torch.float16)
+    assert backend.implementation("norm", half).__name__ == "gdprompt_fast.ops.eager.norm"
+
+
+def test_cpp_that_is_not_built_is_an_error_that_says_how(
+    tiny_model: Build, make_batch: Build
+) -> None:
+    with pytest.raises(ValueError, match=r"no C\+\+ ops; .*pip install --no-build-isolation -e \."):
+        fast_meta_step(tiny_model(), make_batch(), objective="gold", backend="cpp")
+
+
+@pytest.mark.usefixtures("cpp")
+def test_cpp_away_from_the_cpu_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r'expected a CPU .* for "cpp", got device meta'):
+        backend.resolve_backend("cpp", torch.device("meta"))
 
 
 def test_triton_where_it_cannot_run_is_an_error(

@@ -50,6 +50,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 7), (1, 2, 3, 4)], ids=str)
 def test_norm_equals_pytorch_and_is_twice_differentiable(
@@ -68,11 +69,13 @@ def test_norm_equals_pytorch_and_is_twice_differentiable(
     assert gradgradcheck(op, (x, weight, bias))
 
 
+@pytest.mark.usefixtures("on_each_backend")
 def test_norm_without_bias_is_twice_differentiable() -> None:
     inputs = leaf(2, 3, 5), leaf(2, 5)
     assert gradgradcheck(lambda x, w: norm(x, w, None, eps=1e-3, center=False), inputs)
 
 
+@pytest.mark.usefixtures("on_each_backend")
 def test_swiglu_equals_pytorch_and_is_twice_differentiable() -> None:
     gate, up = leaf(3, 4), leaf(3, 4)
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
@@ -80,6 +83,7 @@ def test_swiglu_equals_pytorch_and_is_twice_differentiable() -> None:
     assert gradgradcheck(swiglu, (gate, up))
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_equals_pytorch_and_is_twice_differentiable(approximate: str) -> None:
     x = leaf(3, 5)
@@ -117,6 +121,7 @@ def test_gelu_takes_less_memory_than_autograd_takes(approximate: str) -> None:
     assert peak <= 0.75 * min(plain[1], formula[1])
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("rotated", [6, 4], ids=["whole-heads", "part-of-each-head"])
 @pytest.mark.parametrize("tables", [1, 2], ids=["shared-positions", "positions-of-each-row"])
 def test_rotary_equals_transformers_and_is_differentiable_any_number_of_times(
@@ -152,6 +157,7 @@ def packed(*rows: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows])
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize(
     ("window", "segments"),
     [(None, None), (1, None), (2, None), (None, (2, 3)), (2, (1, 4))],
@@ -189,6 +195,7 @@ def test_attention_equals_pytorch_and_is_twice_differentiable(
     assert gradgradcheck(op, (q, k, v))
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_and_padded_texts_attend_as_each_alone(window: int | None) -> None:
     """Texts of 4 and 6 tokens between padding of large values, in value and both derivatives."""
@@ -585,6 +592,7 @@ def vocabulary_materialised(
     return torch.cat(losses)
 
 
+@pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("objective", ["gold", "teacher"])
 @pytest.mark.parametrize("tied", [False, True], ids=["head-alone", "tied"])
 @pytest.mark.parametrize("tile", [1 << 21, 8], ids=["one-block", "many-blocks"])

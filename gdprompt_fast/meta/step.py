@@ -75,7 +75,8 @@ def fast_meta_step(
         lm_batch: (ids, mask) for L_LM, the mean over rows of the mean next-token NLL; the contexts
             by default.
         first_order: drop the second-order term (first-order MAML): cheaper, and another gradient.
-        backend: ``"torch"``, ``"triton"`` (a GPU), or ``"auto"``: Triton where it can run.
+        backend: ``"torch"``, ``"cpp"`` (a CPU), ``"triton"`` (a GPU), or ``"auto"``: Triton or
+            C++ where it can run.
         recompute: ``"block"`` keeps of every transformer block its input and the factors of its
             update only, and computes the rest again where a pass needs it: about two thirds of the
             memory for 1.7 times the time, the same gradient. ``"none"`` keeps all.
