@@ -25,7 +25,6 @@ import argparse
 import functools
 import gc
 import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import platform
@@ -222,7 +221,8 @@ def gate(case: Case, way: str, settings: Settings) -> Row:
         )
     error, name = worst_error(got, exact)
     passed = error <= ALLOWED_ERROR
-    return dict(error=error, status="passed" if passed else f"failed: wrong in {name}")
+    status = "passed" if passed else f"failed: wrong in {name}"
+    return dict(error=error, dtype="float32", status=status)
 
 
 def measure(case: Case, way: str, settings: Settings) -> Row:
@@ -470,11 +470,14 @@ def table(rows: list[Row]) -> str:
 
 
 def packages() -> dict[str, str | None]:
-    """The versions that a row names."""
-    names = ("torch", "transformers", "peft", "triton")
-    found = {name: importlib.util.find_spec(name) is not None for name in names}
-    versions = {n: importlib.metadata.version(n) if found[n] else None for n in names}
-    return {**versions, "gdprompt_fast": __version__}
+    """The versions that a row names; None where a package is not installed."""
+    versions: dict[str, str | None] = {"gdprompt_fast": __version__}
+    for name in ("torch", "transformers", "peft", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def device_name(device: str) -> str:
@@ -496,9 +499,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--seconds", type=float, default=5, help="of timed rounds in a measurement; at least one")
-    add("--step-limit", type=float, default=10, help="seconds; a longer step ends a way's sweep")
-    add("--limit", type=float, default=900, help="seconds; a longer measurement is ended")
+    add("--seconds", type=float, default=3, help="of timed rounds in a measurement; at least one")
+    add("--step-limit", type=float, default=5, help="seconds; a longer step ends a way's sweep")
+    add("--limit", type=float, default=600, help="seconds; a longer measurement is ended")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     add("--memory-limit", type=float, default=0.85 * memory, help="GB of a process on a CPU")
     add("--tiny", action="store_true", help="tiny shapes, to see that everything runs")
@@ -513,10 +516,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.case is None:
         arguments.case = [] if arguments.sweep else ["llama-63m"]
     if arguments.run is None:
-        fixed = arguments.revision not in ("unknown",) and "dirty" not in arguments.revision
-        when = "" if fixed else time.strftime("-%Y-%m-%dT%H:%M:%S")
-        size = "-tiny" * arguments.tiny
-        arguments.run = f"{arguments.revision}-{arguments.device}{size}{when}"
+        arguments.run = f"{arguments.revision}-{arguments.device}" + "-tiny" * arguments.tiny
+        if arguments.revision == "unknown" or arguments.revision.endswith("-dirty"):
+            arguments.run += time.strftime("-%Y-%m-%dT%H:%M:%S")  # not what it was last time
     return arguments
 
 
