@@ -99,7 +99,10 @@ def block(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    text = f"{BEGIN}\n{block(rows_of(RESULTS / 'compare.jsonl'))}\n{END}"
+    measured = block(rows_of(RESULTS / "compare.jsonl"))
+    if not measured:
+        raise SystemExit("expected a case of cases.py in results/compare.jsonl; run compare.py")
+    text = f"{BEGIN}\n{measured}\n{END}"
     readme = README.read_text()
     README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, readme, flags=re.DOTALL))
 
