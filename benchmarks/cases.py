@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,70 @@ CASES = {
     "llama-63m": Case(llama(768, 8, 12, 4, 2048, 16384), 8, 64, 16),
     "llama-1b": Case(LLAMA_1B, 16, 16, 8),
 }
+
+
+# The cases of the sweeps
+
+SMALL = Case(llama(256, 4, 4, 2, 768, 8192), examples=8, context_tokens=32, query_tokens=16)
+LARGE = Case(LLAMA_1B, examples=8, context_tokens=256, query_tokens=32)
+TINY = Case(llama(32, 1, 2, 1, 48, 64, initializer_range=0.3), 2, 8, 6)
+
+SMALL_SIZES = (
+    llama(128, 4, 4, 2, 384, 8192),
+    llama(256, 4, 4, 2, 768, 8192),
+    llama(512, 4, 8, 4, 1536, 8192),
+    CASES["llama-63m"].config,
+)
+LARGE_SIZES = (
+    llama(768, 12, 12, 4, 2048, 32768),
+    llama(1024, 24, 16, 8, 3072, 65536),
+    LLAMA_1B,
+    llama(3072, 28, 24, 8, 8192, 128256),
+    llama(4096, 32, 32, 8, 14336, 128256),
+)
+TINY_SIZES = (TINY.config, llama(64, 1, 2, 1, 96, 64))
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the sweeps go over, in rising order."""
+
+    base: Case
+    examples: tuple[int, ...]
+    context: tuple[int, ...]
+    context_examples: int
+    size: tuple[LlamaConfig, ...]
+    rank: tuple[int, ...]
+
+
+RANGES = {
+    "cpu": Range(SMALL, (1, 4, 16, 64), (16, 64, 256, 1024, 4096), 2, SMALL_SIZES, (1, 8, 64)),
+    "cuda": Range(
+        LARGE,
+        (1, 2, 4, 8, 16, 32, 64),
+        (16, 64, 256, 1024, 4096),
+        8,
+        LARGE_SIZES,
+        (1, 4, 16, 64),
+    ),
+    "tiny": Range(TINY, (1, 3), (4, 8), 2, TINY_SIZES, (1, 2)),
+}
+
+
+def points(sweep: str, over: Range) -> list[Case]:
+    base = over.base
+    if sweep == "examples":
+        return [replace(base, examples=n) for n in over.examples]
+    if sweep == "context":
+        few = replace(base, examples=over.context_examples)
+        return [replace(few, context_tokens=tokens) for tokens in over.context]
+    if sweep == "size":
+        return [replace(base, config=config) for config in over.size]
+    inner_params = {"rank": "full", "rank-lora": "lora"}[sweep]
+    return [replace(base, rank=rank, inner_params=inner_params) for rank in over.rank]
+
+
+# Models and batches
 
 
 def random_model(case: Case, device: torch.device, dtype: torch.dtype) -> nn.Module:

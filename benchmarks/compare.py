@@ -41,11 +41,12 @@ from typing import Any
 import figures
 import torch
 from baselines import FIRST_ORDER, WAYS, Task, ordinary
-from cases import CASES, LLAMA_1B, Case, llama, random_batch, random_model, self_teacher
+from cases import CASES, RANGES, TINY, Case, points, random_batch, random_model, self_teacher
 from measuring import Row, append, measure_memory, quantiles, release, revision, rows_of, seconds_of
 from tqdm import tqdm
 
 from gdprompt_fast import __version__, reference_meta_step
+from gdprompt_fast.backend import resolve_backend
 from gdprompt_fast.memory import model_tensors
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
@@ -61,7 +62,7 @@ MOST_ROUNDS = 20
 GOOD = ("measured", "passed", "out of memory")
 
 EMPTY: Row = {
-    **dict.fromkeys(("kind", "sweep", "case", "provider", "status")),
+    **dict.fromkeys(("kind", "sweep", "case", "provider", "backend", "status")),
     **dict.fromkeys(("examples", "context_tokens", "query_tokens", "response_tokens")),
     **dict.fromkeys(("parameters", "layers", "hidden", "vocabulary", "rank", "inner_params")),
     **dict.fromkeys(("p20_ms", "median_ms", "p80_ms", "repeats")),
@@ -100,67 +101,6 @@ class Measurement:
 
 def key(row: Row) -> tuple[str, ...]:
     return row["kind"], row["sweep"], row["case"], row["provider"]
-
-
-# The cases of the sweeps
-
-SMALL = Case(llama(256, 4, 4, 2, 768, 8192), examples=8, context_tokens=32, query_tokens=16)
-LARGE = Case(LLAMA_1B, examples=8, context_tokens=256, query_tokens=32)
-TINY = Case(llama(32, 1, 2, 1, 48, 64, initializer_range=0.3), 2, 8, 6)
-
-SMALL_SIZES = (
-    llama(128, 4, 4, 2, 384, 8192),
-    llama(256, 4, 4, 2, 768, 8192),
-    llama(512, 4, 8, 4, 1536, 8192),
-    CASES["llama-63m"].config,
-)
-LARGE_SIZES = (
-    llama(768, 12, 12, 4, 2048, 32768),
-    llama(1024, 24, 16, 8, 3072, 65536),
-    LLAMA_1B,
-    llama(3072, 28, 24, 8, 8192, 128256),
-    llama(4096, 32, 32, 8, 14336, 128256),
-)
-TINY_SIZES = (TINY.config, llama(64, 1, 2, 1, 96, 64))
-
-
-@dataclass(frozen=True)
-class Range:
-    """What the sweeps go over, in rising order."""
-
-    base: Case
-    examples: tuple[int, ...]
-    context: tuple[int, ...]
-    context_examples: int
-    size: tuple[Any, ...]
-    rank: tuple[int, ...]
-
-
-RANGES = {
-    "cpu": Range(SMALL, (1, 4, 16, 64), (16, 64, 256, 1024, 4096), 2, SMALL_SIZES, (1, 8, 64)),
-    "cuda": Range(
-        LARGE,
-        (1, 2, 4, 8, 16, 32, 64),
-        (16, 64, 256, 1024, 4096),
-        8,
-        LARGE_SIZES,
-        (1, 4, 16, 64),
-    ),
-    "tiny": Range(TINY, (1, 3), (4, 8), 2, TINY_SIZES, (1, 2)),
-}
-
-
-def points(sweep: str, over: Range) -> list[Case]:
-    base = over.base
-    if sweep == "examples":
-        return [replace(base, examples=n) for n in over.examples]
-    if sweep == "context":
-        few = replace(base, examples=over.context_examples)
-        return [replace(few, context_tokens=tokens) for tokens in over.context]
-    if sweep == "size":
-        return [replace(base, config=config) for config in over.size]
-    inner_params = {"rank": "full", "rank-lora": "lora"}[sweep]
-    return [replace(base, rank=rank, inner_params=inner_params) for rank in over.rank]
 
 
 def plan(arguments: argparse.Namespace) -> Iterator[Measurement]:
@@ -233,6 +173,7 @@ def measure(case: Case, way: str, settings: Settings) -> Row:
 
     memory = measure_memory(device, functools.partial(WAYS[way], task), tensors)
     row: Row = dict(
+        backend=resolve_backend("auto", device) if way.startswith("fast") else "torch",
         peak_bytes=memory["peak_bytes"] - memory["held_bytes"],
         process_peak_bytes=process_peak(device),
         flops=step_flops(case, way, task),

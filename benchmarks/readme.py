@@ -73,6 +73,8 @@ def footnote(rows: list[Row], device: str) -> str:
         f"{last['dtype']}, {device}, {last['threads']} threads, torch {last['torch']}; medians, "
         "each in turns with the ordinary step; rows in `benchmarks/results/compare.jsonl`."
     )
+    backends = sorted({row["backend"] for row in shown if "fast" in row["provider"]} - {None})
+    text += f" `fast_meta_step` ran with backend {', '.join(backends)}." * bool(backends)
     for row in shown:
         if row["case"] == "llama-1b" and row["provider"] == "fast":
             peak = row["process_peak_bytes"] / 1e9

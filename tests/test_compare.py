@@ -37,7 +37,7 @@ def measured(sweep: str, case: str, way: str, **row: Any) -> dict[str, Any]:
     known |= dict(examples=8, context_tokens=64, query_tokens=16, parameters=63e6, rank=0)
     known |= dict(layers=2, hidden=8, vocabulary=9, device="CPU x", threads=2, dtype="float32")
     known |= dict(p20_ms=1.0, median_ms=2.0, p80_ms=3.0, ratio_to_ordinary=2.5, torch="2")
-    return known | dict(peak_bytes=4e6, process_peak_bytes=5e6) | row
+    return known | dict(backend="torch", peak_bytes=4e6, process_peak_bytes=5e6) | row
 
 
 def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
@@ -145,7 +145,7 @@ def test_a_way_with_a_wrong_gradient_is_not_timed(
 
 
 def test_the_flops_of_an_ordinary_step_are_those_of_its_products(compare: Any) -> None:
-    config = compare.llama(128, 2, 4, 2, 256, 256)
+    config = importlib.import_module("cases").llama(128, 2, 4, 2, 256, 256)
     case = compare.Case(config, examples=3, context_tokens=16, query_tokens=8)
     task = compare.task_of(case, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
@@ -188,6 +188,7 @@ def test_the_readme_shows_the_newest_rows_of_every_way(script: Callable[[str], A
     assert f"| {title} | vmap | out of memory | – | – | – |" in text
     assert text.count(title) == 3
     assert "float32, CPU x, 2 threads, torch 2" in text
+    assert "ran with backend torch" in text
 
 
 def test_every_way_has_a_name_in_the_readme_and_a_colour(script: Callable[[str], Any]) -> None:
