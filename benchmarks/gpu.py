@@ -29,7 +29,6 @@ os.environ["TRITON_INTERPRET"] = (
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
 import argparse
-import contextlib
 import functools
 import gc
 import importlib
@@ -37,7 +36,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import statistics
 import subprocess
 import threading
 import time
@@ -46,14 +44,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import engine
+import cases
 import torch
+from cases import random_batch, random_model
+from measuring import (
+    Row,
+    append,
+    measure_memory,
+    quantiles,
+    release,
+    revision,
+    rows_of,
+    seconds_of,
+)
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
-from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast import backend, fast_meta_step, reference_meta_step
+from gdprompt_fast.memory import model_tensors
 from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.phase import Phase
@@ -77,7 +85,6 @@ FLUSH_BYTES = 1 << 30  # written before every timed call: empties the L2, lets t
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 GOOD = ("measured", "passed", "interpreter")
 
-Row = dict[str, Any]
 Shape = dict[str, int]
 Passes = dict[str, tuple[Any, ...]]  # the arguments of every pass
 Draw = Callable[..., Tensor]
@@ -403,43 +410,6 @@ def bytes_of(tensors: list[Tensor]) -> int:
 # Measuring
 
 
-def release(device: torch.device) -> None:
-    """Frees what the last case left, also in reference cycles of autograd."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def measure_memory(device: torch.device, call: Callable[[], object], present: list[Tensor]) -> Row:
-    """The peak of one call, with what was there before; on a GPU of the second call, so that the
-    first one compiles and allocates the workspaces of libraries.
-    """
-    release(device)
-    if device.type == "cuda":
-        call()
-        release(device)
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "held_bytes": held}
-    memory = PeakMemory(present)
-    held = memory.live_bytes
-    with memory:
-        call()
-    return {"peak_bytes": memory.peak_bytes, "held_bytes": held}
-
-
-def seconds_of(device: torch.device, call: Callable[[], object]) -> float:
-    """Wall-clock time of one call that is waited for."""
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def sample_ms(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
     """Times of single calls; on a GPU by events, each after the L2 has been emptied."""
     if device.type != "cuda":
@@ -465,13 +435,7 @@ def measure_time(
     if not bench.tiny:
         once = seconds_of(bench.device, call)
         repeats = max(least, min(most, int(seconds / max(once, 1e-6))))
-    times = sorted(sample_ms(bench.device, call, repeats))
-    return {
-        "p20_ms": times[math.floor(0.2 * (repeats - 1))],
-        "median_ms": statistics.median(times),
-        "p80_ms": times[math.ceil(0.8 * (repeats - 1))],
-        "repeats": repeats,
-    }
+    return quantiles(sample_ms(bench.device, call, repeats))
 
 
 # Cases
@@ -704,49 +668,17 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-TINY_STEP = engine.Case(engine.llama(32, 1, 2, 1, 48, 64), 2, 8, 6, ())
+TINY_STEP = cases.Case(cases.llama(32, 1, 2, 1, 48, 64), 2, 8, 6)
 
 
-def gate_shape(tiny: bool) -> engine.Case:
-    return TINY_STEP if tiny else engine.CASES["tiny"]
+def gate_shape(tiny: bool) -> cases.Case:
+    return TINY_STEP if tiny else cases.CASES["tiny"]
 
 
-def step_shape(tiny: bool) -> engine.Case:
+def step_shape(tiny: bool) -> cases.Case:
     if tiny:
         return TINY_STEP
-    llama_1b = engine.CASES["llama-1b"]
-    return replace(llama_1b, examples=16, context_tokens=256, query_tokens=32)
-
-
-def random_batch(shape: engine.Case, device: torch.device) -> MetaBatch:
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> Tensor:
-        size = shape.examples, count
-        return torch.randint(shape.config.vocab_size, size, generator=generator).to(device)
-
-    context_ids, query_ids = tokens(shape.context_tokens), tokens(shape.query_tokens)
-    response = torch.zeros_like(query_ids, dtype=torch.bool)
-    response[:, -engine.RESPONSE_TOKENS :] = True
-    return MetaBatch(
-        context_ids,
-        torch.ones_like(context_ids, dtype=torch.bool),
-        query_ids,
-        torch.ones_like(response),
-        response,
-    )
-
-
-def random_model(shape: engine.Case, device: torch.device, dtype: torch.dtype) -> Any:
-    """Made on the device; its weights have gradients already, so that all steps add to them."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shape.config, dtype=dtype).eval()
-    model.to(device)
-    assert model.dtype == dtype
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    return model
+    return replace(cases.CASES["llama-1b"], examples=16, context_tokens=256, query_tokens=32)
 
 
 def gate_step(bench: Bench, first_order: bool) -> Row:
@@ -796,25 +728,13 @@ def step_cases(bench: Bench) -> Iterator[Case]:
     for order in ("second_order", "first_order"):
         run = functools.partial(gate_step, bench, order == "first_order")
         row = {"pass": order, "provider": "triton", "case": "tiny", "dtype": "float32"}
-        yield case("step", "gate", "step", run, **row, shapes=shape_row(gate_shape(bench.tiny)))
+        yield case("step", "gate", "step", run, **row, shapes=gate_shape(bench.tiny).shapes())
     shape = step_shape(bench.tiny)
     name = "tiny" if bench.tiny else "Llama 3.2 1B"
     for provider in STEPS:
         run = functools.partial(time_step, bench, provider)
         row = {"pass": "step", "provider": provider, "case": name, "dtype": "bfloat16"}
-        yield case("step", "time", "step", run, **row, shapes=shape_row(shape))
-
-
-def shape_row(shape: engine.Case) -> Shape:
-    return dict(
-        examples=shape.examples,
-        context_tokens=shape.context_tokens,
-        query_tokens=shape.query_tokens,
-        response_tokens=engine.RESPONSE_TOKENS,
-        layers=shape.config.num_hidden_layers,
-        hidden=shape.config.hidden_size,
-        vocabulary=shape.config.vocab_size,
-    )
+        yield case("step", "time", "step", run, **row, shapes=shape.shapes())
 
 
 def all_cases(bench: Bench) -> list[Case]:
@@ -835,17 +755,6 @@ def all_cases(bench: Bench) -> list[Case]:
 
 
 # The worker
-
-
-def append(results: Path, row: Row) -> None:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def rows_of(results: Path, run: str) -> list[Row]:
-    lines = results.read_text().splitlines() if results.exists() else []
-    return [row for row in map(json.loads, lines) if row["run"] == run]
 
 
 def run_case(case: Case, elapsed: float) -> Row:
@@ -1002,12 +911,6 @@ def summary(rows: list[Row]) -> str:
             what = (row["pass"], row["case"], row["dtype"], row["provider"], row["kind"])
             lines.append(f"- {', '.join(map(str, what))}: {row['status']}")
     return "\n".join(lines)
-
-
-def revision() -> str:
-    with contextlib.suppress(OSError):
-        return engine.revision() or "unknown"
-    return "unknown"
 
 
 def main() -> int:

@@ -5,65 +5,108 @@ python benchmarks/readme.py
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+from baselines import WAYS
+from cases import CASES
+from figures import file_name
+from measuring import ROOT, Row, rows_of
+
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- engine table -->", "<!-- end of engine table -->"
-CASES = {
-    "llama-63m": "Llama, 63 M parameters, 8 examples, 64 + 16 tokens",
-    "llama-1b": "Shape of Llama 3.2 1B, 16 examples, 16 + 8 tokens",
+NAMES = {
+    "ordinary": "ordinary step",
+    "fast": "**`fast_meta_step`**",
+    "fast first-order": "`fast_meta_step`, first-order",
+    "sequential": "sequential exact MAML",
+    "sequential first-order": "sequential first-order MAML",
+    "forward-over-reverse": "forward-over-reverse",
+    "all-alive": "all graphs alive",
+    "vmap": "vmap",
 }
+FIGURES = ("examples", "context")
 
 
-def newest(rows: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
-    """The newest row of every provider of a case, in the order they were measured."""
-    by_provider = {row["provider"]: row for row in rows if row["case"] == case}
-    return list(by_provider.values())
+def newest(rows: list[Row], device: str, case: str) -> list[Row]:
+    """The newest row of every way of a case that came to a result, in the order of WAYS."""
+    of_case = [r for r in rows if (r["kind"], r["case"], r["device"]) == ("time", case, device)]
+    results = [r for r in of_case if r["status"] in ("measured", "out of memory")]
+    by_way = {row["provider"]: row for row in results}
+    return [by_way[way] for way in WAYS if way in by_way]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def title(row: Row) -> str:
+    size = row["parameters"]
+    parameters = f"{size / 1e9:.2f} G" if size >= 1e9 else f"{size / 1e6:.0f} M"
+    tokens = f"{row['context_tokens']} + {row['query_tokens']} tokens"
+    return f"Llama, {parameters} parameters, {row['examples']} examples, {tokens}"
+
+
+def table(rows: list[Row], device: str) -> str:
     lines = [
         "| case | way | time of a step | × ordinary step | peak over model and gradients | × "
         "ordinary |",
         "|---|---|---|---|---|---|",
     ]
-    for case, title in CASES.items():
-        measured = newest(rows, case)
-        base = next((r for r in measured if r["provider"] == "ordinary step"), None)
+    for case in CASES:
+        measured = newest(rows, device, case)
+        floor = next((r["peak_bytes"] for r in measured if r["provider"] == "ordinary"), None)
         for row in measured:
-            seconds, megabytes = row["median_ms"] / 1e3, row["peak_bytes"] / 1e6
-            times = f"{row['median_ms'] / base['median_ms']:.2f}" if base else "–"
-            bytes_ratio = f"{row['peak_bytes'] / base['peak_bytes']:.2f}" if base else "–"
-            way = row["provider"].replace("fast_meta_step", "**`fast_meta_step`**")
-            lines.append(
-                f"| {title} | {way} | {seconds:.2f} s | {times} | {megabytes:,.0f} MB | "
-                f"{bytes_ratio} |"
-            )
+            cells = [title(row), NAMES[row["provider"]]]
+            if row["status"] == "measured":
+                ratio = row["ratio_to_ordinary"]
+                cells += [f"{row['median_ms'] / 1e3:.2f} s", f"{ratio:.2f}" if ratio else "–"]
+                cells.append(f"{row['peak_bytes'] / 1e6:,.0f} MB")
+                cells.append(f"{row['peak_bytes'] / floor:.2f}" if floor else "–")
+            else:
+                cells += [row["status"], "–", "–", "–"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def footnote(rows: list[dict[str, Any]]) -> str:
-    last = next(row for row in reversed(rows) if row["case"] in CASES)
+def footnote(rows: list[Row], device: str) -> str:
+    shown = [row for case in CASES for row in newest(rows, device, case)]
+    last = shown[-1]
     text = (
-        f"{last['dtype']}, {last['device']}, torch {last['torch']}, medians of one run each; "
-        "rows in `benchmarks/results/engine.jsonl`."
+        f"{last['dtype']}, {device}, {last['threads']} threads, torch {last['torch']}; medians, "
+        "each in turns with the ordinary step; rows in `benchmarks/results/compare.jsonl`."
     )
-    for row in newest(rows, "llama-1b"):
-        peak = row["process_peak_bytes"] / 1e9
-        text += f" The whole process of the 1 B {row['provider']} peaked at {peak:.1f} GB."
+    backends = sorted({row["backend"] for row in shown if "fast" in row["provider"]} - {None})
+    text += f" `fast_meta_step` ran with backend {', '.join(backends)}." * bool(backends)
+    for row in shown:
+        if row["case"] == "llama-1b" and row["provider"] == "fast":
+            peak = row["process_peak_bytes"] / 1e9
+            text += f" The whole process of the 1 B `fast_meta_step` peaked at {peak:.1f} GB."
     return text
 
 
+def figures(rows: list[Row], device: str) -> str:
+    kind = "cpu" if device.startswith("CPU") else "cuda"
+    paths = [(sweep, RESULTS / "figures" / file_name(sweep, kind)) for sweep in FIGURES]
+    return "\n\n".join(
+        f"![Time and peak memory of a step against {sweep}]({path.relative_to(ROOT)})"
+        for sweep, path in paths
+        if path.exists()
+    )
+
+
+def block(rows: list[Row]) -> str:
+    """A table, a footnote and figures for every device with a measured case."""
+    timed = [row for row in rows if row["kind"] == "time" and row["case"] in CASES]
+    devices = dict.fromkeys(row["device"] for row in timed)
+    parts = [part(rows, device) for device in devices for part in (table, footnote, figures)]
+    return "\n\n".join(filter(None, parts))
+
+
 def main() -> None:
-    lines = (HERE / "results" / "engine.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    block = f"{BEGIN}\n{table(rows)}\n\n{footnote(rows)}\n{END}"
-    text = README.read_text()
-    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: block, text, flags=re.DOTALL))
+    measured = block(rows_of(RESULTS / "compare.jsonl"))
+    if not measured:
+        raise SystemExit("expected a case of cases.py in results/compare.jsonl; run compare.py")
+    text = f"{BEGIN}\n{measured}\n{END}"
+    readme = README.read_text()
+    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, readme, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
