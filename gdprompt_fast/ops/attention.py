@@ -33,8 +33,8 @@ def attention(
         k, v: [B, K, T, D], K key/value heads; K divides H (grouped-query attention).
         window: a query sees this many positions, itself the last; None for all before it.
         segment_BT: integers; a segment is a run of equal ones, and a query sees keys of its own
-            segment only. For texts packed into a row, and for padding, which is a segment of its
-            own and may hold any finite values. None for one segment.
+            segment only. For texts packed into a row, and for padding, a segment of its own whose
+            values do not matter as long as no product of them overflows. None for one segment.
 
     Returns:
         [B, T, H, D], contiguous, as transformers' attention functions return it.
