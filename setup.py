@@ -34,8 +34,8 @@ def cpp_extension() -> list[Extension]:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         print(
-            "gdprompt_fast: the C++ ops are left out, PyTorch serves: no torch to build them with; "
-            "pip install --no-build-isolation -e . builds them"
+            "gdprompt_fast: the C++ ops are left out, no torch to build them with: PyTorch serves; "
+            "pip install 'setuptools>=77' && pip install --no-build-isolation -e . builds them"
         )
         return []
     root = Path(torch.origin).parent

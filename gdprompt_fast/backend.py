@@ -22,7 +22,7 @@ KERNELS = frozenset(
 # The ops in C++: those it is 1.3 times as fast at as PyTorch, on some shape of benchmarks/cpp.py.
 CPP = frozenset({"attention", "gelu", "norm", "rotary", "swiglu", "vocabulary"})
 CPP_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
-BUILD_CPP = "pip install --no-build-isolation -e ."
+BUILD_CPP = "pip install 'setuptools>=77' && pip install --no-build-isolation -e ."
 
 # A plain global: autograd runs the backward of GPU tensors in threads of its own.
 _chosen = "auto"

@@ -102,7 +102,7 @@ def auto_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 def cpp(auto_is_pytorch: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ ops are there, and ``"auto"`` takes them."""
     if not LOAD_CPP():
-        pytest.skip("the C++ ops are not built: pip install --no-build-isolation -e .")
+        pytest.skip(f"the C++ ops are not built: {backend.BUILD_CPP}")
     monkeypatch.setattr(backend, "load_cpp", LOAD_CPP)
 
 
