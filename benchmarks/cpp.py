@@ -1,5 +1,5 @@
 """The ops in C++ against PyTorch on a CPU: every pass on the shapes of the demo and of the 63 M
-Llama of benchmarks/engine.py, then the whole step.
+Llama of benchmarks/compare.py, then the whole step.
 
     python benchmarks/cpp.py
 
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import CASES, Case, llama, providers, revision
+from cases import CASES, Case, llama, random_batch, random_model, self_teacher
+from measuring import revision
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from gdprompt_fast import backend, fast_meta_step
 from gdprompt_fast.memory import peak_bytes_over_model
@@ -34,7 +34,7 @@ from gdprompt_fast.reference.compare import gradients_of, worst_error
 
 RESULTS = Path(__file__).parent / "results" / "cpp.jsonl"
 SHAPES = {
-    "demo": Case(llama(128, 4, 4, 4, 384, 160), 16, 44, 12, ()),
+    "demo": Case(llama(128, 4, 4, 4, 384, 160), 16, 44, 12),
     "llama-63m": CASES["llama-63m"],
 }
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -167,9 +167,9 @@ def rows_of_ops(rounds: int) -> Iterator[dict[str, object]]:
 
 def rows_of_steps(rounds: int) -> Iterator[dict[str, object]]:
     for case_name, case in SHAPES.items():
-        model = LlamaForCausalLM(case.config).eval()
-        batch, teacher, _ = providers(model, case)
-        options: dict[str, Any] = dict(batch=batch, teacher=teacher)
+        model = random_model(case, torch.device("cpu"), torch.float32)
+        batch = random_batch(case, torch.device("cpu"))
+        options: dict[str, Any] = dict(batch=batch, teacher=self_teacher(model, batch))
         _, on_torch = gradients_of(fast_meta_step, model, backend="torch", **options)
         _, on_cpp = gradients_of(fast_meta_step, model, backend="cpp", **options)
         error, name = worst_error(on_cpp, on_torch)

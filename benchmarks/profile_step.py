@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import CASES, random_batch, random_model, self_teacher
+from measuring import revision
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from gdprompt_fast import MetaBatch, fast_meta_step
+from gdprompt_fast import fast_meta_step
 
 RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"}
-PRODUCTS |= {"aten::baddbmm", "aten::_addmm_activation"}
+PRODUCTS |= {"aten::baddbmm"}
 OPS = {
     "_InnerLinear": "linear",
     "_ContextLoss": "vocabulary",
@@ -84,32 +85,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--revision", default="", help="kept in the rows")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=24576,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
-    context, query = (torch.randint(config.vocab_size, (8, tokens)) for tokens in (64, 16))
-    real = torch.ones_like(query, dtype=torch.bool)
-    response = real & (torch.arange(16) >= 8)
-    batch = MetaBatch(context, torch.ones_like(context, dtype=torch.bool), query, real, response)
+    case, cpu = CASES["llama-63m"], torch.device("cpu")
+    model, batch = random_model(case, cpu, torch.float32), random_batch(case, cpu)
+    teacher = self_teacher(model, batch)
 
     def step() -> None:
-        model.zero_grad(set_to_none=False)
-        fast_meta_step(model, batch, objective="gold", backend=arguments.backend)
+        fast_meta_step(model, batch, teacher=teacher, backend=arguments.backend)
 
     rows = measure(step)
     common = {
         "backend": arguments.backend,
-        "revision": arguments.revision,
+        "revision": revision(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
