@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..blocks import block_ranges
+
 # Scores of this many elements are alive at once; queries are taken a block at a time to stay below
 # it.
 TILE_ELEMENTS = 1 << 21
@@ -120,5 +122,5 @@ class _Block:
 def _blocks(q: Tensor, k: Tensor, scale: float, window: int | None) -> Iterator[_Block]:
     batch, heads, tokens, _ = q.shape
     size = max(1, min(tokens, TILE_ELEMENTS // (batch * heads * tokens)))
-    for start in range(0, tokens, size):
-        yield _Block(q, k, start, min(start + size, tokens), scale, window)
+    for start, stop in block_ranges(tokens, size):
+        yield _Block(q, k, start, stop, scale, window)

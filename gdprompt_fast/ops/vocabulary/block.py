@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..blocks import block_ranges
+
 # A tile of [all tokens, block] has about this many elements; a pass keeps a few of them alive.
 TILE_ELEMENTS = 1 << 21
 
@@ -114,8 +116,8 @@ class Columns(Block):
 def slices(vocabulary: int, tokens: int) -> Iterator[Slice]:
     """The whole vocabulary, in blocks of about TILE_ELEMENTS / tokens columns."""
     size = max(1, min(vocabulary, TILE_ELEMENTS // max(1, tokens)))
-    for start in range(0, vocabulary, size):
-        yield Slice(start, min(start + size, vocabulary))
+    for start, stop in block_ranges(vocabulary, size):
+        yield Slice(start, stop)
 
 
 def column_blocks(ids_GS: Tensor) -> Iterator[Columns]:
