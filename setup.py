@@ -14,6 +14,7 @@ SUBPACKAGES = [
     "ops",
     "ops.eager",
     "ops.vocabulary",
+    "plan",
     "reference",
     "report",
     "teacher",
