@@ -19,6 +19,7 @@ SUBPACKAGES = [
     "ops.cpp",
     "ops.eager",
     "ops.vocabulary",
+    "plan",
     "reference",
     "report",
     "teacher",

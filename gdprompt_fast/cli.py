@@ -1,4 +1,4 @@
-"""The command line: ``gdprompt demo``, ``gdprompt train`` and ``gdprompt evaluate``."""
+"""The command line: ``gdprompt demo``, ``train``, ``evaluate`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from .loading import (
     add_lora,
     check_same_vocabulary,
     choose_device,
+    load_config,
     load_examples,
     load_model,
     positions,
 )
 from .options import check_inner, select_inner
+from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .report import results_table
 from .run import TestSet, claim_output, measure, run, summaries
 from .train import TrainOptions
@@ -121,8 +123,7 @@ def prepare_train(args: argparse.Namespace) -> Work:
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
     check_inner(args.inner_lr, args.inner_steps)
-    if args.results and (args.results.is_dir() or not args.results.parent.is_dir()):
-        raise ValueError(f"results: expected a file in an existing folder, got {args.results}")
+    _check_file("results", args.results)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
     select_inner(model, args.inner_params)
     triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))
@@ -141,6 +142,26 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
             write_json(args.results, result)
 
     return work
+
+
+def prepare_plan(args: argparse.Namespace) -> Work:
+    """The whole of ``gdprompt plan`` but for what it prints."""
+    setting = Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
+    memory = None if args.memory is None else parse_memory(args.memory)
+    _check_file("json", args.json)
+    plan = make_plan(load_config(args.model), setting, memory)
+
+    def work() -> None:
+        print(plan_table(args.model, plan))
+        if args.json:
+            write_json(args.json, plan_json(args.model, plan))
+
+    return work
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:
@@ -166,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -176,14 +198,18 @@ def _command(
         name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(prepare=prepare)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
     parser.add_argument("--eval-batch-size", type=int, default=32, help="examples at once")
-    return parser
 
 
 def _add_demo(commands: Any) -> None:
     what = "Meta-train a small model from scratch on made-up facts; no download, minutes on a CPU."
     parser = _command(commands, "demo", what, prepare_demo)
+    _add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
     parser.add_argument("--steps", type=int, default=OPTIONS.steps, help="outer steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights")
@@ -196,6 +222,7 @@ def _add_demo(commands: Any) -> None:
 def _add_train(commands: Any) -> None:
     what = "Meta-train a transformers model on triples of context, query and response."
     parser = _command(commands, "train", what, prepare_train)
+    _add_device(parser)
     _add_model_and_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
@@ -203,20 +230,13 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--lora-rank", type=int, default=0, help="of LoRA adapters; 0: train all")
     _add_inner_lr_grid(parser)
     _add_resume(parser)
-    types = get_type_hints(TrainOptions)
-    for option in fields(TrainOptions):
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            type=types[option.name],
-            default=option.default,
-            choices=option.metadata["choices"],
-            help=option.metadata["help"],
-        )
+    _add_fields(parser, TrainOptions)
 
 
 def _add_evaluate(commands: Any) -> None:
     what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
     parser = _command(commands, "evaluate", what, prepare_evaluate)
+    _add_device(parser)
     _add_model_and_data(parser)
     parser.add_argument("--inner-lr", type=float, default=1e-3, help="rate η of the inner step")
     parser.add_argument("--inner-steps", type=int, default=1, help="inner steps on a context")
@@ -228,6 +248,30 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_inner_lr_grid(parser)
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+
+
+def _add_plan(commands: Any) -> None:
+    what = "The memory that a meta step will need, predicted from shapes in seconds."
+    parser = _command(commands, "plan", what, prepare_plan)
+    parser.add_argument(
+        "--model", required=True, help="config.json, model folder or name on the Hugging Face hub"
+    )
+    _add_fields(parser, Setting)
+    parser.add_argument("--memory", help="size of the card, as 80GB: finds the largest batch")
+    parser.add_argument("--json", type=Path, help="JSON file to write the numbers to")
+
+
+def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
+    """An option for every field of a dataclass."""
+    types = get_type_hints(settings)
+    for field in fields(settings):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=types[field.name],
+            default=field.default,
+            choices=field.metadata["choices"],
+            help=field.metadata["help"],
+        )
 
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from .architecture import check_model
 from .data import Example, Limits, TokenisedTriples, read_triples, tokenise_triples
@@ -49,6 +56,26 @@ def load_model(
         raise ValueError(f"model: expected a model to load in {folder}, got {reason}") from error
     check_model(model.eval())
     return model.to(device), tokenizer
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration in a config.json, in a model folder, or of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: if there is none, or the hub cannot be reached.
+    """
+    path = Path(name)
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix != ".json"
+    if not (path.is_file() or (path / "config.json").is_file() or on_hub):
+        raise ValueError(
+            "model: expected a config.json, a folder with one or the name of a model on the hub, "
+            f"got {name}"
+        )
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: expected a configuration at {name}, got {reason}") from error
 
 
 def _load_base(folder: Path, dtype: str) -> nn.Module:

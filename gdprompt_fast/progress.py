@@ -7,8 +7,10 @@ import sys
 from tqdm import tqdm
 
 
-def progress_bar(total: int, what: str, unit: str, done: int = 0, leave: bool = True) -> tqdm:
-    """A bar on stderr; where that is no terminal, a line every ten seconds."""
+def progress_bar(
+    total: int, what: str, unit: str, done: int = 0, leave: bool = True, delay: float = 0.0
+) -> tqdm:
+    """A bar on stderr, after ``delay`` seconds; where that is no terminal, a line every ten."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
@@ -16,6 +18,7 @@ def progress_bar(total: int, what: str, unit: str, done: int = 0, leave: bool = 
         desc=what,
         unit=unit,
         leave=leave,
+        delay=delay,
         mininterval=interval,
         dynamic_ncols=True,
     )

@@ -31,7 +31,7 @@ from .teacher import teach
 METRICS_FILE = "metrics.jsonl"
 
 
-def _option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field that is also a command-line option, with its help text."""
     return field(default=default, metadata={"help": what, "choices": choices})
 
@@ -44,21 +44,21 @@ class TrainOptions:
         ValueError: naming the option, what was expected and what was given.
     """
 
-    steps: int = _option(1000, "outer steps")
-    batch_size: int = _option(16, "examples in an outer step")
-    outer_lr: float = _option(1e-5, "highest learning rate of Adam, reached after the warm-up")
-    warmup_steps: int = _option(50, "steps of linear warm-up; a cosine to zero follows")
-    clip_norm: float = _option(1.0, "largest norm of the meta-gradient; a larger one is scaled")
-    inner_lr: float = _option(1e-3, "learning rate η of the inner step")
-    inner_steps: int = _option(1, "inner gradient steps on a context")
-    inner_params: str = _option("full", "what the inner step moves", ("full", "lora"))
-    objective: str = _option(
+    steps: int = option(1000, "outer steps")
+    batch_size: int = option(16, "examples in an outer step")
+    outer_lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
+    warmup_steps: int = option(50, "steps of linear warm-up; a cosine to zero follows")
+    clip_norm: float = option(1.0, "largest norm of the meta-gradient; a larger one is scaled")
+    inner_lr: float = option(1e-3, "learning rate η of the inner step")
+    inner_steps: int = option(1, "inner gradient steps on a context")
+    inner_params: str = option("full", "what the inner step moves", ("full", "lora"))
+    objective: str = option(
         "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
     )
-    lm_weight: float = _option(0.0, "weight λ of the next-token loss on the contexts")
-    answer_tokens: int = _option(32, "longest greedy answer of the teacher, in tokens (kl)")
-    checkpoint_every: int = _option(200, "steps between checkpoints")
-    seed: int = _option(0, "seed of the order of the examples")
+    lm_weight: float = option(0.0, "weight λ of the next-token loss on the contexts")
+    answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    checkpoint_every: int = option(200, "steps between checkpoints")
+    seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)

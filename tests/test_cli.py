@@ -194,7 +194,7 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["plan"]], ids=str)
 def test_help_names_options_and_defaults(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ def results_table(evaluations: Mapping[str, Summaries]) -> str:
     for name, summaries in evaluations.items():
         row = [_nll(summaries[setting]) for setting in SETTINGS]
         rows.append([f"NLL per token {name}".rstrip(), *row])
-    return _markdown(rows)
+    return markdown_table(rows)
 
 
 def not_improved(before: Summaries, after: Summaries) -> list[str]:
@@ -56,7 +56,8 @@ def _nll(summary: Summary) -> str:
     return f"{summary.nll_per_token:.3f} ± {summary.nll_per_token_se:.3f}"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A Markdown table that reads well in a terminal; its first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..blocks import block_ranges
+
 # Scores of this many elements are alive at once; queries are taken a block at a time to stay below
 # it.
 TILE_ELEMENTS = 1 << 21
@@ -157,6 +159,5 @@ def _blocks(
 ) -> Iterator[_Block]:
     batch, heads, tokens, _ = q.shape
     size = max(1, min(tokens, TILE_ELEMENTS // max(1, batch * heads * tokens)))
-    for start in range(0, tokens, size):
-        queries = range(start, min(start + size, tokens))
-        yield _Block(q, k, queries, scale, visible)
+    for start, stop in block_ranges(tokens, size):
+        yield _Block(q, k, range(start, stop), scale, visible)

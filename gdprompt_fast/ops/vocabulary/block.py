@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..blocks import block_ranges
+
 # A tile of [all tokens, block] has about this many elements; a pass keeps a few of them alive. On a
 # CPU it should fit the cache; on a GPU it should be wide, as what happens once a block to the sums
 # [all tokens, hidden] costs the more the fewer columns share it.
@@ -111,8 +113,8 @@ def slices(vocabulary: int, tokens: int, device: torch.device) -> Iterator[Slice
     size = max(1, min(vocabulary, tile_elements(device) // max(1, tokens)))
     if ALIGNMENT < size < vocabulary:
         size -= size % ALIGNMENT
-    for start in range(0, vocabulary, size):
-        yield Slice(start, min(start + size, vocabulary))
+    for start, stop in block_ranges(vocabulary, size):
+        yield Slice(start, stop)
 
 
 def column_blocks(ids_GS: Tensor) -> Iterator[Columns]:

@@ -1,0 +1,18 @@
+"""The memory a meta step will need, predicted from shapes before anything is allocated."""
+
+from .plan import Plan, make_plan, parse_memory, plan_json, plan_table
+from .prediction import Prediction, predict, predict_materialised, predict_sequential
+from .setting import Setting
+
+__all__ = [
+    "Plan",
+    "Prediction",
+    "Setting",
+    "make_plan",
+    "parse_memory",
+    "plan_json",
+    "plan_table",
+    "predict",
+    "predict_materialised",
+    "predict_sequential",
+]

@@ -1,0 +1,222 @@
+"""A memory plan: predictions of the three ways to take the step, and the batches that fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..progress import progress_bar
+from ..report.table import markdown_table
+from .prediction import (
+    ACTIVATIONS,
+    PARTS,
+    Prediction,
+    predict,
+    predict_materialised,
+    predict_sequential,
+)
+from .setting import Setting
+
+LARGEST_BATCH = 4096  # no larger one is looked for
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step needs, the engine's way and two others.
+
+    Attributes:
+        memory: bytes to fit into; None if none were given.
+        largest_batch: of ``fast_meta_step`` in ``memory``; None without it.
+    """
+
+    setting: Setting
+    fast: Prediction
+    sequential: Prediction
+    materialised: Prediction
+    memory: int | None
+    largest_batch: int | None
+
+    @property
+    def copy_bytes(self) -> int:
+        """What one more example of the materialised way needs: θ' and its graph."""
+        return self.sequential.meta_step[ACTIVATIONS]
+
+    @property
+    def shared_bytes(self) -> int:
+        """What the materialised way needs beside its copies."""
+        return sum(self.sequential.meta_step.values()) - self.copy_bytes
+
+
+def parse_memory(text: str) -> int:
+    """The bytes of ``80GB`` or ``24 GiB``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"memory: expected a size in {', '.join(_UNITS)} as 80GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def make_plan(config: PreTrainedConfig, setting: Setting, memory: int | None = None) -> Plan:
+    """Predicts all of it; in seconds.
+
+    Raises:
+        ValueError: if the setting does not fit the model, or the model is of an unknown
+            architecture.
+    """
+    runs = 2 if memory is None else 4  # two batches, the answer, and the sequential loop
+    with progress_bar(runs, "planning", "run", leave=False, delay=2.0) as bar:
+
+        def run(batch: int) -> Prediction:
+            prediction = predict(config, replace(setting, batch=batch))
+            bar.update()
+            return prediction
+
+        fast = run(setting.batch)
+        sequential = predict_sequential(config, setting)
+        bar.update()
+        largest = None
+        if memory is not None:
+            peaks = {setting.batch: fast.peak_bytes}
+            largest = largest_batch(lambda batch: run(batch).peak_bytes, peaks, memory)
+    return Plan(
+        setting,
+        fast,
+        sequential,
+        predict_materialised(sequential, setting.batch),
+        memory,
+        largest,
+    )
+
+
+def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: int) -> int:
+    """The largest batch whose peak is at most ``memory``; 0 if none is.
+
+    A peak is the largest of those of some moments, each affine in the batch, so it is convex: the
+    line through two batches that fit is below it beyond them. The answer is itself predicted.
+
+    Args:
+        peak_at: predicts the peak of a batch.
+        peaks: at least one peak that is known already, by batch; it is added to.
+        memory: bytes.
+    """
+    while True:
+        known = sorted(peaks.items())
+        fitting = [(batch, peak) for batch, peak in known if peak <= memory]
+        fits = fitting[-1][0] if fitting else 0
+        over = known[len(fitting)][0] if len(fitting) < len(known) else LARGEST_BATCH + 1
+        if over == fits + 1:
+            return fits
+        if len(fitting) > 1 and _reaches(fitting[-2:], memory) <= fits:
+            return fits
+        guess = 2 * fits or over // 2
+        if len(known) > 1:
+            last = max(0, min(len(fitting) - 1, len(known) - 2))
+            guess = _reaches(known[last : last + 2], memory)
+        guess = min(max(guess, fits + 1), over - 1)
+        peaks[guess] = peak_at(guess)
+
+
+def _reaches(two: list[tuple[int, int]], memory: int) -> int:
+    """The largest batch at which the line through two batches and their peaks is at most
+    ``memory``.
+    """
+    (first, low), (second, high) = two
+    if high <= low:
+        return LARGEST_BATCH
+    return first + (memory - low) * (second - first) // (high - low)
+
+
+def plan_table(name: str, plan: Plan) -> str:
+    """The plan in words and two Markdown tables."""
+    setting, fast = plan.setting, plan.fast
+    compute = "float32" if setting.dtype == "fp32" else "bfloat16"
+    parts = [["GB at the peak of", "the meta step", "the optimizer's step"]]
+    for part in PARTS:
+        cells = [fast.meta_step.get(part, 0), fast.optimizer_step.get(part, 0)]
+        parts.append([part, *map(_gigabytes, cells)])
+    totals = [sum(fast.meta_step.values()), sum(fast.optimizer_step.values())]
+    parts.append(["**all**", *map(_gigabytes, totals)])
+    return "\n".join(
+        [
+            f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {setting.batch}, "
+            f"{setting.context} tokens of context, {setting.query} of query and response",
+            f"inner {setting.inner}, outer {setting.outer}, {setting.optimizer}, computing in "
+            f"{compute}; predicted from shapes, not measured:",
+            "",
+            markdown_table(parts),
+            "",
+            markdown_table(_ways(plan)),
+            "",
+            *_notes(plan),
+        ]
+    )
+
+
+def _ways(plan: Plan) -> list[list[str]]:
+    ways = {
+        "**`fast_meta_step`**": plan.fast,
+        "sequential exact loop": plan.sequential,
+        "all adapted copies at once": plan.materialised,
+    }
+    if plan.memory is None:
+        return [["way", "predicted peak"]] + [
+            [way, f"{_gigabytes(prediction.peak_bytes)} GB"] for way, prediction in ways.items()
+        ]
+    fits = plan.sequential.peak_bytes <= plan.memory
+    largest = [
+        _at_most(plan.largest_batch or 0),
+        "any" if fits else "0",
+        _at_most((plan.memory - plan.shared_bytes) // plan.copy_bytes if fits else 0),
+    ]
+    return [["way", "predicted peak", f"largest batch in {_gigabytes(plan.memory)} GB"]] + [
+        [way, f"{_gigabytes(prediction.peak_bytes)} GB", batch]
+        for (way, prediction), batch in zip(ways.items(), largest, strict=True)
+    ]
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [
+        "The sequential loop holds one example's θ' and graph at a time, in the dtype of the "
+        f"weights; all at once are {_gigabytes(plan.shared_bytes)} + batch × "
+        f"{_gigabytes(plan.copy_bytes)} GB."
+    ]
+    if plan.setting.objective == "kl":
+        notes.append("The teacher's head and final states are counted, its other weights are not.")
+    notes.append("Not counted: the CUDA context, and what the allocator holds in reserve.")
+    return notes
+
+
+def plan_json(name: str, plan: Plan) -> dict[str, Any]:
+    """The numbers, in bytes."""
+    ways = {
+        "fast_meta_step": plan.fast,
+        "sequential": plan.sequential,
+        "materialised": plan.materialised,
+    }
+    return {
+        "model": name,
+        "parameters": plan.fast.parameters,
+        **asdict(plan.setting),
+        "predicted": {
+            way: {"peak_bytes": prediction.peak_bytes, **asdict(prediction)}
+            for way, prediction in ways.items()
+        },
+        "memory_bytes": plan.memory,
+        "largest_batch": plan.largest_batch,
+    }
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f}" if size < 100e9 else f"{size / 1e9:,.0f}"
+
+
+def _at_most(batch: int) -> str:
+    return f"{LARGEST_BATCH} or more" if batch >= LARGEST_BATCH else str(batch)

@@ -1,0 +1,254 @@
+"""The memory of a step from shapes alone: the step itself is run, on tensors without data.
+
+Counted are the tensors, as PyTorch's own operators make them. On a GPU the Triton kernels make
+other small temporaries, and the CUDA context and what the caching allocator holds in reserve come
+on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..architecture import causal_lm
+from ..batch import MetaBatch
+from ..loading import add_lora, positions
+from ..meta.step import fast_meta_step
+from ..ops.blocks import abridged_loops
+from ..reference.step import reference_meta_step
+from ..targets import TeacherTargets
+from ..update.embedding import EmbeddingSite
+from ..update.linear import LinearSite
+from ..update.site import MaterialisedSite
+from ..update.vocabulary import VocabularySite
+from .parts import LOSS_TILES, PeakParts
+from .setting import DTYPES, Setting
+from .shapes import ShapesOnly
+
+WEIGHTS, CAST, GRADIENTS = "weights", "weights cast for the step", "gradients"
+OPTIMIZER, TEACHER = "optimizer", "teacher's head and states"
+FACTORS, ACTIVATIONS = "factors of θ'", "activations"
+PARTS = (WEIGHTS, CAST, GRADIENTS, OPTIMIZER, TEACHER, FACTORS, ACTIVATIONS, LOSS_TILES)
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted bytes, by part, at the peak of each half of a training step.
+
+    Attributes:
+        meta_step: the forward and backward passes.
+        optimizer_step: the update of the weights that follows; empty without an optimizer.
+        parameters: the number of the model's weights, adapters included.
+    """
+
+    parameters: int
+    meta_step: Parts
+    optimizer_step: Parts
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of the whole."""
+        return max(sum(self.meta_step.values()), sum(self.optimizer_step.values()))
+
+
+def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
+    """The memory of ``fast_meta_step`` and of the optimizer after it.
+
+    The optimizer has its states, and ``.grad`` is None before the step. It updates all weights at
+    once (``foreach``), as PyTorch does on a GPU: Adam then makes a temporary of the size of them
+    all.
+
+    Raises:
+        ValueError: naming the option that does not fit the model, or the model if it is of an
+            unknown architecture.
+    """
+    model, batch = _model_on_meta(config, setting), _batch(setting)
+    with ShapesOnly(), abridged_loops():
+        _take_shapes(model)
+        optimizer = _optimizer(model, setting.optimizer)
+        teacher = _teacher(config, setting)
+        parts = _meta_step(model, batch, setting, teacher, optimizer)
+        return Prediction(_parameters(model), parts, _optimizer_step(model, optimizer))
+
+
+def predict_sequential(config: PreTrainedConfig, setting: Setting) -> Prediction:
+    """The memory of exact MAML by autograd's own double backward, one example at a time.
+
+    It is that of ``reference_meta_step``, which computes in the dtype of the weights, on an example
+    after the first: the gradients are there.
+    """
+    setting = replace(setting, batch=1)
+    model, batch = _model_on_meta(config, setting), _batch(setting)
+    with ShapesOnly():
+        _take_shapes(model)
+        optimizer = _optimizer(model, setting.optimizer)
+        teacher = _teacher(config, setting)
+        memory = PeakParts(ACTIVATIONS, _present(model, teacher, optimizer))
+        for parameter in _trained(model):
+            parameter.grad = torch.empty_like(parameter)
+        memory.mark(GRADIENTS, _gradients(model))
+        with memory:
+            reference_meta_step(model, batch, **_options(setting, teacher))
+        after = _optimizer_step(model, optimizer)
+        return Prediction(_parameters(model), memory.at_peak(), after)
+
+
+def predict_materialised(sequential: Prediction, batch: int) -> Prediction:
+    """The memory with every example's θ' and its graph alive at once, as vmap has them: all but
+    the shared parts of the sequential loop, times the examples.
+    """
+    parts = dict(sequential.meta_step)
+    parts[ACTIVATIONS] *= batch
+    return replace(sequential, meta_step=parts)
+
+
+def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
+    """Weights that are trained are fp32; those frozen beside adapters are in the dtype of the
+    step.
+    """
+    frozen = setting.outer == "lora"
+    dtype = DTYPES[setting.dtype] if frozen else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        causal_lm(model)
+        for name in ("context", "query"):
+            if getattr(setting, name) > positions(model):
+                raise ValueError(
+                    f"{name}: expected at most the model's {positions(model)} positions, "
+                    f"got {getattr(setting, name)}"
+                )
+        return add_lora(model, setting.lora_rank, seed=0) if frozen else model
+
+
+def _take_shapes(model: nn.Module) -> None:
+    """Puts tensors made here, on the CPU, in the place of a model's own on the meta device."""
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    causal_lm(model).tie_weights()
+
+
+def _batch(setting: Setting) -> MetaBatch:
+    context_ids = torch.zeros(setting.batch, setting.context, dtype=torch.long)
+    query_ids = torch.zeros(setting.batch, setting.query, dtype=torch.long)
+    real = torch.ones_like(query_ids, dtype=torch.bool)
+    is_response = torch.arange(setting.query) >= setting.query - setting.response
+    context_mask = torch.ones_like(context_ids, dtype=torch.bool)
+    return MetaBatch(context_ids, context_mask, query_ids, real, real & is_response)
+
+
+def _teacher(config: PreTrainedConfig, setting: Setting) -> TeacherTargets | None:
+    """The teacher itself is not on the card with the model: its final states and its head are."""
+    if setting.objective == "gold":
+        return None
+    dtype, tokens = DTYPES[setting.dtype], setting.batch * setting.response
+    hidden = torch.empty(tokens, config.hidden_size, dtype=dtype)
+    head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+    return TeacherTargets(hidden=hidden, head=head)
+
+
+def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
+    """An optimizer that has taken a step, and so has its states."""
+    trained = _trained(model)
+    optimizer: torch.optim.Optimizer
+    if name == "none":
+        return None
+    if name == "adam":
+        optimizer = torch.optim.Adam(trained, foreach=True)
+    else:
+        optimizer = torch.optim.SGD(trained, foreach=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _options(setting: Setting, teacher: TeacherTargets | None) -> dict[str, Any]:
+    return dict(
+        inner_steps=setting.inner_steps,
+        inner_params=setting.inner,
+        objective=setting.objective,
+        teacher=teacher,
+        backend="torch",
+    )
+
+
+def _meta_step(
+    model: Any,
+    batch: MetaBatch,
+    setting: Setting,
+    teacher: TeacherTargets | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> Parts:
+    memory = PeakParts(CAST, _present(model, teacher, optimizer))
+    passes = 0
+
+    def before_a_pass(*_: Any) -> None:
+        nonlocal passes
+        memory.part = ACTIVATIONS
+        if passes == setting.inner_steps:  # the contexts are done, the queries follow
+            memory.mark(FACTORS, _factors(model))
+        passes += 1
+
+    hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
+    with memory, autocast:
+        fast_meta_step(model, batch, **_options(setting, teacher))
+    hook.remove()
+    memory.mark(GRADIENTS, _gradients(model))
+    return memory.at_peak()
+
+
+def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Parts:
+    if optimizer is None:
+        return {}
+    memory = PeakParts(OPTIMIZER, _present(model, None, optimizer))
+    memory.mark(GRADIENTS, _gradients(model))
+    with memory:
+        optimizer.step()
+    return memory.at_peak()
+
+
+def _present(
+    model: nn.Module, teacher: TeacherTargets | None, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    states = [] if optimizer is None else optimizer.state.values()
+    return {
+        WEIGHTS: [*model.parameters(), *model.buffers()],
+        TEACHER: [] if teacher is None else [teacher.hidden, teacher.head],
+        OPTIMIZER: [t for state in states for t in state.values() if isinstance(t, Tensor)],
+    }
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def _factors(model: nn.Module) -> Iterator[Tensor]:
+    """What makes θ' of θ, of all sites: X and E of layers, θ' itself of small parameters."""
+    for module in model.modules():
+        site = getattr(vars(module).get("forward"), "__self__", None)
+        if isinstance(site, LinearSite):
+            for linear in site.layer.factors:
+                yield from (linear.x_GSI, linear.e_GSO)
+        elif isinstance(site, EmbeddingSite):
+            yield from (factor.e_GSD for factor in site.table.factors)
+        elif isinstance(site, VocabularySite):
+            steps = site.vocabulary.steps
+            yield from (step.lookup_GSD for step in steps if step.lookup_GSD is not None)
+        elif isinstance(site, MaterialisedSite):
+            yield from site.moved

@@ -1,0 +1,48 @@
+"""What a memory plan is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..train import option
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes and choices that decide the memory of a step; every field is an option of the
+    command line.
+
+    Raises:
+        ValueError: naming the option, what was expected and what was given.
+    """
+
+    batch: int = option(16, "examples in a step, each with a θ' of its own")
+    context: int = option(256, "tokens of a context")
+    query: int = option(32, "tokens of a query and its response")
+    response: int = option(8, "tokens of the response among them")
+    inner: str = option("full", "what the inner step moves", ("full", "lora"))
+    outer: str = option("full", "what is trained: all weights or LoRA adapters", ("full", "lora"))
+    lora_rank: int = option(16, "rank of the adapters, on every linear layer but the head")
+    inner_steps: int = option(1, "inner gradient steps on a context")
+    objective: str = option("kl", "against a teacher (kl) or the response (gold)", ("kl", "gold"))
+    optimizer: str = option("adam", "that holds states of all it trains", ("adam", "sgd", "none"))
+    dtype: str = option("bf16", "to compute in; what is trained stays fp32", tuple(DTYPES))
+
+    def __post_init__(self) -> None:
+        least = dict(batch=1, context=2, query=2, response=1, lora_rank=1, inner_steps=1)
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(
+                    f"{name}: expected an integer >= {smallest}, got {getattr(self, name)}"
+                )
+        if self.response >= self.query:
+            raise ValueError(
+                f"response: expected fewer tokens than the query's {self.query}, which include "
+                f"it, got {self.response}"
+            )
+        if self.inner == "lora" and self.outer != "lora":
+            raise ValueError('inner: expected "full" without adapters (outer "full"), got "lora"')
