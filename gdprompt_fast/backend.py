@@ -37,9 +37,20 @@ def triton_runs(device: torch.device) -> bool:
 
 @functools.cache
 def load_cpp() -> bool:
-    """Loads the C++ ops, if the installation built them; whether they are there."""
-    built = list(Path(__file__).parent.glob("_cpp*.so"))
+    """Loads the C++ ops, if the installation built them; whether they are there.
+
+    Raises:
+        OSError: if they do not load, or are older than their sources in a checkout.
+    """
+    package = Path(__file__).parent
+    built = list(package.glob("_cpp*.so"))
     for library in built:
+        for source in (package.parent / "csrc").glob("*"):
+            if source.stat().st_mtime > library.stat().st_mtime:
+                raise OSError(
+                    f"{library} is older than {source}: build it again ({BUILD_CPP}), "
+                    f'or choose backend="torch"'
+                )
         try:
             torch.ops.load_library(library)
         except OSError as error:

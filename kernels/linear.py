@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "M"])
 def _updated_product_kernel(
     x_ptr,  # [G·M, I] in
     w_ptr,  # [O, I] in, any strides
@@ -97,27 +97,28 @@ def updated_product(
     y = x_GMI.new_empty(groups, rows, outputs)
     blocks = _blocks(x_GMI.dtype)
     grid = (triton.cdiv(groups * rows, blocks["BLOCK_R"]), triton.cdiv(outputs, blocks["BLOCK_O"]))
-    _updated_product_kernel[grid](
-        x_GMI.contiguous(),
-        weight_OI,
-        bias_O if bias_O is not None else y,
-        (match_GMS * scale).contiguous(),
-        factor_GSO.contiguous(),
-        y,
-        groups * rows,
-        rows,
-        inputs,
-        outputs,
-        context,
-        weight_OI.stride(0),
-        weight_OI.stride(1),
-        HAS_BIAS=bias_O is not None,
-        EXACT=x_GMI.dtype == torch.float32,
-        GROUPS=triton.next_power_of_2((blocks["BLOCK_R"] - 1) // rows + 2),
-        **blocks,
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(x_GMI):
+        _updated_product_kernel[grid](
+            x_GMI.contiguous(),
+            weight_OI,
+            bias_O if bias_O is not None else y,
+            (match_GMS * scale).contiguous(),
+            factor_GSO.contiguous(),
+            y,
+            groups * rows,
+            rows,
+            inputs,
+            outputs,
+            context,
+            weight_OI.stride(0),
+            weight_OI.stride(1),
+            HAS_BIAS=bias_O is not None,
+            EXACT=x_GMI.dtype == torch.float32,
+            GROUPS=triton.next_power_of_2((blocks["BLOCK_R"] - 1) // rows + 2),
+            **blocks,
+            num_warps=4,
+            num_stages=3,
+        )
     return y
 
 
@@ -135,7 +136,7 @@ def compile_cases(_target: str) -> list[dict[str, Any]]:
                 kernel=_updated_product_kernel,
                 signature={**dict.fromkeys(pointers, f"*{name}"), **dict.fromkeys(sizes, "i32")},
                 constexprs={**flags, **_blocks(dtype)},
-                aligned=list(sizes),
+                aligned=[size for size in sizes if size not in ("ROWS", "M")],
                 num_warps=4,
                 num_stages=3,
             )

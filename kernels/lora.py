@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LAUNCH = dict(num_warps=4, num_stages=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def _lora_product_kernel(
     x_ptr,  # [B, T, I] in
     w_ptr,  # [O, I] in, x's dtype, any strides; or None
@@ -70,7 +70,7 @@ def _lora_product_kernel(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=in_t & in_o)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _lora_materialise_kernel(
     own_ptr,  # [G, O, I] in, fp32, any strides; or None
     e_ptr,  # [B, T, O] in
@@ -221,6 +221,6 @@ def _compile_case(
         "kernel": kernel,
         "signature": {n: types.get(n, "i32") for n in names if n not in constexprs},
         "constexprs": {n: value for n, value in constexprs.items() if n in names},
-        "aligned": [n for n, size in sizes.items() if size % 16 == 0 and n in names] + ["T"],
+        "aligned": [n for n, size in sizes.items() if size % 16 == 0 and n in names],
         **LAUNCH,
     }

@@ -21,7 +21,7 @@ ELEMENTS_PER_WARP = 256
 SUMMING_PROGRAMS = 256  # about two for each multiprocessor of an H200
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def _norm_forward_kernel(
     x_ptr,  # [B, T, D] in
     weight_ptr,  # [B, D] in, rows weight_stride apart
@@ -81,7 +81,7 @@ def _row_means(a, b, c, d, D):
     return a[:, None], b[:, None], c[:, None], d[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def _norm_backward_kernel(
     dy_ptr,  # [B, T, D] in
     x_ptr,  # [B, T, D] in
@@ -129,7 +129,7 @@ def _norm_backward_kernel(
     tl.store(dbias_ptr + program * D + column, tl.sum(dbias, 0), mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P"])
 def _norm_double_backward_kernel(
     u_ptr,  # [B, T, D] in, cotangent of dx
     v_ptr,  # [B, D] in, cotangent of dγ, rows v_stride apart

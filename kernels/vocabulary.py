@@ -39,7 +39,7 @@ def _top_of(z_ptr, row, stride, v, top, BLOCK: tl.constexpr):
     return tl.maximum(top, tl.max(highest, 0))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["R", "first"])
 def _online_softmax_kernel(
     z_ptr,  # [R, v] in, rows z_stride apart
     id_ptr,  # [R] in, int64
@@ -75,7 +75,7 @@ def _online_softmax_kernel(
     tl.store(new_ptr + 3 * R + row, shrink)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "N"])
 def _online_kl_kernel(
     z_ptr,  # [G·N, v] in, rows z_stride apart
     t_ptr,  # [G·N, v] in, the teacher's, rows t_stride apart
@@ -152,7 +152,7 @@ def _is_id(id_ptr, columns_ptr, row, N, first, column, v):
         return (ids == token) & (token >= 0)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["N", "first"])
 def _softmax_minus_one_hot_kernel(
     z_ptr,  # [G·N, v] in, rows z_stride apart
     lse_ptr,  # [G·N] in, fp32
@@ -194,7 +194,7 @@ def _softmax_difference_kernel(
     tl.store(f_ptr + row * v + column, f.to(f_ptr.dtype.element_ty), mask=column < v)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["N", "first"])
 def _logit_cotangent_kernel(
     b_bar_ptr,  # [G·N, v] in, rows stride apart
     center_ptr,  # [G·N] in, fp32

@@ -116,7 +116,7 @@ def test_a_forward_that_does_not_call_the_rotary_embedding_itself_is_kept(
     forward: str, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = tiny_model("llama-tied").model.layers[0].self_attn
-    assert substitutes.substitute_for(attention) is not None
+    assert substitutes.substitute_for(attention, None) is not None
     own = type(attention).forward
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,13 +124,13 @@ def test_a_forward_that_does_not_call_the_rotary_embedding_itself_is_kept(
 
     replacement = wrapped if forward == "wrapped" else torch.nn.Identity()
     monkeypatch.setattr(type(attention), "forward", replacement)
-    assert substitutes.substitute_for(attention) is None
+    assert substitutes.substitute_for(attention, None) is None
 
 
 @pytest.mark.parametrize("name", substitutes._GELUS, ids=lambda name: name.rpartition(".")[2])
 def test_an_activation_and_its_substitute_agree_to_rounding(name: str) -> None:
     activation = getattr(transformers.activations, name.rpartition(".")[2])()
-    substitute = substitutes.substitute_for(activation)
+    substitute = substitutes.substitute_for(activation, None)
     assert substitute is not None
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
     torch.testing.assert_close(substitute(x), activation(x), rtol=1e-13, atol=1e-15)
@@ -140,5 +140,5 @@ def test_a_subclass_of_an_activation_keeps_its_own() -> None:
     class Other(transformers.activations.NewGELUActivation):
         pass
 
-    assert substitutes.substitute_for(Other()) is None
-    assert substitutes.substitute_for(transformers.activations.FastGELUActivation()) is None
+    assert substitutes.substitute_for(Other(), None) is None
+    assert substitutes.substitute_for(transformers.activations.FastGELUActivation(), None) is None

@@ -199,7 +199,7 @@ def _meta_step(
     hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
     with memory, autocast:
-        fast_meta_step(model, batch, **_options(setting, teacher))
+        fast_meta_step(model, batch, recompute=setting.recompute, **_options(setting, teacher))
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
     return memory.at_peak()

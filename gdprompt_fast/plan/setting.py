@@ -29,6 +29,7 @@ class Setting:
     lora_rank: int = option(16, "rank of the adapters, on every linear layer but the head")
     inner_steps: int = option(1, "inner gradient steps on a context")
     objective: str = option("kl", "against a teacher (kl) or the response (gold)", ("kl", "gold"))
+    recompute: str = option("none", "what is computed again, not kept", ("none", "block"))
     optimizer: str = option("adam", "that holds states of all it trains", ("adam", "sgd", "none"))
     dtype: str = option("bf16", "to compute in; what is trained stays fp32", tuple(DTYPES))
 

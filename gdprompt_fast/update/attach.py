@@ -19,7 +19,7 @@ from .embedding import EmbeddingSite
 from .lora import LowRankSite
 from .recompute import recomputed
 from .site import Site, StepState, find_rule
-from .substitutes import ATTENTION, adapters_keep_dtype, substitute_for
+from .substitutes import ATTENTION, substitute_for
 from .vocabulary import VocabularySite
 
 
@@ -67,15 +67,16 @@ class AdaptedModel:
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: site.forward for module, site in self.sites.items()}
         for module in self.model.modules():
-            if module not in forwards and (forward := substitute_for(module)) is not None:
-                forwards[module] = forward
+            if module not in forwards:
+                forward = substitute_for(module, self.state.dtype)
+                forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
                 forwards[module] = recomputed(module, self.sites, self.state)
         config = causal_lm(self.model).config
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
         try:
-            with _replaced(self.model, forwards), adapters_keep_dtype(self.model, self.state.dtype):
+            with _replaced(self.model, forwards):
                 yield
         except BaseException:
             self.release()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..architecture import type_name
@@ -65,8 +64,12 @@ _ROTARY_ATTENTIONS = {
 _ROTARY = "apply_rotary_pos_emb"  # what all of them call, from the globals of their file
 
 
-def substitute_for(module: Any) -> Callable[..., Any] | None:
-    """The forward to use in place of the module's own, if there is a better one."""
+def substitute_for(module: Any, dtype: torch.dtype | None) -> Callable[..., Any] | None:
+    """The forward to use in place of the module's own, if there is a better one.
+
+    Args:
+        dtype: of the products under mixed precision, or None.
+    """
     name = type_name(module)
     if name in _GATED_MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return lambda x: module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
@@ -74,6 +77,8 @@ def substitute_for(module: Any) -> Callable[..., Any] | None:
         return lambda x: gelu(x, _GELUS[name])
     if name in _ROTARY_ATTENTIONS:
         return _with_our_rotary(module)
+    if name == "peft.tuners.lora.layer.Linear":
+        return _with_small_scaling(module, dtype)
     return None
 
 
@@ -102,14 +107,24 @@ def _with_our_rotary(attention: Any) -> Callable[..., Any] | None:
     return MethodType(copied, attention)
 
 
-def adapters_keep_dtype(
-    model: nn.Module, dtype: torch.dtype | None
-) -> AbstractContextManager[None]:
-    """Under mixed precision, keeps PEFT from widening each adapter's input to its fp32 weights: the
-    adapters' sites compute in the step's dtype, and keep their inputs for the backward passes.
-    """
-    if dtype is None or not hasattr(model, "peft_config"):
-        return nullcontext()
-    from peft.helpers import disable_input_dtype_casting
+def _with_small_scaling(layer: Any, dtype: torch.dtype | None) -> Callable[..., Any] | None:
+    """y = W x + B (s A x) of a PEFT layer, which itself scales B A x: a tensor as large as y, kept
+    in the inner backward beside y's own cotangent. None where the layer does anything else.
 
-    return disable_input_dtype_casting(model)
+    Under mixed precision the adapters read what the layer reads; otherwise in their own dtype.
+    """
+    if layer.disable_adapters or layer.merged or layer.lora_variant:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    adapters = [(layer.lora_A[n], layer.lora_B[n], layer.scaling[n]) for n in names]
+    if any(lora_b.bias is not None for _, lora_b, _ in adapters):  # scaled too
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        y = base = layer.base_layer(x)
+        for lora_a, lora_b, scaling in adapters:
+            own = x if dtype is not None else x.to(lora_a.weight.dtype)
+            y = y + lora_b(lora_a(own) * scaling)
+        return y.to(base.dtype)
+
+    return forward
