@@ -50,7 +50,8 @@ def test_a_tiny_run_leaves_every_row_and_all_gates_pass(gpu: Any, tmp_path: Path
         assert row["error"] <= row["allowed_error"]
     for row in (row for row in rows if row["kind"] != "gate"):
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["peak_bytes"] > row["held_bytes"] or row["kind"] == "ceiling"
+        no_output = row["kind"] == "ceiling" or row["pass"].endswith("_")
+        assert row["peak_bytes"] > row["held_bytes"] or no_output
         assert row["op"] == "step" or row["ceiling_ratio"] > 0
 
     assert set(gpu.PASSES) >= backend.KERNELS, "a kernel that is never timed"

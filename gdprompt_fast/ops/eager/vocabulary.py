@@ -3,7 +3,8 @@
 A tile holds the columns first, …, first + v − 1 of the vocabulary, or each group's own: where a
 pass takes ``columns``, it is the number first or the ids [G, v]. A row's id is at one column of the
 vocabulary, which need not be here; ids below 0 are nowhere. z and the row statistics are fp32 or
-fp64 inside; tiles that go into a product are returned in ``dtype``.
+fp64 inside; tiles that go into a product are returned in ``dtype``. z and b̄ come fresh out of a
+product and may be overwritten; the teacher's logits and b may not.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ def online_softmax(
     z = _wide(z_GNv)
     top = torch.maximum(top_GN, z.amax(-1))
     shrink = (top_GN - top).exp_()
-    e = (z - top[..., None]).exp_()
-    total = torch.addcmul(e.sum(-1), total_GN, shrink)
     column, here = _find(ids_GN, first, z.shape[2])
     picked = picked_GN + torch.where(here, z.gather(2, column), 0.0)[..., 0]
+    e = z.sub_(top[..., None]).exp_()
+    total = torch.addcmul(e.sum(-1), total_GN, shrink)
     return e.to(dtype), top, total, picked, shrink
 
 
@@ -62,7 +63,7 @@ def online_kl(
     e.exp_()
     total = torch.addcmul(e.sum(-1), total_GR, shrink)
     t = e[:, rows:]
-    share = torch.where(t > 0, (teacher_z - z).mul_(t), 0.0).sum(-1)
+    share = torch.where(t > 0, torch.sub(teacher_z, z, out=z).mul_(t), 0.0).sum(-1)
     return e.to(dtype), top, total, torch.addcmul(share, gap_GN, shrink[:, rows:]), shrink
 
 
@@ -75,7 +76,7 @@ def softmax_minus_one_hot(
     z_GNv: Tensor, lse_GN: Tensor, ids_GN: Tensor, columns: int | Tensor, dtype: torch.dtype
 ) -> Tensor:
     """e^(z − lse) − onehot(id)."""
-    p = (_wide(z_GNv) - lse_GN[..., None]).exp_()
+    p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, p.shape[2])
         p.scatter_add_(2, column, -here.to(p.dtype))
@@ -92,7 +93,7 @@ def softmax_difference(
     dtype: torch.dtype,
 ) -> Tensor:
     """e^(z − lse) − e^(teacher z − teacher lse)."""
-    p = (_wide(z_GNv) - lse_GN[..., None]).exp_()
+    p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
     return p.sub_((teacher_z_GNv.to(p.dtype) - teacher_lse_GN[..., None]).exp_()).to(dtype)
 
 
@@ -105,7 +106,7 @@ def logit_cotangent(
     columns: int | Tensor,
 ) -> Tensor:
     """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype."""
-    x = _wide(b_bar_GNv) - (center_GN - weight_GN)[..., None]
+    x = _wide(b_bar_GNv).sub_((center_GN - weight_GN)[..., None])
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, x.shape[2])
         at_id = torch.where(here, x.gather(2, column) - weight_GN[..., None], 0.0)
