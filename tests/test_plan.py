@@ -77,6 +77,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox in fp32": ("gpt-neox", dict(dtype="fp32")),
     "gpt-neox, lora outside, gold": ("gpt-neox", dict(outer="lora", objective="gold")),
     "gpt2 in bf16": ("gpt2", {}),
+    "recomputed blocks": ("llama-tied", dict(recompute="block")),
+    "recomputed blocks, lora outside": ("gpt2", dict(recompute="block", outer="lora")),
 }
 
 
@@ -85,6 +87,7 @@ class RealStep:
 
     def __init__(self, config: PreTrainedConfig, setting: Setting) -> None:
         torch.manual_seed(0)
+        self.setting = setting
         dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
         lora = setting.outer == "lora"
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype if lora else None)
@@ -126,7 +129,13 @@ class RealStep:
         targets = [self.teacher.hidden, self.teacher.head] if teacher is not None else []
         memory = PeakMemory([*self.present(), *targets])
         with memory, self.autocast:
-            fast_meta_step(self.model, self.batch, backend="torch", **self.options)
+            fast_meta_step(
+                self.model,
+                self.batch,
+                backend="torch",
+                recompute=self.setting.recompute,
+                **self.options,
+            )
         if self.optimizer is None:
             return memory.peak_bytes, 0
         after = PeakMemory(self.present())
