@@ -1,5 +1,5 @@
 """The ops in C++ against PyTorch on a CPU: every pass on the shapes of the demo and of the 63 M
-Llama of benchmarks/compare.py, then the whole step.
+Llama of the other benchmarks, then the whole step.
 
     python benchmarks/cpp.py
 
@@ -11,7 +11,6 @@ times as fast as PyTorch on one of these shapes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -24,11 +23,11 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, llama, random_batch, random_model, self_teacher
-from measuring import revision
+from measuring import append, measure_memory, revision
 from torch import Tensor
 
 from gdprompt_fast import backend, fast_meta_step
-from gdprompt_fast.memory import peak_bytes_over_model
+from gdprompt_fast.memory import model_tensors
 from gdprompt_fast.ops.vocabulary.block import TILE_ELEMENTS
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 
@@ -166,9 +165,9 @@ def rows_of_ops(rounds: int) -> Iterator[dict[str, object]]:
 
 
 def rows_of_steps(rounds: int) -> Iterator[dict[str, object]]:
+    cpu = torch.device("cpu")
     for case_name, case in SHAPES.items():
-        model = random_model(case, torch.device("cpu"), torch.float32)
-        batch = random_batch(case, torch.device("cpu"))
+        model, batch = random_model(case, cpu, torch.float32), random_batch(case, cpu)
         options: dict[str, Any] = dict(batch=batch, teacher=self_teacher(model, batch))
         _, on_torch = gradients_of(fast_meta_step, model, backend="torch", **options)
         _, on_cpp = gradients_of(fast_meta_step, model, backend="cpp", **options)
@@ -177,7 +176,8 @@ def rows_of_steps(rounds: int) -> Iterator[dict[str, object]]:
             raise SystemExit(f"the step is wrong: {name} has a relative error of {error:.1e}")
         runs = [partial(fast_meta_step, model, backend=b, **options) for b in ("cpp", "torch")]
         cpp_ms, torch_ms = least_ms(runs, rounds)
-        cpp_bytes, torch_bytes = (peak_bytes_over_model(model, run) for run in runs)
+        memory = [measure_memory(cpu, run, model_tensors(model)) for run in runs]
+        cpp_bytes, torch_bytes = (m["peak_bytes"] - m["held_bytes"] for m in memory)
         yield dict(
             case=case_name,
             op="step",
@@ -210,17 +210,15 @@ def main() -> None:
         torch=torch.__version__,
         revision=revision(),
     )
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     print("| case | pass | dtype | C++ | PyTorch | ratio |")
     print("|---|---|---|---|---|---|")
-    with arguments.results.open("a") as file:
-        for row in chain(rows_of_ops(arguments.rounds), rows_of_steps(arguments.step_rounds)):
-            file.write(json.dumps({**row, **common}) + "\n")
-            print(
-                f"| {row['case']} | {row['name']} | {row['dtype']} | {row['min_ms']:.3f} ms "
-                f"| {row['torch_min_ms']:.3f} ms | {row['ratio']:.2f} |",
-                flush=True,
-            )
+    for row in chain(rows_of_ops(arguments.rounds), rows_of_steps(arguments.step_rounds)):
+        append(arguments.results, {**row, **common})
+        print(
+            f"| {row['case']} | {row['name']} | {row['dtype']} | {row['min_ms']:.3f} ms "
+            f"| {row['torch_min_ms']:.3f} ms | {row['ratio']:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
