@@ -20,12 +20,12 @@ DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
 def _cdf(x, TANH: tl.constexpr):
     # Φ(x); or ½ (1 + tanh(u)) = σ(2u), and σ(2u) σ(−2u) without cancellation
     if TANH:
-        u = K * (x + C * x * x * x)
+        u = (x + x * x * x * C) * K
         e = tl.exp(-2.0 * tl.abs(u))
         s = 1.0 / (1.0 + e)
         return tl.where(u < 0, e * s, s), e * s * s
     else:
-        return 0.5 * (1.0 + tl.erf(ROOT_HALF * x)), 0.0
+        return 0.5 * (1.0 + tl.erf(x * ROOT_HALF)), 0.0
 
 
 @triton.jit
@@ -33,11 +33,11 @@ def _derivatives(x, TANH: tl.constexpr):
     # gelu' = Φ + x d and gelu'' = 2 d + x d', with d = Φ'
     cdf, slope = _cdf(x, TANH)
     if TANH:
-        du = 2.0 * K * (1.0 + 3.0 * C * x * x)
+        du = (1.0 + x * x * (3.0 * C)) * (2.0 * K)
         density = slope * du
-        d_density = slope * (12.0 * K * C * x + (1.0 - 2.0 * cdf) * du * du)
+        d_density = slope * (x * (12.0 * K * C) + (1.0 - 2.0 * cdf) * du * du)
     else:
-        density = DENSITY_AT_0 * tl.exp(-0.5 * x * x)
+        density = tl.exp(-0.5 * x * x) * DENSITY_AT_0
         d_density = -x * density
     return cdf + x * density, 2.0 * density + x * d_density
 
