@@ -168,12 +168,13 @@ def gate(case: Case, way: str, settings: Settings) -> Row:
 def measure(case: Case, way: str, settings: Settings) -> Row:
     """Memory, then time in turns with the ordinary step."""
     device = torch.device(settings.device)
-    task = task_of(case, device, getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    task = task_of(case, device, dtype)
     tensors = model_tensors(task.model)
 
     memory = measure_memory(device, functools.partial(WAYS[way], task), tensors)
     row: Row = dict(
-        backend=resolve_backend("auto", device) if way.startswith("fast") else "torch",
+        backend=resolve_backend("auto", device, dtype) if way.startswith("fast") else "torch",
         peak_bytes=memory["peak_bytes"] - memory["held_bytes"],
         process_peak_bytes=process_peak(device),
         flops=step_flops(case, way, task),

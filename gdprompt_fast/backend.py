@@ -21,7 +21,10 @@ KERNELS = frozenset(
 )
 # The ops in C++: those it is 1.3 times as fast at as PyTorch, on some shape of benchmarks/cpp.py.
 CPP = frozenset({"attention", "gelu", "norm", "rotary", "swiglu", "vocabulary"})
-CPP_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+DTYPES = {
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cpp": (torch.float32, torch.float64, torch.bfloat16),
+}
 BUILD_CPP = "pip install 'setuptools>=77' && pip install --no-build-isolation -e ."
 
 # A plain global: autograd runs the backward of GPU tensors in threads of its own.
@@ -60,11 +63,12 @@ def load_cpp() -> bool:
     return bool(built)
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """ "torch", "cpp" or "triton" for a choice of the caller.
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """ "torch", "cpp" or "triton" for a choice of the caller, to compute in ``dtype``.
 
     Raises:
-        ValueError: for an unknown name, or "cpp" or "triton" where it cannot run.
+        ValueError: for an unknown name, or "cpp" or "triton" where it cannot run or has no
+            ``dtype``.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -78,11 +82,21 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             f'backend: expected a CPU and the C++ ops for "cpp", got device {device} and '
             f"{'' if load_cpp() else 'no '}C++ ops; they are built with {BUILD_CPP}"
         )
+    if backend in DTYPES and not _has_dtype(backend, dtype):
+        names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES[backend])
+        raise ValueError(
+            f'backend: expected a step in one of {names} for "{backend}", got one in '
+            f"{str(dtype).removeprefix('torch.')}"
+        )
     if backend != "auto":
         return backend
-    if device.type == "cuda" and triton_runs(device):
+    if device.type == "cuda" and triton_runs(device) and _has_dtype("triton", dtype):
         return "triton"
-    return "cpp" if device.type == "cpu" and load_cpp() else "torch"
+    return "cpp" if device.type == "cpu" and load_cpp() and _has_dtype("cpp", dtype) else "torch"
+
+
+def _has_dtype(backend: str, dtype: torch.dtype | None) -> bool:
+    return dtype is None or dtype in DTYPES[backend]
 
 
 @contextmanager
@@ -100,11 +114,11 @@ def implementation(op: str, like: Tensor) -> ModuleType:
     """The module with the passes of ``op``: ``kernels.<op>``, ``ops.cpp.<op>`` or
     ``ops.eager.<op>``, of the same names.
 
-    Kernels are for fp32, fp16 and bf16; C++ is for fp32, fp64 and bf16.
+    A tensor of a dtype that the backend does not have, such as an fp64 sum, takes the eager one.
     """
     backend = resolve_backend(_chosen, like.device)
-    if backend == "triton" and op in KERNELS and like.dtype != torch.float64:
+    if backend == "triton" and op in KERNELS and like.dtype in DTYPES[backend]:
         return importlib.import_module(f"gdprompt_fast.kernels.{op}")
-    if backend == "cpp" and op in CPP and like.dtype in CPP_DTYPES:
+    if backend == "cpp" and op in CPP and like.dtype in DTYPES[backend]:
         return importlib.import_module(f"gdprompt_fast.ops.cpp.{op}")
     return importlib.import_module(f"gdprompt_fast.ops.eager.{op}")

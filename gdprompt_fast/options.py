@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import causal_lm, check_ids, check_model
+from .architecture import causal_lm, check_ids, check_model, compute_dtype
 from .backend import resolve_backend
 from .batch import MetaBatch, check_tokens, describe
 from .targets import TeacherTargets, check_teacher
@@ -90,8 +90,11 @@ def check_step(
     first_order: bool,
     backend: str,
     recompute: str,
-) -> None:
+) -> str:
     """Checks the arguments of a meta step before anything is computed.
+
+    Returns:
+        The backend that is to run.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -121,9 +124,9 @@ def check_step(
         raise ValueError(f'recompute: expected "none" or "block", got {recompute!r}')
     if lm_batch is not None:
         check_lm_batch(lm_batch, model)
-    resolve_backend(backend, embedding.device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model: expected at least one parameter with requires_grad, got none")
+    return resolve_backend(backend, embedding.device, compute_dtype(model) or embedding.dtype)
 
 
 def check_lm_batch(lm_batch: Any, model: nn.Module) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from gdprompt_fast import MetaBatch, backend, fast_meta_step, reference_meta_step
+from gdprompt_fast import (
+    MetaBatch,
+    TeacherTargets,
+    backend,
+    fast_meta_step,
+    reference_meta_step,
+)
+from gdprompt_fast.options import check_step
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 Build = Callable[..., Any]
@@ -53,11 +60,24 @@ def test_the_step_on_adapters_on_triton_equals_the_reference(
     assert_triton_equals_the_reference(lora_model(rank=3), make_batch("uneven"), **options)
 
 
+@needs_triton
+def test_the_recomputed_step_with_a_teacher_on_triton_equals_the_reference(
+    tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model(), make_batch("uneven")
+    tokens = int(batch.response_mask.sum())
+    teacher = TeacherTargets(
+        hidden=torch.randn(tokens, 32), head=0.3 * torch.randn(model.config.vocab_size, 32)
+    )
+    options: dict[str, Any] = dict(inner_lr=0.05, objective="kl", teacher=teacher)
+    assert_triton_equals_the_reference(model, batch, recompute="block", **options)
+
+
 def assert_triton_equals_the_reference(
     model: torch.nn.Module, batch: MetaBatch, **options: Any
 ) -> None:
     """The gradients in fp32 on Triton err at most twice as much as on PyTorch."""
-    options["objective"] = "gold"
+    options = {"objective": "gold", **options}
     model = model.float()
     out, on_triton = gradients_of(fast_meta_step, model, batch, backend="triton", **options)
     assert out.backend == "triton"
@@ -164,6 +184,55 @@ def test_triton_where_it_cannot_run_is_an_error(
     with pytest.raises(ValueError, match="no triton package"):
         backend.resolve_backend("triton", torch.device("cuda"))
     assert backend.resolve_backend("auto", torch.device("cuda")) == "torch"
+
+
+@needs_triton
+@pytest.mark.parametrize("chosen", ["triton", "cpp"])
+def test_a_dtype_that_the_backend_does_not_have_is_an_error(
+    chosen: str, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "load_cpp", lambda: True)
+    dtype, name = {
+        "triton": (torch.float64, "float32, float16, bfloat16"),
+        "cpp": (torch.float16, "float32, float64, bfloat16"),
+    }[chosen]
+    model, batch = tiny_model(dtype=dtype), make_batch()
+    given = str(dtype).removeprefix("torch.")
+    message = f'backend: expected a step in one of {name} for "{chosen}", got one in {given}'
+    for step in (fast_meta_step, reference_meta_step):
+        with pytest.raises(ValueError, match=message):
+            step(model, batch, objective="gold", backend=chosen)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # The tensors of another dtype than the step's run without the backend.
+    with backend.use_backend(chosen):
+        passes = backend.implementation("norm", torch.zeros(1, dtype=dtype))
+    assert passes.__name__ == "gdprompt_fast.ops.eager.norm"
+
+
+@needs_triton
+def test_auto_is_pytorch_for_a_dtype_that_the_backend_does_not_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "load_cpp", lambda: True)
+    for device, without in (("cuda", torch.float64), ("cpu", torch.float16)):
+        assert backend.resolve_backend("auto", torch.device(device), without) == "torch"
+    assert backend.resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
+    assert backend.resolve_backend("auto", CPU, torch.float64) == "cpp"
+
+
+def test_the_dtype_of_a_step_under_autocast_is_what_it_computes_in(
+    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "load_cpp", lambda: True)
+    model, batch = tiny_model(dtype=torch.float16), make_batch()
+    assert check_backend(model, batch) == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_backend(model, batch) == "cpp"
+
+
+def check_backend(model: torch.nn.Module, batch: MetaBatch) -> str:
+    """The backend of ``"auto"``, of a step that does not run."""
+    return check_step(model, batch, 0.1, 1, "gold", None, "sum", 0.0, None, False, "auto", "none")
 
 
 def test_the_backend_is_put_back_after_an_error() -> None:

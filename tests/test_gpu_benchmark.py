@@ -62,8 +62,18 @@ def test_a_tiny_run_leaves_every_row_and_all_gates_pass(gpu: Any, tmp_path: Path
                 assert ("gate", op, pass_, "triton", dtype) in keys
             for provider in ("triton", "eager"):
                 assert ("time", op, pass_, provider, "bfloat16") in keys
-    for provider in gpu.STEPS:
-        assert ("time", "step", "step", provider, "bfloat16") in keys
+    for op, composite in gpu.COMPOSITES.items():
+        for pass_ in composite.names:
+            for dtype in ("float32", "bfloat16"):
+                assert ("gate", op, pass_, "triton", dtype) in keys
+            for provider in ("triton", "eager"):
+                assert ("time", op, pass_, provider, "bfloat16") in keys
+    assert {row["pass"] for row in rows if row["kind"] == "gate" and row["op"] == "step"} == set(
+        gpu.STEP_GATES
+    )
+    assert "double backward of attention, contexts: " in done.stdout
+    for provider, step in gpu.STEPS.items():
+        assert ("time", "step", "step", provider, step.dtype) in keys
         assert f"| {provider} |" in done.stdout
     for ceiling in ("copy", "matrix"):
         assert any(row["kind"] == "ceiling" and row["op"] == ceiling for row in rows)
@@ -82,6 +92,21 @@ def test_the_passes_of_an_op_are_those_of_the_plain_implementation(
             for result in gpu.tensors_in(getattr(plain, name)(*arguments)):
                 assert result.isfinite().all(), name
             assert (gpu.flops(op, name, shape) is None) == (gpu.ceiling_of(op) == "copy")
+
+
+def test_the_summary_says_how_attention_grows(gpu: Any) -> None:
+    def row(pass_: str, tokens: int, ms: float, held: int, peak: int) -> Any:
+        known = dict(kind="time", op="attention", provider="triton", median_ms=ms)
+        known |= dict(case=f"one text of {tokens} tokens", held_bytes=held, peak_bytes=peak)
+        return {**gpu.EMPTY, **known, "pass": f"attention_{pass_}", "status": "measured"}
+
+    rows = [row("backward", 4096, 2.0, 10, 20), row("backward", 8192, 8.0, 10, 35)]
+    rows.append(row("double_backward", 8192, 20.0, 10, 50))
+    assert gpu.attention_ratios(rows) == [
+        "double backward of attention, one text of 8192 tokens: 2.50 x its backward",
+        "attention_backward, 8192 to 4096 tokens: 2.50 x the bytes",
+    ]
+    assert gpu.attention_ratios(rows)[0] in gpu.summary(rows)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")], ids=["wrong", "nan"])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import compute_dtype, predicting_states
-from ..backend import resolve_backend, use_backend
+from ..backend import use_backend
 from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
@@ -75,8 +75,8 @@ def fast_meta_step(
         lm_batch: (ids, mask) for L_LM, the mean over rows of the mean next-token NLL; the contexts
             by default.
         first_order: drop the second-order term (first-order MAML): cheaper, and another gradient.
-        backend: ``"torch"``, ``"cpp"`` (a CPU), ``"triton"`` (a GPU), or ``"auto"``: Triton or
-            C++ where it can run.
+        backend: ``"torch"``, ``"cpp"`` (a CPU; no fp16), ``"triton"`` (a GPU; no fp64), or
+            ``"auto"``: Triton or C++ where it can run.
         recompute: ``"block"`` keeps of every transformer block its input and the factors of its
             update only, and computes the rest again where a pass needs it: about two thirds of the
             memory for 1.7 times the time, the same gradient. ``"none"`` keeps all.
@@ -93,7 +93,7 @@ def fast_meta_step(
     Out of memory in the last backward leaves ``.grad`` None where it was None, and where it was
     not, with part of this step added: clear it before going on.
     """
-    check_step(
+    ran = check_step(
         model,
         batch,
         inner_lr,
@@ -110,7 +110,6 @@ def fast_meta_step(
     phase, dtype = Phase(second_order=not first_order), compute_dtype(model)
     state = StepState(batch.groups, float(inner_lr), phase, dtype)
     device = batch.context_ids.device
-    ran = resolve_backend(backend, device)
     autocast = torch.autocast(device.type, enabled=False)  # the sites cast for themselves
     with torch.enable_grad(), autocast, use_backend(ran), clean_after_error(model):
         adapted = AdaptedModel(model, select_inner(model, inner_params), state)
