@@ -41,10 +41,10 @@ struct Matrix {
   void clear() const { std::fill_n(data.get(), rows * stride, A(0)); }
 };
 
-// c[R, WIDTH] (+)= a b, of which a has any strides
+// c[R, WIDTH] = scale ([c +] a b), of which a has any strides
 template <int R, class A>
 INLINE void tile(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row, A* c,
-                 int64_t c_row, int64_t depth, bool add) {
+                 int64_t c_row, int64_t depth, A scale, bool add) {
   typedef A Vector __attribute__((vector_size(64), may_alias));
   Vector sum[R];
   for (int r = 0; r < R; ++r) sum[r] = add ? *(const Vector*)(c + r * c_row) : Vector{};
@@ -52,21 +52,22 @@ INLINE void tile(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_
     const Vector bk = *(const Vector*)(b + k * b_row);
     for (int r = 0; r < R; ++r) sum[r] += a[r * a_row + k * a_column] * bk;
   }
-  for (int r = 0; r < R; ++r) *(Vector*)(c + r * c_row) = sum[r];
+  for (int r = 0; r < R; ++r) *(Vector*)(c + r * c_row) = scale * sum[r];
 }
 
-// c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns are whole vectors
+// c[rows, columns] = scale ([c +] a[rows, depth] b[depth, columns]); columns are whole vectors
 template <class A>
 VECTORISED void product(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row,
                         A* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
-                        bool add) {
+                        A scale, bool add) {
   for (int64_t j = 0; j < columns; j += WIDTH<A>) {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
       tile<ROWS>(a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, depth,
-                 add);
+                 scale, add);
     for (; i < rows; ++i)
-      tile<1>(a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, depth, add);
+      tile<1>(a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, depth, scale,
+              add);
   }
 }
 
@@ -76,24 +77,24 @@ struct Block {
   int32_t first, end, key, padded_end;  // the columns that are written: whole vectors
   const int32_t* first_key;             // of each query of the head, which sees from there to itself
 
-  // s[queries, keys] (+)= a kᵀ
+  // s[queries, keys] = scale ([s +] a kᵀ)
   template <class A>
-  void scores(const Matrix<A>& a, const Matrix<A>& k_transposed, const Matrix<A>& s,
+  void scores(const Matrix<A>& a, const Matrix<A>& k_transposed, const Matrix<A>& s, A scale = 1,
               bool add = false) const {
     product(a.at(0), a.stride, 1, k_transposed.at(0, key), k_transposed.stride, s.at(0, key),
-            s.stride, end - first, padded_end - key, k_transposed.rows, add);
+            s.stride, end - first, padded_end - key, k_transposed.rows, scale, add);
   }
   // out[queries, D] (+)= p v
   template <class A>
   void weigh(const Matrix<A>& p, const Matrix<A>& v, const Matrix<A>& out, bool add = false) const {
     product(p.at(0, key), p.stride, 1, v.at(key), v.stride, out.at(0), out.stride, end - first,
-            out.stride, end - key, add);
+            out.stride, end - key, A(1), add);
   }
   // out[keys, D] += pᵀ a
   template <class A>
   void spread(const Matrix<A>& p, const Matrix<A>& a, const Matrix<A>& out) const {
     product(p.at(0, key), 1, p.stride, a.at(0), a.stride, out.at(key), out.stride, end - key,
-            out.stride, end - first, true);
+            out.stride, end - first, A(1), true);
   }
 };
 
@@ -120,24 +121,44 @@ VECTORISED void softmax(const Block& block, A* s, int64_t stride, A* lse) {
   }
 }
 
-// P = exp(s − lse) where the query sees the key, in place
+// P = exp(s − lse) where the query sees the key, in place. Returns the key where it is greatest.
 template <class A>
-INLINE void probabilities(const Block& block, int32_t query, A* s, A lse) {
+INLINE int32_t probabilities(const Block& block, int32_t query, A* s, A lse) {
   const int32_t first = block.first_key[query];
-#pragma omp simd
-  for (int32_t j = block.key; j < block.padded_end; ++j)
+  A top = 0;
+#pragma omp simd reduction(max : top)
+  for (int32_t j = block.key; j < block.padded_end; ++j) {
     s[j] = j >= first && j <= query ? exponential(s[j] - lse) : 0;
+    top = top < s[j] ? s[j] : top;
+  }
+  int32_t key = first;
+  while (key < query && s[key] < top) ++key;
+  return key;
 }
 
-// In place, s ← P and dp ← dS = P ∘ (dP − δ)
+// x − rowsum(P ∘ x), in place. By differences from the likeliest key's x, so that no digits are lost
+// where one key has nearly all of P, and zero where it has all.
 template <class A>
-VECTORISED void backward_rows(const Block& block, A* s, A* dp, int64_t stride, const A* lse,
-                              const A* delta) {
-  for (int32_t query = block.first; query < block.end; ++query, s += stride, dp += stride) {
-    probabilities(block, query, s, lse[query]);
-    const A centre = delta[query - block.first];
+INLINE void centre(const Block& block, const A* p, A* x, int32_t likeliest) {
+  const A reference = x[likeliest];
+  A mean = 0;
+#pragma omp simd reduction(+ : mean)
+  for (int32_t j = block.key; j < block.padded_end; ++j) {
+    x[j] -= reference;
+    mean += p[j] * x[j];
+  }
 #pragma omp simd
-    for (int32_t j = block.key; j < block.padded_end; ++j) dp[j] = s[j] * (dp[j] - centre);
+  for (int32_t j = block.key; j < block.padded_end; ++j) x[j] -= mean;
+}
+
+// In place, s ← P and dp ← dS = P ∘ (dP − δ), δ = rowsum(P ∘ dP)
+template <class A>
+VECTORISED void backward_rows(const Block& block, A* s, A* dp, int64_t stride, const A* lse) {
+  for (int32_t query = block.first; query < block.end; ++query, s += stride, dp += stride) {
+    const int32_t likeliest = probabilities(block, query, s, lse[query]);
+    centre(block, s, dp, likeliest);
+#pragma omp simd
+    for (int32_t j = block.key; j < block.padded_end; ++j) dp[j] *= s[j];
   }
 }
 
@@ -145,46 +166,28 @@ VECTORISED void backward_rows(const Block& block, A* s, A* dp, int64_t stride, c
 // P̄ = (dP − δ) ∘ (Ṡ − σ) + x, σ = rowsum(P ∘ Ṡ) and τ = rowsum(P ∘ P̄)
 template <class A>
 VECTORISED void double_backward_rows(const Block& block, A* s, A* dp, A* sdot, A* x, int64_t stride,
-                                     const A* lse, const A* delta) {
+                                     const A* lse) {
   for (int32_t query = block.first; query < block.end;
        ++query, s += stride, dp += stride, sdot += stride, x += stride) {
-    probabilities(block, query, s, lse[query]);
-    const A centre = delta[query - block.first];
-    A sigma = 0, tau = 0;
-#pragma omp simd reduction(+ : sigma)
-    for (int32_t j = block.key; j < block.padded_end; ++j) sigma += s[j] * sdot[j];
-#pragma omp simd reduction(+ : tau)
-    for (int32_t j = block.key; j < block.padded_end; ++j) {
-      dp[j] -= centre;
-      sdot[j] -= sigma;
-      x[j] += dp[j] * sdot[j];
-      tau += s[j] * x[j];
-    }
+    const int32_t likeliest = probabilities(block, query, s, lse[query]);
+    centre(block, s, dp, likeliest);
+    centre(block, s, sdot, likeliest);
+#pragma omp simd
+    for (int32_t j = block.key; j < block.padded_end; ++j) x[j] += dp[j] * sdot[j];
+    centre(block, s, x, likeliest);
 #pragma omp simd
     for (int32_t j = block.key; j < block.padded_end; ++j) {
       dp[j] *= s[j];
       sdot[j] *= s[j];
-      x[j] = s[j] * (x[j] - tau);
+      x[j] *= s[j];
     }
   }
 }
 
-// delta[i] = Σ_d a[i, d] b[i, d]
-template <class A>
-VECTORISED void row_dots(const Matrix<A>& a, const Matrix<A>& b, A* delta) {
-  for (int64_t i = 0; i < a.rows; ++i) {
-    const A *ai = a.at(i), *bi = b.at(i);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < a.stride; ++d) sum += ai[d] * bi[d];
-    delta[i] = sum;
-  }
-}
-
 template <class T>
-VECTORISED void read_row(const T* from, Wide<T>* to, int64_t D, Wide<T> scale) {
+VECTORISED void read_row(const T* from, Wide<T>* to, int64_t D) {
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) to[d] = wide(from[d]) * scale;
+  for (int64_t d = 0; d < D; ++d) to[d] = wide(from[d]);
 }
 
 template <class T>
@@ -205,9 +208,9 @@ struct Head {
         stride(t.stride(2)),
         D(t.size(3)) {}
 
-  // Rows [first, end), times scale, to the first rows of a matrix.
-  void read(int64_t first, int64_t end, const Matrix<A>& to, A scale = 1) const {
-    for (int64_t t = first; t < end; ++t) read_row(data + t * stride, to.at(t - first), D, scale);
+  // Rows [first, end) to the first rows of a matrix.
+  void read(int64_t first, int64_t end, const Matrix<A>& to) const {
+    for (int64_t t = first; t < end; ++t) read_row(data + t * stride, to.at(t - first), D);
   }
   // The first rows of a matrix, times scale, to rows [first, end).
   void write(int64_t first, int64_t end, const Matrix<A>& from, A scale = 1) const {
@@ -269,6 +272,20 @@ struct Shape {
   }
 };
 
+// Refuses k that does not fit q, tensors that are not like the one or the other, and statistics or
+// first keys of other rows than q's.
+void expect_heads(const Tensor& q, std::initializer_list<Argument> like_q, const Tensor& k,
+                  std::initializer_list<Argument> like_k, const Tensor& lse,
+                  const Tensor& first_key) {
+  const int64_t B = q.size(0), H = q.size(1), K = k.size(1), T = q.size(2), D = q.size(3);
+  expect(q.scalar_type(), {B, K, T, D}, {{"k", k}});
+  STD_TORCH_CHECK(K > 0 && H % K == 0, "k: expected a divisor of ", H, " heads, got ", K);
+  expect_like(q, like_q);
+  expect_like(k, like_k);
+  expect(wide_dtype(q), {B, H, T}, {{"lse", lse}});
+  expect(ScalarType::Int, {B, T}, {{"first_key", first_key}});
+}
+
 // O = P V, and lse
 template <class T>
 void forward(const Shape& shape, Tensor q, Tensor k, Tensor v, Wide<T> scale, Tensor out,
@@ -284,8 +301,8 @@ void forward(const Shape& shape, Tensor q, Tensor k, Tensor v, Wide<T> scale, Te
     w.k.read(Head<T>(k, b, key_head));
     Head<T>(v, b, key_head).read(0, shape.T, w.v);
     shape.for_blocks<A>(b, key_head, [&](int64_t head, const Block& block) {
-      Head<T>(q, b, head).read(block.first, block.end, w.q, scale);
-      block.scores(w.q, w.k.transposed, w.s);
+      Head<T>(q, b, head).read(block.first, block.end, w.q);
+      block.scores(w.q, w.k.transposed, w.s, scale);
       softmax(block, w.s.at(0), w.s.stride, shape.row<A>(lse, b, head));
       block.weigh(w.s, w.v, w.out);
       Head<T>(out, b, head).write(block.first, block.end, w.out);
@@ -293,18 +310,18 @@ void forward(const Shape& shape, Tensor q, Tensor k, Tensor v, Wide<T> scale, Te
   });
 }
 
-// dP = dO Vᵀ;  δ = rowsum(dO ∘ O);  dS = P ∘ (dP − δ)
+// dP = dO Vᵀ;  δ = rowsum(P ∘ dP);  dS = P ∘ (dP − δ)
 // dQ = scale dS K;  dK = scale dSᵀ Q;  dV = Pᵀ dO
 template <class T>
-void backward(const Shape& shape, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+void backward(const Shape& shape, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
               Wide<T> scale, Tensor dq, Tensor dk, Tensor dv) {
   using A = Wide<T>;
   struct Workspace {
     Keys<A> k, v;
-    Matrix<A> dk, dv, q, dout, out, s, dp, dq;
+    Matrix<A> dk, dv, q, dout, s, dp, dq;
     Workspace(int64_t T_, int64_t D)
         : k(T_, D), v(T_, D), dk(T_, D), dv(T_, D), q(QUERIES, D), dout(QUERIES, D),
-          out(QUERIES, D), s(QUERIES, T_), dp(QUERIES, T_), dq(QUERIES, D) {}
+          s(QUERIES, T_), dp(QUERIES, T_), dq(QUERIES, D) {}
   };
   shape.for_key_heads<Workspace>([&](const Workspace& w, int64_t b, int64_t key_head) {
     w.k.read(Head<T>(k, b, key_head));
@@ -312,20 +329,17 @@ void backward(const Shape& shape, Tensor dout, Tensor q, Tensor k, Tensor v, Ten
     w.dk.clear();
     w.dv.clear();
     shape.for_blocks<A>(b, key_head, [&](int64_t head, const Block& block) {
-      Head<T>(q, b, head).read(block.first, block.end, w.q, scale);
+      Head<T>(q, b, head).read(block.first, block.end, w.q);
       Head<T>(dout, b, head).read(block.first, block.end, w.dout);
-      Head<T>(out, b, head).read(block.first, block.end, w.out);
-      A delta[QUERIES];
-      row_dots(w.dout, w.out, delta);
-      block.scores(w.q, w.k.transposed, w.s);
+      block.scores(w.q, w.k.transposed, w.s, scale);
       block.scores(w.dout, w.v.transposed, w.dp);
-      backward_rows(block, w.s.at(0), w.dp.at(0), w.s.stride, shape.row<A>(lse, b, head), delta);
+      backward_rows(block, w.s.at(0), w.dp.at(0), w.s.stride, shape.row<A>(lse, b, head));
       block.weigh(w.dp, w.k.rows, w.dq);
       block.spread(w.dp, w.q, w.dk);
       block.spread(w.s, w.dout, w.dv);
       Head<T>(dq, b, head).write(block.first, block.end, w.dq, scale);
     });
-    Head<T>(dk, b, key_head).write(0, shape.T, w.dk);
+    Head<T>(dk, b, key_head).write(0, shape.T, w.dk, scale);
     Head<T>(dv, b, key_head).write(0, shape.T, w.dv);
   });
 }
@@ -337,16 +351,16 @@ void backward(const Shape& shape, Tensor dout, Tensor q, Tensor k, Tensor v, Ten
 //   cot Q = scale (S̄ K + dS K̇);  cot K = scale (S̄ᵀ Q + dSᵀ Q̇)
 template <class T>
 void double_backward(const Shape& shape, Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout,
-                     Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Wide<T> scale,
+                     Tensor q, Tensor k, Tensor v, Tensor lse, Wide<T> scale,
                      Tensor cot_dout, Tensor cot_q, Tensor cot_k, Tensor cot_v) {
   using A = Wide<T>;
   struct Workspace {
     Keys<A> k, v, kdot, vdot;
-    Matrix<A> cot_k, cot_v, q, qdot, dout, out, s, dp, sdot, x, rows;
+    Matrix<A> cot_k, cot_v, q, qdot, dout, s, dp, sdot, x, rows;
     Workspace(int64_t T_, int64_t D)
         : k(T_, D), v(T_, D), kdot(T_, D), vdot(T_, D), cot_k(T_, D), cot_v(T_, D), q(QUERIES, D),
-          qdot(QUERIES, D), dout(QUERIES, D), out(QUERIES, D), s(QUERIES, T_), dp(QUERIES, T_),
-          sdot(QUERIES, T_), x(QUERIES, T_), rows(QUERIES, D) {}
+          qdot(QUERIES, D), dout(QUERIES, D), s(QUERIES, T_), dp(QUERIES, T_), sdot(QUERIES, T_),
+          x(QUERIES, T_), rows(QUERIES, D) {}
   };
   shape.for_key_heads<Workspace>([&](const Workspace& w, int64_t b, int64_t key_head) {
     w.k.read(Head<T>(k, b, key_head));
@@ -356,19 +370,16 @@ void double_backward(const Shape& shape, Tensor cot_dq, Tensor cot_dk, Tensor co
     w.cot_k.clear();
     w.cot_v.clear();
     shape.for_blocks<A>(b, key_head, [&](int64_t head, const Block& block) {
-      Head<T>(q, b, head).read(block.first, block.end, w.q, scale);
-      Head<T>(cot_dq, b, head).read(block.first, block.end, w.qdot, scale);
+      Head<T>(q, b, head).read(block.first, block.end, w.q);
+      Head<T>(cot_dq, b, head).read(block.first, block.end, w.qdot);
       Head<T>(dout, b, head).read(block.first, block.end, w.dout);
-      Head<T>(out, b, head).read(block.first, block.end, w.out);
-      A delta[QUERIES];
-      row_dots(w.dout, w.out, delta);
-      block.scores(w.q, w.k.transposed, w.s);
+      block.scores(w.q, w.k.transposed, w.s, scale);
       block.scores(w.dout, w.v.transposed, w.dp);
       block.scores(w.qdot, w.k.transposed, w.sdot);
-      block.scores(w.q, w.kdot.transposed, w.sdot, true);
+      block.scores(w.q, w.kdot.transposed, w.sdot, scale, true);
       block.scores(w.dout, w.vdot.transposed, w.x);
       double_backward_rows(block, w.s.at(0), w.dp.at(0), w.sdot.at(0), w.x.at(0), w.s.stride,
-                           shape.row<A>(lse, b, head), delta);
+                           shape.row<A>(lse, b, head));
       block.weigh(w.sdot, w.v.rows, w.rows);
       block.weigh(w.s, w.vdot.rows, w.rows, true);
       Head<T>(cot_dout, b, head).write(block.first, block.end, w.rows);
@@ -379,31 +390,38 @@ void double_backward(const Shape& shape, Tensor cot_dq, Tensor cot_dk, Tensor co
       block.spread(w.dp, w.qdot, w.cot_k);
       block.spread(w.sdot, w.dout, w.cot_v);
     });
-    Head<T>(cot_k, b, key_head).write(0, shape.T, w.cot_k);
+    Head<T>(cot_k, b, key_head).write(0, shape.T, w.cot_k, scale);
     Head<T>(cot_v, b, key_head).write(0, shape.T, w.cot_v);
   });
 }
 
 void attention_forward(Tensor q, Tensor k, Tensor v, double scale, Tensor first_key, Tensor out,
                        Tensor lse) {
+  expect_heads(q, {{"out", out}}, k, {{"v", v}}, lse, first_key);
   for_dtype(q, [&]<class T>(T) {
     forward<T>(Shape(q, k, first_key), q, k, v, scale, out, lse);
   });
 }
 
-void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
                         double scale, Tensor first_key, Tensor dq, Tensor dk, Tensor dv) {
+  expect_heads(q, {{"dout", dout}, {"dq", dq}}, k, {{"v", v}, {"dk", dk}, {"dv", dv}}, lse,
+               first_key);
   for_dtype(q, [&]<class T>(T) {
-    backward<T>(Shape(q, k, first_key), dout, q, k, v, out, lse, scale, dq, dk, dv);
+    backward<T>(Shape(q, k, first_key), dout, q, k, v, lse, scale, dq, dk, dv);
   });
 }
 
 void attention_double_backward(Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout, Tensor q,
-                               Tensor k, Tensor v, Tensor out, Tensor lse, double scale,
-                               Tensor first_key, Tensor cot_dout, Tensor cot_q, Tensor cot_k, Tensor cot_v) {
+                               Tensor k, Tensor v, Tensor lse, double scale, Tensor first_key,
+                               Tensor cot_dout, Tensor cot_q, Tensor cot_k, Tensor cot_v) {
+  expect_heads(q, {{"cot_dq", cot_dq}, {"dout", dout}, {"cot_dout", cot_dout}, {"cot_q", cot_q}}, k,
+               {{"cot_dk", cot_dk}, {"cot_dv", cot_dv}, {"v", v}, {"cot_k", cot_k},
+                {"cot_v", cot_v}},
+               lse, first_key);
   for_dtype(q, [&]<class T>(T) {
-    double_backward<T>(Shape(q, k, first_key), cot_dq, cot_dk, cot_dv, dout, q, k, v, out,
-                       lse, scale, cot_dout, cot_q, cot_k, cot_v);
+    double_backward<T>(Shape(q, k, first_key), cot_dq, cot_dk, cot_dv, dout, q, k, v, lse,
+                       scale, cot_dout, cot_q, cot_k, cot_v);
   });
 }
 
@@ -414,11 +432,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
       "attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor first_key, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, "
       "float scale, Tensor first_key, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def(
       "attention_double_backward(Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout, "
-      "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+      "Tensor q, Tensor k, Tensor v, Tensor lse, float scale, "
       "Tensor first_key, Tensor(a!) cot_dout, Tensor(b!) cot_q, Tensor(c!) cot_k, "
       "Tensor(d!) cot_v) -> ()");
 }

@@ -13,6 +13,9 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
 
 // A loop with this attribute is compiled for each of these and the best one is taken at run time.
 // What it calls must be INLINE: a function or lambda that is not inlined has the default code only.
@@ -27,7 +30,9 @@ namespace gdprompt {
 
 using bf16 = torch::headeronly::BFloat16;
 using half = torch::headeronly::Half;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // What a dtype is computed in.
 template <class T>
@@ -79,6 +84,28 @@ INLINE A exponential(A x) {
   return vanishes ? 0 : power;
 }
 
+using Argument = std::pair<const char*, Tensor>;  // with its name
+
+// Refuses arguments that are not of this dtype and these sizes, as which a kernel would take them.
+inline void expect(ScalarType dtype, Sizes sizes, std::initializer_list<Argument> arguments) {
+  const auto text = [](Sizes of) {
+    std::string all;
+    for (const int64_t size : of) all += (all.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + all + "]";
+  };
+  for (const auto& [name, t] : arguments)
+    STD_TORCH_CHECK(t.scalar_type() == dtype && t.sizes() == sizes, name, ": expected ", dtype, " ",
+                    text(sizes), ", got ", t.scalar_type(), " ", text(t.sizes()));
+}
+inline void expect_like(const Tensor& like, std::initializer_list<Argument> arguments) {
+  expect(like.scalar_type(), like.sizes(), arguments);
+}
+
+// What a dtype is computed in, as Wide.
+inline ScalarType wide_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 template <class T>
 const T* in(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -91,7 +118,6 @@ T* out(const Tensor& t) {
 // f(T()) for the dtype of a tensor.
 template <class F>
 void for_dtype(const Tensor& like, F f) {
-  using torch::headeronly::ScalarType;
   switch (like.scalar_type()) {
     case ScalarType::Float: return f(float());
     case ScalarType::Double: return f(double());
@@ -104,7 +130,6 @@ void for_dtype(const Tensor& like, F f) {
 // half precision.
 template <class F>
 void for_dtypes(const Tensor& z, const Tensor& product, F f) {
-  using torch::headeronly::ScalarType;
   for_dtype(z, [&]<class Z>(Z) {
     if (z.scalar_type() == product.scalar_type()) return f(Z(), Z());
     if constexpr (std::is_same_v<Z, float>) {

@@ -49,6 +49,7 @@ VECTORISED void double_backward(const T* a, const T* dy, const T* x, T* cot_dy, 
 }
 
 void gelu_forward(Tensor x, Tensor y) {
+  expect_like(x, {{"y", y}});
   for_dtype(x, [&]<class T>(T) {
     parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
       forward(in<T>(x), out<T>(y), begin, end);
@@ -57,6 +58,7 @@ void gelu_forward(Tensor x, Tensor y) {
 }
 
 void gelu_backward(Tensor dy, Tensor x, Tensor dx) {
+  expect_like(x, {{"dy", dy}, {"dx", dx}});
   for_dtype(x, [&]<class T>(T) {
     parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
       backward(in<T>(dy), in<T>(x), out<T>(dx), begin, end);
@@ -65,6 +67,7 @@ void gelu_backward(Tensor dy, Tensor x, Tensor dx) {
 }
 
 void gelu_double_backward(Tensor a, Tensor dy, Tensor x, Tensor cot_dy, Tensor cot_x) {
+  expect_like(x, {{"a", a}, {"dy", dy}, {"cot_dy", cot_dy}, {"cot_x", cot_x}});
   for_dtype(x, [&]<class T>(T) {
     parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
       double_backward(in<T>(a), in<T>(dy), in<T>(x), out<T>(cot_dy), out<T>(cot_x), begin, end);

@@ -3,6 +3,8 @@
 //
 // A chunk is up to CHUNK rows of one example; sums over an example's rows come out as one partial
 // [D] for each chunk, so that they are the same with any number of threads.
+#include <vector>
+
 #include "common.h"
 
 namespace gdprompt {
@@ -107,17 +109,19 @@ VECTORISED void double_backward_chunk(const T* u, const Wide<T>* v, const Wide<T
 }
 
 struct Shape {
-  int64_t examples, rows, D;  // rows of one example
+  int64_t examples, rows, D, chunks;  // rows and chunks of one example
 
   explicit Shape(const Tensor& x)
       : examples(x.size(0)),
         rows(x.numel() / std::max<int64_t>(1, x.size(0) * x.size(-1))),
-        D(x.size(-1)) {}
+        D(x.size(-1)),
+        chunks((rows + CHUNK - 1) / CHUNK) {}
+
+  std::array<int64_t, 3> partials() const { return {examples, chunks, D}; }
 
   // f(example, its first row, row of all, rows, chunk of all) for every chunk.
   template <class F>
   void for_chunks(const F& f) const {
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     parallel(examples * chunks, CHUNK * D, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t example = chunk / chunks, first = chunk % chunks * CHUNK;
@@ -126,6 +130,15 @@ struct Shape {
     });
   }
 };
+
+// Refuses the statistics of x's rows, [B, …, 1] each, and the tensors [B, D] of γ's size if not so.
+void expect_rows(const Tensor& x, std::initializer_list<Argument> statistics,
+                 std::initializer_list<Argument> weights) {
+  std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end());
+  rows.back() = 1;
+  expect(wide_dtype(x), rows, statistics);
+  expect(wide_dtype(x), {x.size(0), x.size(-1)}, weights);
+}
 
 // γ, β and their cotangents: row b of a matrix [B, D] with contiguous rows; null for none.
 template <class A>
@@ -139,6 +152,9 @@ const A* from(const std::optional<Tensor>& t, int64_t offset) {
 
 void norm_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps, Tensor y,
                   std::optional<Tensor> mean, Tensor rstd) {
+  expect_like(x, {{"y", y}});
+  expect_rows(x, {{"mean", mean.value_or(rstd)}, {"rstd", rstd}},
+              {{"weight", weight}, {"bias", bias.value_or(weight)}});
   for_dtype(x, [&]<class T>(T) {
     using A = Wide<T>;
     const Shape shape(x);
@@ -153,9 +169,12 @@ void norm_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, double ep
 
 void norm_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> mean, Tensor rstd,
                    Tensor dx, Tensor dweight, Tensor dbias) {
+  const Shape shape(x);
+  expect_like(x, {{"dy", dy}, {"dx", dx}});
+  expect_rows(x, {{"mean", mean.value_or(rstd)}, {"rstd", rstd}}, {{"weight", weight}});
+  expect(wide_dtype(x), shape.partials(), {{"dweight", dweight}, {"dbias", dbias}});
   for_dtype(x, [&]<class T>(T) {
     using A = Wide<T>;
-    const Shape shape(x);
     shape.for_chunks([&](int64_t b, int64_t first, int64_t rows, int64_t chunk) {
       const int64_t at = first * shape.D, sum = chunk * shape.D;
       backward_chunk<T>(in<T>(dy) + at, in<T>(x) + at, row_of<A>(weight, b), from<A>(mean, first),
@@ -168,9 +187,13 @@ void norm_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> mea
 void norm_double_backward(Tensor u, Tensor v, Tensor w, Tensor dy, Tensor x, Tensor weight,
                           std::optional<Tensor> mean, Tensor rstd, Tensor cot_dy, Tensor cot_x,
                           Tensor cot_weight) {
+  const Shape shape(x);
+  expect_like(x, {{"u", u}, {"dy", dy}, {"cot_dy", cot_dy}, {"cot_x", cot_x}});
+  expect_rows(x, {{"mean", mean.value_or(rstd)}, {"rstd", rstd}},
+              {{"v", v}, {"w", w}, {"weight", weight}});
+  expect(wide_dtype(x), shape.partials(), {{"cot_weight", cot_weight}});
   for_dtype(x, [&]<class T>(T) {
     using A = Wide<T>;
-    const Shape shape(x);
     shape.for_chunks([&](int64_t b, int64_t first, int64_t rows, int64_t chunk) {
       const int64_t at = first * shape.D;
       double_backward_chunk<T>(in<T>(u) + at, row_of<A>(v, b), row_of<A>(w, b), in<T>(dy) + at,

@@ -24,6 +24,10 @@ VECTORISED void rotate_heads(const T* x, int64_t x_head, const T* cos, const T* 
 }
 
 void rotate(Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor y) {
+  const int64_t tables = cos.size(0) == 1 ? 1 : x.size(0);
+  const int64_t rotated = std::min(cos.size(2), x.size(3));
+  expect(x.scalar_type(), {tables, x.size(2), rotated}, {{"cos", cos}, {"sin", sin}});
+  expect_like(x, {{"y", y}});
   const int64_t H = x.size(1), tokens = x.size(2), D = x.size(3), half = cos.size(2) / 2;
   const auto xs = x.strides(), cs = cos.strides(), ss = sin.strides(), ys = y.strides();
   for_dtype(x, [&]<class T>(T) {

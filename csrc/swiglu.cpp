@@ -53,6 +53,7 @@ VECTORISED void double_backward(const T* a, const T* b, const T* dy, const T* ga
 }
 
 void swiglu_forward(Tensor gate, Tensor up, Tensor y) {
+  expect_like(gate, {{"up", up}, {"y", y}});
   for_dtype(gate, [&]<class T>(T) {
     parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
       forward(in<T>(gate), in<T>(up), out<T>(y), begin, end);
@@ -61,6 +62,7 @@ void swiglu_forward(Tensor gate, Tensor up, Tensor y) {
 }
 
 void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
+  expect_like(gate, {{"dy", dy}, {"up", up}, {"dgate", dgate}, {"dup", dup}});
   for_dtype(gate, [&]<class T>(T) {
     parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
       backward(in<T>(dy), in<T>(gate), in<T>(up), out<T>(dgate), out<T>(dup), begin, end);
@@ -70,6 +72,8 @@ void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup
 
 void swiglu_double_backward(Tensor a, Tensor b, Tensor dy, Tensor gate, Tensor up, Tensor cot_dy,
                             Tensor cot_gate, Tensor cot_up) {
+  expect_like(gate, {{"a", a}, {"b", b}, {"dy", dy}, {"up", up}});
+  expect_like(gate, {{"cot_dy", cot_dy}, {"cot_gate", cot_gate}, {"cot_up", cot_up}});
   for_dtype(gate, [&]<class T>(T) {
     parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
       double_backward(in<T>(a), in<T>(b), in<T>(dy), in<T>(gate), in<T>(up), out<T>(cot_dy),

@@ -97,6 +97,13 @@ void for_rows(const Tensor& tile, const F& f) {
 void online_softmax(Tensor z, Tensor ids, int64_t first, Tensor top_before, Tensor total_before,
                     Tensor picked_before, Tensor e, Tensor top, Tensor total, Tensor picked,
                     Tensor shrink) {
+  const int64_t G = z.size(0), N = z.size(1);
+  expect(e.scalar_type(), z.sizes(), {{"e", e}});
+  expect(ScalarType::Long, {G, N}, {{"ids", ids}});
+  expect(wide_dtype(z), {G, N},
+         {{"top", top_before}, {"total", total_before}, {"picked", picked_before}});
+  expect(wide_dtype(z), {G, N},
+         {{"top", top}, {"total", total}, {"picked", picked}, {"shrink", shrink}});
   for_dtypes(z, e, [&]<class Z, class T>(Z, T) {
     using A = Wide<Z>;
     const int64_t v = z.size(2);
@@ -112,9 +119,14 @@ void online_softmax(Tensor z, Tensor ids, int64_t first, Tensor top_before, Tens
 
 void online_kl(Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_before,
                Tensor gap_before, Tensor e, Tensor top, Tensor total, Tensor gap, Tensor shrink) {
+  const int64_t G = z.size(0), N = z.size(1), v = z.size(2);
+  expect_like(z, {{"teacher_z", teacher_z}});
+  expect(e.scalar_type(), {G, 2 * N, v}, {{"e", e}});
+  expect(wide_dtype(z), {G, 2 * N}, {{"top", top_before}, {"total", total_before}});
+  expect(wide_dtype(z), {G, 2 * N}, {{"top", top}, {"total", total}, {"shrink", shrink}});
+  expect(wide_dtype(z), {G, N}, {{"gap", gap_before}, {"gap", gap}});
   for_dtypes(z, e, [&]<class Z, class T>(Z, T) {
     using A = Wide<Z>;
-    const int64_t N = z.size(1), v = z.size(2);
     for_rows(z, [&](int64_t i) {
       const int64_t student = i + i / N * N, teacher = student + N;  // rows of [G, 2 N]
       const auto online = [&](const Tensor& logits, int64_t to) {
@@ -131,6 +143,8 @@ void online_kl(Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_befor
 }
 
 void accumulate(Tensor sum, Tensor share, Tensor shrink) {
+  expect(wide_dtype(sum), share.sizes(), {{"sum", sum}});
+  expect(wide_dtype(sum), {sum.size(0), sum.size(1)}, {{"shrink", shrink}});
   for_dtypes(sum, share, [&]<class A, class T>(A, T) {
     const int64_t size = sum.size(2);
     for_rows(sum, [&](int64_t i) {
@@ -141,6 +155,9 @@ void accumulate(Tensor sum, Tensor share, Tensor shrink) {
 }
 
 void softmax_minus_one_hot(Tensor z, Tensor lse, Tensor ids, int64_t first, Tensor p) {
+  expect(p.scalar_type(), z.sizes(), {{"p", p}});
+  expect(wide_dtype(z), {z.size(0), z.size(1)}, {{"lse", lse}});
+  expect(ScalarType::Long, {z.size(0), z.size(1)}, {{"ids", ids}});
   for_dtypes(z, p, [&]<class Z, class T>(Z, T) {
     using A = Wide<Z>;
     const int64_t v = z.size(2);
@@ -155,6 +172,9 @@ void softmax_minus_one_hot(Tensor z, Tensor lse, Tensor ids, int64_t first, Tens
 }
 
 void softmax_difference(Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_lse, Tensor f) {
+  expect_like(z, {{"teacher_z", teacher_z}});
+  expect(f.scalar_type(), z.sizes(), {{"f", f}});
+  expect(wide_dtype(z), {z.size(0), z.size(1)}, {{"lse", lse}, {"teacher_lse", teacher_lse}});
   for_dtypes(z, f, [&]<class Z, class T>(Z, T) {
     using A = Wide<Z>;
     const int64_t v = z.size(2);
@@ -168,6 +188,10 @@ void softmax_difference(Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_l
 // p ∘ (b̄ − center) + weight ∘ b with b = p − onehot(id)
 void logit_cotangent(Tensor b_bar, Tensor center, Tensor weight, Tensor b, Tensor ids,
                      int64_t first, Tensor z_bar) {
+  expect_like(b, {{"z_bar", z_bar}});
+  expect(b.scalar_type(), b_bar.sizes(), {{"b", b}});
+  expect(wide_dtype(b_bar), {b.size(0), b.size(1)}, {{"center", center}, {"weight", weight}});
+  expect(ScalarType::Long, {b.size(0), b.size(1)}, {{"ids", ids}});
   for_dtypes(b_bar, b, [&]<class Z, class T>(Z, T) {
     using A = Wide<Z>;
     const int64_t v = b_bar.size(2);

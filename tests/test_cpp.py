@@ -156,16 +156,20 @@ ATTENTION = {
 
 
 @each_dtype
+@pytest.mark.parametrize("sharpness", [1, 8], ids=["even-scores", "sharp-scores"])
 @pytest.mark.parametrize("case", ATTENTION)
 def test_every_pass_of_attention_errs_at_most_twice_as_much_as_pytorch(
-    case: str, dtype: torch.dtype
+    case: str, sharpness: int, dtype: torch.dtype
 ) -> None:
     B, H, K, T, D, window, packed = ATTENTION[case]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
-    q, k = draw(B, T, H, D).transpose(1, 2), draw(B, T, K, 2 * D)[..., D:].transpose(1, 2)
+    q, k = (
+        sharpness * draw(B, T, H, D).transpose(1, 2),
+        draw(B, T, K, 2 * D)[..., D:].transpose(1, 2),
+    )
     v, dout = draw(B, K, D, T).transpose(2, 3), draw(B, T, H, D)
     dots = draw(B, H, T, D), draw(B, T, K, D).transpose(1, 2), draw(B, K, T, D)
     segments = torch.randint(9, (B, 9)).repeat_interleave(-(-T // 9), 1)[:, :T] if packed else None
@@ -175,6 +179,35 @@ def test_every_pass_of_attention_errs_at_most_twice_as_much_as_pytorch(
     inputs = (dout, q, k, v)
     check("attention_backward", cpp_attention, eager_attention, inputs, saved)
     check("attention_double_backward", cpp_attention, eager_attention, (*dots, *inputs), saved)
+
+
+@each_dtype
+def test_attention_to_one_key_has_gradients_of_exactly_zero(dtype: torch.dtype) -> None:
+    B, H, K, T, D = 2, 4, 2, 37, 20
+    q, k, v, dout, *dots = (
+        torch.randn(B, heads, T, D).to(dtype) for heads in (H, K, K, H, H, K, K)
+    )
+    dout, options = dout.transpose(1, 2), (D**-0.5, visible_keys(q, window=1))
+    saved = dout, q, k, v, *cpp_attention.attention_forward(q, k, v, *options), *options
+    dq, dk, dv = cpp_attention.attention_backward(*saved)
+    cot_dout, cot_q, cot_k, cot_v = cpp_attention.attention_double_backward(*dots, *saved)
+    for zero in (dq, dk, cot_q, cot_k, cot_v):
+        assert torch.equal(zero, torch.zeros_like(zero))
+    assert torch.equal(cot_dout, dots[2].repeat_interleave(H // K, 1).transpose(1, 2))
+    torch.testing.assert_close(dv, dout.transpose(1, 2).unflatten(1, (K, -1)).sum(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_of_rows_with_nearly_one_key_keep_their_digits(dtype: torch.dtype) -> None:
+    k, v, dout = (torch.randn(1, 1, 40, 16) for _ in range(3))
+    k = k / k.norm(dim=-1, keepdim=True)  # scores: 40 at the own key, < 30 elsewhere
+    q, k, v, dout = (t.to(dtype) for t in (40 * k, k, v, dout))
+    inputs, options = (dout.transpose(1, 2), q, k, v), (1.0, None)
+    fast, gold = (
+        module.attention_backward(*t, *module.attention_forward(*t[1:], *options), *options)[0]
+        for module, t in ((cpp_attention, inputs), (eager_attention, widen(inputs)))
+    )
+    assert relative_error(fast, gold) < (1e-4 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +251,20 @@ def test_every_pass_of_the_vocabulary_errs_at_most_twice_as_much_as_pytorch(
     for passes, total_GNX in zip((cpp_vocabulary, eager_vocabulary), sums, strict=True):
         assert passes.accumulate_(total_GNX, share, top) is total_GNX
     torch.testing.assert_close(*sums)
+
+
+def test_an_argument_of_another_dtype_or_shape_is_named() -> None:
+    x, half = torch.randn(2, 3, 8), torch.randn(2, 3, 8).bfloat16()
+    with pytest.raises(RuntimeError, match=r"up: expected Float \[2, 3, 8\], got BFloat16"):
+        cpp_swiglu.swiglu_forward(x, half)
+    with pytest.raises(RuntimeError, match=r"up: expected Float \[2, 3, 8\], got Float \[2, 8\]"):
+        cpp_swiglu.swiglu_forward(x, x[:, 0])
+    q = x[:, None]
+    with pytest.raises(RuntimeError, match=r"k: expected Float \[2, 1, 3, 8\], got BFloat16"):
+        cpp_attention.attention_forward(q, half[:, None], q, 1.0, None)
+    with pytest.raises(RuntimeError, match="k: expected a divisor of 1 heads, got 2"):
+        two = q.expand(-1, 2, -1, -1)
+        cpp_attention.attention_forward(q, two, two, 1.0, None)
 
 
 @each_dtype

@@ -37,7 +37,7 @@ def attention_backward(
     visible: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
-    inputs = rows(dout.transpose(1, 2), q, k, v, out.transpose(1, 2))
+    inputs = rows(dout.transpose(1, 2), q, k, v)
     dq, dk, dv = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
     _ops.attention_backward(*inputs, lse, scale, _first_key(q, visible), dq, dk, dv)
     return dq, dk, dv
@@ -58,7 +58,7 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
     dots = rows(cot_dq, cot_dk, cot_dv)
-    inputs = rows(dout.transpose(1, 2), q, k, v, out.transpose(1, 2))
+    inputs = rows(dout.transpose(1, 2), q, k, v)
     cot_dout = torch.empty_like(dout, memory_format=torch.contiguous_format)
     cot_q, cot_k, cot_v = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
     results = cot_dout.transpose(1, 2), cot_q, cot_k, cot_v
