@@ -464,7 +464,7 @@ TILES = {
     _attention_forward_kernel: (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2)),
     _attention_backward_query_kernel: (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
     _attention_backward_key_kernel: (Tiles(64, 64, 4, 2), Tiles(32, 128, 8, 2)),
-    _attention_double_backward_query_kernel: (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
+    _attention_double_backward_query_kernel: (Tiles(128, 32, 8, 2), Tiles(128, 16, 8, 2)),
     _attention_double_backward_key_kernel: (Tiles(32, 64, 4, 2), Tiles(16, 128, 8, 2)),
 }
 BY_KEY = (_attention_backward_key_kernel, _attention_double_backward_key_kernel)

@@ -212,8 +212,9 @@ def test_a_run_killed_by_the_system_continues_to_the_same_bits(
     command += ["--objective", "gold", "--steps", "40", "--checkpoint-every", "2", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    on_pytorch = "from gdprompt_fast import backend; backend.load_cpp = lambda: False; "  # as here
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN_MAIN, *command, str(killed)],
+        [sys.executable, "-c", on_pytorch + RUN_MAIN, *command, str(killed)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
