@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 
+# Sizes that change from batch to batch are not specialised on, here and in the other kernels: each
+# value would compile again.
 @triton.jit(do_not_specialize=["ROWS", "M"])
 def _updated_product_kernel(
     x_ptr,  # [G·M, I] in
