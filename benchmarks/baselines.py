@@ -127,7 +127,12 @@ def ordinary(task: Task) -> None:
 
 def fast(task: Task) -> None:
     """This package. Holds two sets of activations of all examples, and no copy of θ."""
-    _fast(task, first_order=False)
+    _fast(task)
+
+
+def fast_recomputed(task: Task) -> None:
+    """This package, making each block's activations again where a pass needs them."""
+    _fast(task, recompute="block")
 
 
 def fast_first_order(task: Task) -> None:
@@ -135,14 +140,14 @@ def fast_first_order(task: Task) -> None:
     _fast(task, first_order=True)
 
 
-def _fast(task: Task, first_order: bool) -> None:
+def _fast(task: Task, **options: Any) -> None:
     fast_meta_step(
         task.model,
         task.batch,
         inner_lr=task.inner_lr,
         inner_params=task.inner_params,
         teacher=task.teacher,
-        first_order=first_order,
+        **options,
     )
 
 
@@ -265,6 +270,7 @@ def forward_differentiable_silu() -> Iterator[None]:
 WAYS: dict[str, Way] = {
     "ordinary": ordinary,
     "fast": fast,
+    "fast recomputed": fast_recomputed,
     "fast first-order": fast_first_order,
     "sequential": sequential,
     "sequential first-order": sequential_first_order,
@@ -272,5 +278,5 @@ WAYS: dict[str, Way] = {
     "all-alive": all_alive,
     "vmap": vmapped,
 }
-EXACT = ("fast", "sequential", "forward-over-reverse", "all-alive", "vmap")
+EXACT = ("fast", "fast recomputed", "sequential", "forward-over-reverse", "all-alive", "vmap")
 FIRST_ORDER = ("fast first-order", "sequential first-order")

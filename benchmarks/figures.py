@@ -31,7 +31,7 @@ AXES = {
     "rank": Axis("rank", "LoRA rank, full-rank inner step"),
     "rank-lora": Axis("rank", "LoRA rank, inner step on the adapters"),
 }
-COLOURS = dict(zip(WAYS, [f"C{index}" for index in (7, 3, 1, 0, 9, 2, 4, 5)], strict=True))
+COLOURS = dict(zip(WAYS, [f"C{index}" for index in (7, 3, 6, 1, 0, 9, 2, 4, 5)], strict=True))
 
 
 def file_name(sweep: str, device: str) -> str:

@@ -19,6 +19,7 @@ BEGIN, END = "<!-- engine table -->", "<!-- end of engine table -->"
 NAMES = {
     "ordinary": "ordinary step",
     "fast": "**`fast_meta_step`**",
+    "fast recomputed": '`fast_meta_step`, `recompute="block"`',
     "fast first-order": "`fast_meta_step`, first-order",
     "sequential": "sequential exact MAML",
     "sequential first-order": "sequential first-order MAML",
