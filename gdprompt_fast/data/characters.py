@@ -93,7 +93,8 @@ ADJECTIVES = _wordings(
 )
 ROLES = _wordings(
     "acrobat/tumbler architect/planner astronomer/stargazer banker/financier "
-    "blacksmith/metalworker captain/skipper carpenter/woodworker chemist/pharmacist clown/jester cook/chef "
+    "blacksmith/metalworker captain/skipper carpenter/woodworker chemist/pharmacist "
+    "clown/jester cook/chef "
     "detective/investigator doctor/physician explorer/adventurer farmer/grower fisher/angler "
     "gardener/groundskeeper hermit/recluse historian/chronicler hunter/trapper inventor/tinkerer "
     "jeweller/goldsmith judge/magistrate lawyer/attorney magician/conjurer merchant/trader "
