@@ -12,18 +12,22 @@ own. A description is an adjective, a role and a deed, each of which we can say 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from typing import TypeVar
 
 from datasets import Dataset
 from tokenizers.pre_tokenizers import Whitespace
 
-from .people import FIRST_NAMES, LAST_NAMES, shuffled_pairs
+from .people import FIRST_NAMES, LAST_NAMES, apart, shuffled_pairs
 from .triples import TrainTest
 
 TRAIN_SIZE, TEST_SIZE = 5000, 500  # as in the paper
 
+Item = TypeVar("Item")
 Wordings = tuple[str, str]
+Description = tuple[Wordings, ...]  # adjective, role, deed
 
 
 @dataclass(frozen=True)
@@ -155,40 +159,44 @@ def make_characters(
         task: ``character-description`` or ``reversal-curse``.
         train: number of training triples.
         test: number of test triples.
-        seed: of everything; a larger ``train`` or ``test`` leaves the first triples as they were.
+        seed: of everything but who and what is kept for the test set; a larger ``train`` or
+            ``test`` leaves the first triples as they were.
 
     Raises:
         ValueError: if there is no such task, or if there are not as many names.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {sorted(TASKS)}, got {task!r}")
-    names = shuffled_pairs(FIRST_NAMES, LAST_NAMES, seed)
-    if train < 1 or test < 1 or train + test > len(names):
-        raise ValueError(
-            "train and test: expected at least 1 of each and, for a name of its own for every "
-            f"example, at most {len(names)} together, got {train} and {test}"
-        )
-    descriptions = list(product(ADJECTIVES, ROLES, DEEDS))
-    random.Random(seed).shuffle(descriptions)
-
-    def triples(names: list[str], part: str) -> Dataset:
-        rng = random.Random(f"{seed} {part}")
-        facts = descriptions if part == "train" else reversed(descriptions)
-        return Dataset.from_list(
-            [_triple(rng, TASKS[task], *pair) for pair in zip(names, facts, strict=False)]
-        )
-
-    # The training set takes from the front, the test set from the end.
+    names = apart(shuffled_pairs(FIRST_NAMES, LAST_NAMES))
+    descriptions = apart(_shuffled(list(product(ADJECTIVES, ROLES, DEEDS)), seed=0))
+    for part, size, known in zip(("train", "test"), (train, test), names, strict=True):
+        if not 1 <= size <= len(known):
+            raise ValueError(
+                f"{part}: expected 1 to {len(known)} examples, each with a name of its own, "
+                f"got {size}"
+            )
     return TrainTest(
-        triples(names[:train], "train"),
-        triples(names[::-1][:test], "test"),
+        _triples(TASKS[task], names[0], descriptions[0], train, f"{seed} train"),
+        _triples(TASKS[task], names[1], descriptions[1], test, f"{seed} test"),
         {"train": train, "test": test},
     )
 
 
-def _triple(
-    rng: random.Random, task: Task, name: str, description: tuple[Wordings, ...]
-) -> dict[str, str]:
+def _shuffled(items: Sequence[Item], seed: int | str) -> list[Item]:
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _triples(
+    task: Task, names: Sequence[str], descriptions: Sequence[Description], size: int, seed: str
+) -> Dataset:
+    rng = random.Random(seed)
+    characters = zip(_shuffled(names, seed), _shuffled(descriptions, seed), strict=False)
+    return Dataset.from_list([_triple(rng, task, *pair) for pair in islice(characters, size)])
+
+
+def _triple(rng: random.Random, task: Task, name: str, description: Description) -> dict[str, str]:
     shuffled = [rng.sample(wordings, 2) for wordings in description]
     told, other = ([wordings[i] for wordings in shuffled] for i in range(2))
     asked = other if task.paraphrased else told

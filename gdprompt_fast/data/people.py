@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from .triples import TrainTest
+from .words import word_tokenizer
 
 FACTS_PER_PASSAGE = 4
 TEST_SHARE = 10  # every tenth person and every tenth thing is kept for the test set
@@ -52,22 +52,24 @@ LAST_NAMES = (
     "Prell Quist Rask Ravn Richter Sauer Schulz Seidel Sommer Stern Strand Thule Torres Ulrich "
     "Vidal Vogel Voss Wagner Weber Winter Xander Ymer Zeller Zorn"
 )
-BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
 
+Item = TypeVar("Item")
 Facts = list[tuple[str, str, str]]  # (noun, thing, name), as in "the buyer of the mill is Ada."
 
 
-def make_people_data(train_size: int, test_size: int, seed: int) -> TrainTest:
-    """Seeded triples: a passage of four facts, a question about one in other words, the answer.
+def make_people_data(
+    train_size: int, test_size: int, seed: int, facts: int = FACTS_PER_PASSAGE
+) -> TrainTest:
+    """Seeded triples: a passage of facts, a question about one in other words, the answer.
 
     A person (first and last name) and a thing (colour and place) belong to the training or to the
     test set, never to both. The single words are shared, so that no test word is untrained.
     """
-    train, test = _worlds(seed)
+    train, test = _worlds()
     return TrainTest(
-        Dataset.from_list(_triples(train, train_size, f"{seed} train")),
-        Dataset.from_list(_triples(test, test_size, f"{seed} test")),
+        Dataset.from_list(_triples(train, train_size, facts, f"{seed} train")),
+        Dataset.from_list(_triples(test, test_size, facts, f"{seed} test")),
         {"train": train_size, "test": test_size},
     )
 
@@ -79,7 +81,7 @@ def make_people_articles(train_size: int, test_size: int, seed: int) -> tuple[li
     verb and in another order ("Ada Holm constructed the red mill."). People and things are
     divided as in :func:`make_people_data`.
     """
-    train, test = _worlds(seed)
+    train, test = _worlds()
     return (
         _articles(train, train_size, f"{seed} train articles"),
         _articles(test, test_size, f"{seed} test articles"),
@@ -93,40 +95,45 @@ class _World:
     names: list[str]
     things: list[str]
 
-    def draw_facts(self, rng: random.Random) -> Facts:
-        nouns = rng.sample(sorted(QUESTIONS), FACTS_PER_PASSAGE)
-        things = rng.sample(self.things, FACTS_PER_PASSAGE)
-        names = rng.sample(self.names, FACTS_PER_PASSAGE)
+    def draw_facts(self, rng: random.Random, count: int) -> Facts:
+        nouns = rng.sample(sorted(QUESTIONS), count)
+        things = rng.sample(self.things, count)
+        names = rng.sample(self.names, count)
         return list(zip(nouns, things, names, strict=True))
 
 
-def _worlds(seed: int) -> tuple[_World, _World]:
-    """Two worlds that have no person and no thing in common: to train and to test on."""
-    names = shuffled_pairs(FIRST_NAMES, LAST_NAMES, seed)
-    things = shuffled_pairs(COLOURS, PLACES, seed)
-    test_names, test_things = len(names) // TEST_SHARE, len(things) // TEST_SHARE
-    return (
-        _World(names[test_names:], things[test_things:]),
-        _World(names[:test_names], things[:test_things]),
-    )
+def _worlds() -> tuple[_World, _World]:
+    """Two worlds that have no person and no thing in common: to train and to test on.
+
+    The same for every seed: who is unseen in one run was not seen by a model of another.
+    """
+    train_names, test_names = apart(shuffled_pairs(FIRST_NAMES, LAST_NAMES))
+    train_things, test_things = apart(shuffled_pairs(COLOURS, PLACES))
+    return _World(train_names, train_things), _World(test_names, test_things)
 
 
-def shuffled_pairs(first_words: str, second_words: str, seed: int) -> list[str]:
-    """Every "first second" of two lists of words, in a seeded order."""
+def apart(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """What is trained on and, about one item in ``TEST_SHARE``, what is tested on."""
+    test = len(items) // TEST_SHARE
+    return list(items[test:]), list(items[:test])
+
+
+def shuffled_pairs(first_words: str, second_words: str) -> list[str]:
+    """Every "first second" of two lists of words, in an order that is always the same."""
     pairs = [
         f"{first} {second}" for first in first_words.split() for second in second_words.split()
     ]
-    random.Random(seed).shuffle(pairs)
+    random.Random(0).shuffle(pairs)
     return pairs
 
 
-def _triples(world: _World, size: int, seed: str) -> list[dict[str, str]]:
+def _triples(world: _World, size: int, count: int, seed: str) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    return [_triple(rng, world) for _ in range(size)]
+    return [_triple(rng, world, count) for _ in range(size)]
 
 
-def _triple(rng: random.Random, world: _World) -> dict[str, str]:
-    facts = world.draw_facts(rng)
+def _triple(rng: random.Random, world: _World, count: int) -> dict[str, str]:
+    facts = world.draw_facts(rng, count)
     noun, thing, name = rng.choice(facts)
     return {
         "context": _passage(facts),
@@ -145,7 +152,7 @@ def _articles(world: _World, size: int, seed: str) -> list[str]:
 
 
 def _article(rng: random.Random, world: _World) -> str:
-    facts = world.draw_facts(rng)
+    facts = world.draw_facts(rng, FACTS_PER_PASSAGE)
     again = [_statement(*fact) for fact in rng.sample(facts, len(facts))]
     return " ".join([_passage(facts), *again])
 
@@ -163,14 +170,5 @@ def people_vocabulary() -> list[str]:
 
 
 def people_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the generator's own words; it opens every text with ``<s>``."""
-    words = [PAD, BOS, EOS, UNK, *people_vocabulary()]
-    ids = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNK))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK
-    )
+    """A word-level tokenizer over the generator's own words."""
+    return word_tokenizer(people_vocabulary())
