@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .checkpoint import (
     save_model,
     write_folder,
 )
-from .data import Example, ShuffledSampler, meta_batch
+from .data import Example, ShuffledSampler, meta_batch, prompt_rows
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner
@@ -44,7 +44,7 @@ class TrainOptions:
         ValueError: naming the option, what was expected and what was given.
     """
 
-    steps: int = option(1000, "outer steps")
+    steps: int = option(0, "outer steps; 0: one epoch")
     batch_size: int = option(16, "examples in an outer step")
     outer_lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
     warmup_steps: int = option(50, "steps of linear warm-up; a cosine to zero follows")
@@ -55,27 +55,48 @@ class TrainOptions:
     objective: str = option(
         "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
     )
-    lm_weight: float = option(0.0, "weight λ of the next-token loss on the contexts")
+    lm_weight: float = option(0.0, "weight λ of the next-token loss")
+    lm_on: str = option(
+        "contexts",
+        "texts of the next-token loss: contexts, or prompts with their gold responses, whole",
+        ("contexts", "prompts"),
+    )
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    compute_dtype: str = option(
+        "float32",
+        "bfloat16: activations and products in it, of float32 weights; float32: as the weights",
+        ("float32", "bfloat16"),
+    )
+    recompute: str = option(
+        "none", "block: two thirds of the memory, 1.7 times the time", ("none", "block")
+    )
     checkpoint_every: int = option(200, "steps between checkpoints")
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)
-        for name in ("steps", "batch_size", "answer_tokens", "checkpoint_every"):
+        for name in ("batch_size", "answer_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lm_weight"):
+        for name in ("steps", "warmup_steps", "lm_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for each in fields(self):
+            choices, given = each.metadata["choices"], getattr(self, each.name)
+            if choices is not None and given not in choices:
+                raise ValueError(f"{each.name}: expected one of {choices}, got {given!r}")
 
     @property
     def inner(self) -> InnerStep:
         """The inner step, as evaluation takes it."""
         return InnerStep(self.inner_lr, self.inner_steps, self.inner_params)
+
+    def counted(self, examples: int) -> TrainOptions:
+        """The same options with the steps of one epoch where they were 0."""
+        return self if self.steps else replace(self, steps=math.ceil(examples / self.batch_size))
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
@@ -105,6 +126,7 @@ def train(
         teacher: the frozen model that the KL objective matches; None for the gold objective.
     """
     model.eval()
+    options = options.counted(len(examples))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
     sampler = ShuffledSampler(len(examples), options.seed)
@@ -143,20 +165,29 @@ def _losses_with_gradients(
     teacher: nn.Module | None,
 ) -> MetaStepOutput:
     """One meta step; the meta-gradient of the batch is added to ``.grad``."""
+    device: torch.device = next(model.parameters()).device
     if teacher is not None:
         batch, targets = teach(teacher, examples, tokenizer.eos_token_id, options.answer_tokens)
     else:
-        batch, targets = meta_batch(examples).to(next(model.parameters()).device), None
-    return fast_meta_step(
-        model,
-        batch,
-        inner_lr=options.inner_lr,
-        inner_steps=options.inner_steps,
-        inner_params=options.inner_params,
-        objective=options.objective,
-        teacher=targets,
-        lm_weight=options.lm_weight,
-    )
+        batch, targets = meta_batch(examples).to(device), None
+    lm_batch = None
+    if options.lm_on == "prompts" and options.lm_weight > 0:
+        prompts = prompt_rows(examples).to(device)
+        lm_batch = (prompts.ids, prompts.mask)
+    in_bfloat16 = options.compute_dtype == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+        return fast_meta_step(
+            model,
+            batch,
+            inner_lr=options.inner_lr,
+            inner_steps=options.inner_steps,
+            inner_params=options.inner_params,
+            objective=options.objective,
+            teacher=targets,
+            lm_weight=options.lm_weight,
+            lm_batch=lm_batch,
+            recompute=options.recompute,
+        )
 
 
 def _row(
