@@ -26,7 +26,7 @@ from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner
 from .progress import progress_bar
-from .teacher import teach
+from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -62,6 +62,7 @@ class TrainOptions:
         ("contexts", "prompts"),
     )
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
     compute_dtype: str = option(
         "float32",
         "bfloat16: activations and products in it, of float32 weights; float32: as the weights",
@@ -75,7 +76,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)
-        for name in ("batch_size", "answer_tokens", "checkpoint_every"):
+        for name in ("batch_size", "answer_tokens", "teacher_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
@@ -112,7 +113,7 @@ def train(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: nn.Module | None = None,
+    teacher: TeacherCache | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
@@ -123,8 +124,14 @@ def train(
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
             step with dropout is not defined.
-        teacher: the frozen model that the KL objective matches; None for the gold objective.
+        teacher: what the frozen teacher answers to these very examples, for the KL objective; None
+            for the gold objective.
+
+    Raises:
+        ValueError: if the teacher does not go with the objective or the examples.
+        FloatingPointError: if a loss or the meta-gradient is not finite.
     """
+    _check_teacher(teacher, examples, options)
     model.eval()
     options = options.counted(len(examples))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -137,10 +144,10 @@ def train(
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            batch = [examples[index] for index in sampler.take(options.batch_size)]
+            indices = sampler.take(options.batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step)
-            losses = _losses_with_gradients(model, batch, options, tokenizer, teacher)
+            losses = _losses_with_gradients(model, examples, indices, options, teacher)
             norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
@@ -157,28 +164,40 @@ def train(
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 
+def _check_teacher(
+    teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
+) -> None:
+    if (teacher is not None) != (options.objective == "kl"):
+        raise ValueError(
+            f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
+            f'{type(teacher).__name__} with "{options.objective}"'
+        )
+    if teacher is not None and teacher.examples != list(examples):
+        raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
+
+
 def _losses_with_gradients(
     model: nn.Module,
     examples: Sequence[Example],
+    indices: Sequence[int],
     options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: nn.Module | None,
+    teacher: TeacherCache | None,
 ) -> MetaStepOutput:
-    """One meta step; the meta-gradient of the batch is added to ``.grad``."""
+    """One meta step; the meta-gradient of the examples at ``indices`` is added to ``.grad``."""
     device: torch.device = next(model.parameters()).device
-    if teacher is not None:
-        batch, targets = teach(teacher, examples, tokenizer.eos_token_id, options.answer_tokens)
-    else:
-        batch, targets = meta_batch(examples).to(device), None
-    lm_batch = None
+    drawn, targets = [examples[index] for index in indices], None
     if options.lm_on == "prompts" and options.lm_weight > 0:
-        prompts = prompt_rows(examples).to(device)
+        prompts = prompt_rows(drawn).to(device)
         lm_batch = (prompts.ids, prompts.mask)
+    else:
+        lm_batch = None
+    if teacher is not None:
+        drawn, targets = teacher.batch(indices)
     in_bfloat16 = options.compute_dtype == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
         return fast_meta_step(
             model,
-            batch,
+            meta_batch(drawn).to(device),
             inner_lr=options.inner_lr,
             inner_steps=options.inner_steps,
             inner_params=options.inner_params,

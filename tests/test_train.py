@@ -16,6 +16,7 @@ from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
 from gdprompt_fast.data import Example, Limits, tokenise_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
+from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
 
 TOKENIZER = people_tokenizer()
@@ -23,7 +24,7 @@ GOLD = TrainOptions(
     steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
     lm_weight=0.1, checkpoint_every=3,
 )  # fmt: skip
-KL = dataclasses.replace(GOLD, objective="kl", answer_tokens=3)
+KL = dataclasses.replace(GOLD, objective="kl")
 LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 
@@ -76,7 +77,11 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """A run from the same initial model; its final weights."""
     model = initial_model(lora)
-    teacher = tiny_llama(seed=1).eval() if options.objective == "kl" else None
+    teacher = None
+    if options.objective == "kl":
+        teacher = TeacherCache.build(
+            output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        )
     train(model, TOKENIZER, examples, options, output, teacher)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -165,6 +170,19 @@ def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_p
     model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(FloatingPointError):
         train(model, TOKENIZER, examples, GOLD, tmp_path)
+
+
+def test_a_teacher_goes_with_the_objective_and_the_examples(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    teacher = TeacherCache.build(
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+    )
+    for options, given in ((KL, None), (GOLD, teacher)):
+        with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
+            train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
+    with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
+        train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
