@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,16 +23,11 @@ from .checkpoint import (
 from .data import Example, ShuffledSampler, meta_batch, prompt_rows
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
-from .options import MetaStepOutput, check_inner
+from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
 from .progress import progress_bar
 from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that is also a command-line option, with its help text."""
-    return field(default=default, metadata={"help": what, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -101,10 +95,7 @@ class TrainOptions:
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
-        if step < self.warmup_steps:
-            return self.outer_lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.outer_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup_then_cosine(step, self.steps, self.warmup_steps, self.outer_lr)
 
 
 def train(
