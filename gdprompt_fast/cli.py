@@ -14,8 +14,23 @@ from transformers.utils.logging import disable_progress_bar
 from .checkpoint import write_json
 from .data import Limits, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
-from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
-from .evaluation import InnerStep, tune_inner_lr
+from .demo import (
+    ANSWER_TOKENS,
+    INNER_LR_GRID,
+    OPTIONS,
+    POSITIONS,
+    TEST_EXAMPLES,
+    demo_model,
+    demo_options,
+)
+from .evaluation import (
+    InnerStep,
+    check_inner_step,
+    evaluate,
+    tune_inner_lr,
+    whole_groups,
+    write_predictions,
+)
 from .loading import (
     DTYPES,
     add_lora,
@@ -25,11 +40,12 @@ from .loading import (
     load_examples,
     load_model,
     positions,
+    room_before_answer,
 )
-from .options import check_inner, select_inner
+from .options import select_inner
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .report import results_table
-from .run import TestSet, claim_output, measure, run, summaries
+from .run import TestSet, as_results, claim_output, run, summaries
 from .train import TrainOptions
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -74,7 +90,7 @@ def prepare_demo(args: argparse.Namespace) -> Work:
     limits = Limits(POSITIONS, POSITIONS, POSITIONS)
     examples = tokenise_triples(data.train, tokenizer, limits).examples
     unseen = tokenise_triples(data.test, tokenizer, limits).examples
-    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size, ANSWER_TOKENS)
     model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
     print(
@@ -113,33 +129,51 @@ def prepare_train(args: argparse.Namespace) -> Work:
     print(f"{args.data}: {triples}")
     test = None
     if args.test_data:
-        held_out = load_examples(args.test_data, model, tokenizer, _limits(args, positions(model)))
+        room = room_before_answer(model, options.answer_tokens)
+        held_out = load_examples(args.test_data, model, tokenizer, _limits(args, room))
         print(f"{args.test_data}: {held_out}")
-        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
+        test = TestSet(
+            held_out.examples, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens
+        )
     claim_output(args.output, {**_settings(args), "examples": len(triples.examples)}, args.resume)
     return lambda: run(model, tokenizer, triples.examples, options, args.output, teacher, test)
 
 
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
-    check_inner(args.inner_lr, args.inner_steps)
+    asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
     _check_file("results", args.results)
+    _check_file("predictions", args.predictions)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
-    select_inner(model, args.inner_params)
-    triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))
+    check_inner_step(model, asked, args.one_after_another)
+    room = room_before_answer(model, args.answer_tokens)
+    triples = load_examples(args.data, model, tokenizer, _limits(args, room))
     print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
+    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    examples = whole_groups(test.examples, args.contexts_per_group)
+    grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
-        inner = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
+        inner = asked
         if args.tune_inner_lr:
-            inner = tune_inner_lr(
-                model, test.examples, inner, test.inner_lr_grid, test.batch_size
-            ).inner
-        result = measure(model, tokenizer, inner, test)
-        print(f"\n{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
+            grid, size = test.inner_lr_grid, test.batch_size
+            inner = tune_inner_lr(model, examples, asked, grid, size, **grouping).inner
+        scores = evaluate(
+            model,
+            tokenizer,
+            examples,
+            inner,
+            test.batch_size,
+            answer_tokens=test.answer_tokens,
+            **grouping,
+        )
+        result = {**as_results(scores, inner), **grouping}
+        print(f"\n{len(examples)} examples, ± one standard error:\n")
+        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
             write_json(args.results, result)
+        if args.predictions:
+            write_predictions(args.predictions, examples, scores, tokenizer)
 
     return work
 
@@ -234,7 +268,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
+    what = (
+        "No Context, Prompt and Fine-Tuning: accuracy and NLL of gold responses, exact match and "
+        "F1 of generated answers."
+    )
     parser = _command(commands, "evaluate", what, prepare_evaluate)
     _add_device(parser)
     _add_model_and_data(parser)
@@ -247,7 +284,19 @@ def _add_evaluate(commands: Any) -> None:
         "--tune-inner-lr", action="store_true", help="take the best rate of the grid instead"
     )
     _add_inner_lr_grid(parser)
+    parser.add_argument(
+        "--contexts-per-group", type=int, default=1, help="examples that share one inner step"
+    )
+    parser.add_argument(
+        "--one-after-another",
+        action="store_true",
+        help="an inner step on each context of a group in turn, not one on all of them",
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=32, help="longest answer generated; 0: none are"
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
 
 
 def _add_plan(commands: Any) -> None:
