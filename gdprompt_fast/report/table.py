@@ -43,17 +43,17 @@ def not_improved(before: Summaries, after: Summaries) -> list[str]:
     for setting, name in SETTINGS.items():
         old, new = before[setting], after[setting]
         failed = []
-        if not _differ(old, new, "accuracy", sign=1):
+        if not _improved(old, new, "accuracy", sign=1):
             failed.append(f"accuracy ({old.accuracy:.1%} before, {new.accuracy:.1%} after)")
-        if not _differ(old, new, "nll_per_token", sign=-1):
-            nlls = _number(old.nll_per_token, 2), _number(new.nll_per_token, 2)
-            failed.append("NLL ({} before, {} after)".format(*nlls))
+        if not _improved(old, new, "nll_per_token", sign=-1):
+            old_nll, new_nll = _number(old.nll_per_token, 2), _number(new.nll_per_token, 2)
+            failed.append(f"NLL ({old_nll} before, {new_nll} after)")
         if failed:
             sentences.append(f"{name} did not improve in {' and '.join(failed)}.")
     return sentences
 
 
-def _differ(old: Summary, new: Summary, field: str, sign: int) -> bool:
+def _improved(old: Summary, new: Summary, field: str, sign: int) -> bool:
     """Whether ``field`` rose (sign 1) or fell (−1) by more than two standard errors of the
     difference, as if the two were independent; no where one of the numbers is not known.
     """
