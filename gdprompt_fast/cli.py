@@ -1,4 +1,4 @@
-"""The command line: ``gdprompt demo``, ``train``, ``search-outer-lr``, ``evaluate``, ``plan``."""
+"""The command line, ``gdprompt COMMAND``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,36 @@ from transformers.utils.logging import disable_progress_bar
 from .checkpoint import write_json
 from .data import Limits, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
-from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
-from .evaluation import InnerStep, tune_inner_lr
+from .demo import (
+    ANSWER_TOKENS,
+    INNER_LR_GRID,
+    OPTIONS,
+    POSITIONS,
+    TEST_EXAMPLES,
+    demo_model,
+    demo_options,
+)
+from .evaluation import (
+    InnerStep,
+    check_inner_step,
+    evaluate,
+    tune_inner_lr,
+    whole_groups,
+    write_predictions,
+)
 from .job import limits, load_job
-from .loading import DTYPES, choose_device, load_config, load_examples, load_model, positions
-from .options import check_inner, select_inner
+from .loading import (
+    DTYPES,
+    choose_device,
+    load_config,
+    load_examples,
+    load_model,
+    room_before_answer,
+)
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .presets import preset_arguments
 from .report import results_table
-from .run import TestSet, claim_output, measure, run, summaries
+from .run import TestSet, as_results, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
@@ -30,7 +51,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
     *("device", "eval_batch_size", "grid", "output"),
-    *("prepare", "preset", "resume", "teacher_cache"),
+    *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
 }
 
 Work = Callable[[], None]
@@ -51,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
     try:
-        if getattr(args, "preset", None):
+        if hasattr(args, "preset_section") and args.preset:
             args = _with_preset(args, arguments)
         work: Work = args.prepare(args)
     except (ValueError, OSError) as error:
@@ -67,13 +88,13 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Namespace:
     """The arguments parsed again after those of the preset, which they override."""
-    no_settings = ("command", "prepare", "preset")
+    no_settings = ("command", "prepare", "preset", "preset_section")
     known = [
         name
         for name, value in vars(args).items()
         if name not in no_settings and not isinstance(value, bool)
     ]
-    preset = preset_arguments(args.preset, "train", sorted(known))
+    preset = preset_arguments(args.preset, args.preset_section, sorted(known))
     return _parser().parse_args([arguments[0], *preset, *arguments[1:]])
 
 
@@ -88,7 +109,7 @@ def prepare_demo(args: argparse.Namespace) -> Work:
     room = Limits(POSITIONS, POSITIONS, POSITIONS)
     examples = tokenise_triples(data.train, tokenizer, room).examples
     unseen = tokenise_triples(data.test, tokenizer, room).examples
-    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size, ANSWER_TOKENS)
     model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
     print(
@@ -136,24 +157,39 @@ def prepare_search(args: argparse.Namespace) -> Work:
 
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
-    check_inner(args.inner_lr, args.inner_steps)
+    asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
     _check_file("results", args.results)
+    _check_file("predictions", args.predictions)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
-    select_inner(model, args.inner_params)
-    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
+    check_inner_step(model, asked, args.one_after_another)
+    room = room_before_answer(model, args.answer_tokens)
+    triples = load_examples(args.data, model, tokenizer, limits(args, room))
     print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
+    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    examples = whole_groups(test.examples, args.contexts_per_group)
+    grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
-        inner = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
+        inner = asked
         if args.tune_inner_lr:
-            inner = tune_inner_lr(
-                model, test.examples, inner, test.inner_lr_grid, test.batch_size
-            ).inner
-        result = measure(model, tokenizer, inner, test)
-        print(f"\n{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
+            grid, size = test.inner_lr_grid, test.batch_size
+            inner = tune_inner_lr(model, examples, asked, grid, size, **grouping).inner
+        scores = evaluate(
+            model,
+            tokenizer,
+            examples,
+            inner,
+            test.batch_size,
+            answer_tokens=test.answer_tokens,
+            **grouping,
+        )
+        result = {**as_results(scores, inner), **grouping}
+        print(f"\n{len(examples)} examples, ± one standard error:\n")
+        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
             write_json(args.results, result)
+        if args.predictions:
+            write_predictions(args.predictions, examples, scores, tokenizer)
 
     return work
 
@@ -244,6 +280,7 @@ def _add_search(commands: Any) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(preset_section="train")
     _add_device(parser)
     _add_model_and_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
@@ -265,7 +302,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
+    what = (
+        "No Context, Prompt and Fine-Tuning: accuracy and NLL of gold responses, exact match and "
+        "F1 of generated answers."
+    )
     parser = _command(commands, "evaluate", what, prepare_evaluate)
     _add_device(parser)
     _add_model_and_data(parser)
@@ -278,7 +318,19 @@ def _add_evaluate(commands: Any) -> None:
         "--tune-inner-lr", action="store_true", help="take the best rate of the grid instead"
     )
     _add_inner_lr_grid(parser)
+    parser.add_argument(
+        "--contexts-per-group", type=int, default=1, help="examples that share one inner step"
+    )
+    parser.add_argument(
+        "--one-after-another",
+        action="store_true",
+        help="an inner step on each context of a group in turn, not one on all of them",
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=32, help="longest answer generated; 0: none are"
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
 
 
 def _add_plan(commands: Any) -> None:

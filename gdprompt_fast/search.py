@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import CHECKPOINTS, MODEL_FOLDER, write_file, write_json
 from .job import Job
-from .report.table import markdown_table
+from .report.table import markdown_table, metric_cell
 from .run import measure, summaries
 from .teacher import TeacherCache
 from .train import TrainOptions, train
@@ -84,9 +84,10 @@ def _try_rate(
     """What :func:`measure` says after training at a rate, or at which step it diverged."""
     print(f"outer rate {options.outer_lr:g}", file=sys.stderr)
     assert job.test is not None
+    test = replace(job.test, answer_tokens=0)  # the gold responses say enough
     try:
         train(job.model, job.tokenizer, job.examples, options, folder, teacher, job.joint)
-        measured = measure(job.model, job.tokenizer, options.inner, job.test)
+        measured = measure(job.model, job.tokenizer, options.inner, test)
     except FloatingPointError as error:
         return {"outer_lr": options.outer_lr, "diverged": str(error)}
     return {"outer_lr": options.outer_lr, **measured}
@@ -106,7 +107,7 @@ def _score(result: Result) -> tuple[float, float]:
         return DIVERGED
     summary = summaries({"": result})[""]["fine_tuning"]
     nll = summary.nll_per_token
-    return (nll, -summary.accuracy) if nll is not None and math.isfinite(nll) else DIVERGED
+    return DIVERGED if nll is None else (nll, -summary.accuracy)
 
 
 def _table(results: Mapping[float, Result]) -> str:
@@ -116,9 +117,8 @@ def _table(results: Mapping[float, Result]) -> str:
             rows.append([f"{rate:g}", "diverged", ""])
             continue
         summary = summaries({"": result})[""]["fine_tuning"]
-        nll = f"{summary.nll_per_token:.3f} ± {summary.nll_per_token_se:.3f}"
-        accuracy = f"{100 * summary.accuracy:.1f} ± {100 * summary.accuracy_se:.1f} %"
-        rows.append([f"{rate:g}", nll, accuracy])
+        cells = [metric_cell(summary, field) for field in ("nll_per_token", "accuracy")]
+        rows.append([f"{rate:g}", *cells])
     return markdown_table(rows)
 
 
