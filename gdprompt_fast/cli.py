@@ -1,4 +1,4 @@
-"""The command line: ``gdprompt data``, ``demo``, ``train``, ``evaluate`` and ``plan``."""
+"""The command line, ``gdprompt COMMAND``."""
 
 from __future__ import annotations
 
@@ -15,43 +15,66 @@ from .checkpoint import write_json
 from .data import SOURCES, Limits, make_data, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
-from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
-from .evaluation import InnerStep, tune_inner_lr
+from .demo import (
+    ANSWER_TOKENS,
+    INNER_LR_GRID,
+    OPTIONS,
+    POSITIONS,
+    TEST_EXAMPLES,
+    demo_model,
+    demo_options,
+)
+from .evaluation import (
+    InnerStep,
+    check_inner_step,
+    evaluate,
+    tune_inner_lr,
+    whole_groups,
+    write_predictions,
+)
+from .job import limits, load_job
 from .loading import (
     DTYPES,
-    add_lora,
-    check_same_vocabulary,
     choose_device,
     load_config,
     load_examples,
     load_model,
-    positions,
+    room_before_answer,
 )
-from .options import check_inner, select_inner
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
+from .presets import preset_arguments
 from .report import results_table
-from .run import TestSet, claim_output, measure, run, summaries
+from .run import TestSet, as_results, claim_output, run, summaries
+from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+# What may change when a run is continued: a search, for one, may go on to other rates.
+FREE = {
+    *("device", "eval_batch_size", "grid", "output"),
+    *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
+}
 
 Work = Callable[[], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 (failed on the way), 2 (bad input) or 130."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
     try:
-        return _prepare_and_work(args)
+        return _prepare_and_work(args, arguments)
     except KeyboardInterrupt:
         hint = "; --resume continues the run" if hasattr(args, "resume") else ""
         print(f"\ngdprompt {args.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
 
 
-def _prepare_and_work(args: argparse.Namespace) -> int:
+def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
     try:
+        if hasattr(args, "preset_section") and args.preset:
+            args = _with_preset(args, arguments)
         work: Work = args.prepare(args)
     except (ValueError, OSError) as error:
         print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
@@ -86,6 +109,18 @@ def prepare_data(args: argparse.Namespace) -> Work:
     return work
 
 
+def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Namespace:
+    """The arguments parsed again after those of the preset, which they override."""
+    no_settings = ("command", "prepare", "preset", "preset_section")
+    known = [
+        name
+        for name, value in vars(args).items()
+        if name not in no_settings and not isinstance(value, bool)
+    ]
+    preset = preset_arguments(args.preset, args.preset_section, sorted(known))
+    return _parser().parse_args([arguments[0], *preset, *arguments[1:]])
+
+
 def prepare_demo(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt demo``."""
     device = choose_device(args.device)
@@ -94,10 +129,10 @@ def prepare_demo(args: argparse.Namespace) -> Work:
         raise ValueError(f"test_examples: expected an integer >= 1, got {args.test_examples}")
     data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
     tokenizer = people_tokenizer()
-    limits = Limits(POSITIONS, POSITIONS, POSITIONS)
-    examples = tokenise_triples(data.train, tokenizer, limits).examples
-    unseen = tokenise_triples(data.test, tokenizer, limits).examples
-    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+    room = Limits(POSITIONS, POSITIONS, POSITIONS)
+    examples = tokenise_triples(data.train, tokenizer, room).examples
+    unseen = tokenise_triples(data.test, tokenizer, room).examples
+    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size, ANSWER_TOKENS)
     model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
     print(
@@ -110,59 +145,74 @@ def prepare_demo(args: argparse.Namespace) -> Work:
 
 def prepare_train(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
-    options = _train_options(args)
-    device = choose_device(args.device)
-    model, tokenizer = load_model(args.model, args.dtype, device)
-    if args.dtype != "float32" and not args.lora_rank:
-        raise ValueError(
-            f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
-            "smaller than its rounding; --lora-rank trains float32 adapters beside such weights"
+    job = load_job(args, _train_options(args))
+    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+
+    def work() -> None:
+        teacher = job.build_teacher_cache()
+        run(
+            job.model,
+            job.tokenizer,
+            job.examples,
+            job.options,
+            args.output,
+            teacher,
+            job.test,
+            job.joint,
         )
-    if args.lora_rank:
-        model = add_lora(model, args.lora_rank, args.seed)
-    select_inner(model, options.inner_params)
-    teacher = None
-    if options.objective == "kl":
-        teacher, _ = load_model(args.teacher or args.model, args.dtype, device)
-        check_same_vocabulary(teacher, model)
-    room = positions(model)
-    if teacher is not None:
-        room = min(room, positions(teacher)) - options.answer_tokens
-    if room < 2:
-        raise ValueError(
-            f"answer_tokens: expected fewer than the model's positions, got {options.answer_tokens}"
-        )
-    triples = load_examples(args.data, model, tokenizer, _limits(args, room))
-    print(f"{args.data}: {triples}")
-    test = None
-    if args.test_data:
-        held_out = load_examples(args.test_data, model, tokenizer, _limits(args, positions(model)))
-        print(f"{args.test_data}: {held_out}")
-        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
-    claim_output(args.output, {**_settings(args), "examples": len(triples.examples)}, args.resume)
-    return lambda: run(model, tokenizer, triples.examples, options, args.output, teacher, test)
+
+    return work
+
+
+def prepare_search(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt search-outer-lr``: its input, checked."""
+    trainings = short_trainings(_train_options(args), args.grid, args.steps_per_rate)
+    if args.test_data is None:
+        raise ValueError("test_data: expected held-out triples to score the rates on, got none")
+    job = load_job(args, trainings[0])
+    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+
+    def work() -> None:
+        search_outer_lr(job, trainings, args.output)
+
+    return work
 
 
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
-    check_inner(args.inner_lr, args.inner_steps)
+    asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
     _check_file("results", args.results)
+    _check_file("predictions", args.predictions)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
-    select_inner(model, args.inner_params)
-    triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))
+    check_inner_step(model, asked, args.one_after_another)
+    room = room_before_answer(model, args.answer_tokens)
+    triples = load_examples(args.data, model, tokenizer, limits(args, room))
     print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
+    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    examples = whole_groups(test.examples, args.contexts_per_group)
+    grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
-        inner = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
+        inner = asked
         if args.tune_inner_lr:
-            inner = tune_inner_lr(
-                model, test.examples, inner, test.inner_lr_grid, test.batch_size
-            ).inner
-        result = measure(model, tokenizer, inner, test)
-        print(f"\n{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
+            grid, size = test.inner_lr_grid, test.batch_size
+            inner = tune_inner_lr(model, examples, asked, grid, size, **grouping).inner
+        scores = evaluate(
+            model,
+            tokenizer,
+            examples,
+            inner,
+            test.batch_size,
+            answer_tokens=test.answer_tokens,
+            **grouping,
+        )
+        result = {**as_results(scores, inner), **grouping}
+        print(f"\n{len(examples)} examples, ± one standard error:\n")
+        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
             write_json(args.results, result)
+        if args.predictions:
+            write_predictions(args.predictions, examples, scores, tokenizer)
 
     return work
 
@@ -191,16 +241,9 @@ def _train_options(args: argparse.Namespace) -> TrainOptions:
     return TrainOptions(**{f.name: getattr(args, f.name) for f in fields(TrainOptions)})
 
 
-def _limits(args: argparse.Namespace, room: int) -> Limits:
-    """The limits asked for, within the ``room`` that the model has positions for."""
-    limits = (args.max_context_tokens, args.max_query_tokens, args.max_prompt_tokens)
-    return Limits(*(min(limit, room) for limit in limits))
-
-
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
-    free = ("device", "eval_batch_size", "output", "prepare", "resume")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
 
 
@@ -210,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_demo(commands)
     _add_train(commands)
+    _add_search(commands)
     _add_evaluate(commands)
     _add_plan(commands)
     return parser
@@ -263,12 +307,36 @@ def _add_demo(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     what = "Meta-train a transformers model on triples of context, query and response."
-    parser = _command(commands, "train", what, prepare_train)
+    _add_training(_command(commands, "train", what, prepare_train))
+
+
+def _add_search(commands: Any) -> None:
+    what = (
+        "Find the outer rate for gdprompt train: a short training at each, scored on --test-data "
+        "by the NLL of the gold responses after an inner step, then by accuracy."
+    )
+    parser = _command(commands, "search-outer-lr", what, prepare_search)
+    parser.add_argument("--grid", type=float, nargs="+", default=GRID, help="rates to try")
+    parser.add_argument("--steps-per-rate", type=int, default=100, help="outer steps at each")
+    _add_training(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(preset_section="train")
     _add_device(parser)
     _add_model_and_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--preset", help="TOML file, or paper: its [train] sets defaults of these options"
+    )
     parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
+    parser.add_argument(
+        "--joint-data", type=Path, help="triples to fine-tune on, as usual, in the same steps"
+    )
     parser.add_argument("--teacher", type=Path, help="folder of the kl teacher; None: --model's")
+    parser.add_argument(
+        "--teacher-cache", type=Path, help="folder of its answers; None: in --output"
+    )
     parser.add_argument("--lora-rank", type=int, default=0, help="of LoRA adapters; 0: train all")
     _add_inner_lr_grid(parser)
     _add_resume(parser)
@@ -276,7 +344,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
+    what = (
+        "No Context, Prompt and Fine-Tuning: accuracy and NLL of gold responses, exact match and "
+        "F1 of generated answers."
+    )
     parser = _command(commands, "evaluate", what, prepare_evaluate)
     _add_device(parser)
     _add_model_and_data(parser)
@@ -289,7 +360,19 @@ def _add_evaluate(commands: Any) -> None:
         "--tune-inner-lr", action="store_true", help="take the best rate of the grid instead"
     )
     _add_inner_lr_grid(parser)
+    parser.add_argument(
+        "--contexts-per-group", type=int, default=1, help="examples that share one inner step"
+    )
+    parser.add_argument(
+        "--one-after-another",
+        action="store_true",
+        help="an inner step on each context of a group in turn, not one on all of them",
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=32, help="longest answer generated; 0: none are"
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
 
 
 def _add_plan(commands: Any) -> None:

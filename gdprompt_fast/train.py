@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,14 +21,23 @@ from .checkpoint import (
     save_model,
     write_folder,
 )
-from .data import Example, ShuffledSampler, meta_batch
+from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
+from .prepare import fine_tuning_backward
 from .progress import progress_bar
-from .teacher import teach
+from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
+COUNTS = (
+    "batch_size",
+    "contexts_per_group",
+    "queries_per_context",
+    "answer_tokens",
+    "teacher_batch_size",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,14 @@ class TrainOptions:
         ValueError: naming the option, what was expected and what was given.
     """
 
-    steps: int = option(1000, "outer steps")
-    batch_size: int = option(16, "examples in an outer step")
+    steps: int = option(0, "outer steps; 0: one epoch")
+    batch_size: int = option(
+        16, "models adapted in an outer step, each to a group of contexts (one by default)"
+    )
+    contexts_per_group: int = option(1, "contexts that one model is adapted to at once")
+    queries_per_context: int = option(
+        1, "at most so many examples with the same context share its inner step"
+    )
     outer_lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
     warmup_steps: int = option(50, "steps of linear warm-up; a cosine to zero follows")
     clip_norm: float = option(1.0, "largest norm of the meta-gradient; a larger one is scaled")
@@ -49,27 +65,54 @@ class TrainOptions:
     objective: str = option(
         "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
     )
-    lm_weight: float = option(0.0, "weight λ of the next-token loss on the contexts")
+    lm_weight: float = option(0.0, "weight λ of the next-token loss")
+    lm_on: str = option(
+        "contexts",
+        "texts of the next-token loss: contexts, or prompts with their gold responses, whole",
+        ("contexts", "prompts"),
+    )
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
+    compute_dtype: str = option(
+        "float32",
+        "bfloat16: activations and products in it, of float32 weights; float32: as the weights",
+        ("float32", "bfloat16"),
+    )
+    recompute: str = option(
+        "none", "block: two thirds of the memory, 1.7 times the time", ("none", "block")
+    )
     checkpoint_every: int = option(200, "steps between checkpoints")
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)
-        for name in ("steps", "batch_size", "answer_tokens", "checkpoint_every"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lm_weight"):
+        for name in ("steps", "warmup_steps", "lm_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for each in fields(self):
+            choices, given = each.metadata["choices"], getattr(self, each.name)
+            if choices is not None and given not in choices:
+                raise ValueError(f"{each.name}: expected one of {choices}, got {given!r}")
 
     @property
     def inner(self) -> InnerStep:
         """The inner step, as evaluation takes it."""
         return InnerStep(self.inner_lr, self.inner_steps, self.inner_params)
+
+    @property
+    def contexts(self) -> int:
+        """The number of contexts in an outer step."""
+        return self.batch_size * self.contexts_per_group
+
+    def counted(self, contexts: int) -> TrainOptions:
+        """The same options with the steps of one epoch of so many contexts where they were 0."""
+        return self if self.steps else replace(self, steps=math.ceil(contexts / self.contexts))
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
@@ -82,83 +125,149 @@ def train(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: nn.Module | None = None,
+    teacher: TeacherCache | None = None,
+    joint: Sequence[Example] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
-    Writes ``metrics.jsonl`` (a row a step), ``checkpoints/`` (the newest one) and, at the end,
-    ``model/``. On a CPU a run that was killed and continued ends with the very bits of one that was
-    not: the losses of a step follow from its number and the weights alone.
+    Writes ``metrics.jsonl`` (a row a step), the same for TensorBoard if that is installed,
+    ``checkpoints/`` (the newest one) and, at the end, ``model/``. On a CPU a run that was killed
+    and continued ends with the very bits of one that was not: the losses of a step follow from its
+    number and the weights alone.
 
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
             step with dropout is not defined.
-        teacher: the frozen model that the KL objective matches; None for the gold objective.
+        teacher: what the frozen teacher answers to these very examples, for the KL objective; None
+            for the gold objective.
+        joint: examples for joint training: every step adds the ordinary fine-tuning loss, in the
+            Prompt and No Context formats, of ``batch_size`` of them.
+
+    Raises:
+        ValueError: if the teacher does not go with the objective or the examples.
+        FloatingPointError: if a loss or the meta-gradient is not finite.
     """
+    _check_teacher(teacher, examples, options)
     model.eval()
+    units = units_by_context(examples, options.queries_per_context)
+    options = options.counted(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
-    sampler = ShuffledSampler(len(examples), options.seed)
+    samplers = {"contexts": ShuffledSampler(len(units), options.seed)}
+    if joint is not None:
+        samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
     output.mkdir(parents=True, exist_ok=True)
-    start = load_checkpoint(output, model, optimizer, sampler)
+    start = load_checkpoint(output, model, optimizer, samplers)
+    began, tokens = time.perf_counter(), 0
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            batch = [examples[index] for index in sampler.take(options.batch_size)]
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate(step)
-            losses = _losses_with_gradients(model, batch, options, tokenizer, teacher)
-            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
-            optimizer.step()
-            optimizer.zero_grad()
-            row = _row(step + 1, losses, norm, options)
+            drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
+            row = _row(step, _meta_step(model, examples, drawn, options, teacher), options)
+            if joint is not None:
+                batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
+                with _compute_dtype(model, options):
+                    row["joint_loss"] = fine_tuning_backward(model, batch)
+            row["gradient_norm"] = _update(optimizer, trained, options, step)
             metrics.write(row)
+            tokens += _tokens(examples, drawn)
             bar.set_postfix_str(
-                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}", refresh=False
+                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}, "
+                f"{tokens / (time.perf_counter() - began):,.0f} tokens/s",
+                refresh=False,
             )
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
-                save_checkpoint(output, step + 1, model, tokenizer, optimizer, sampler)
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 
-def _losses_with_gradients(
+def _check_teacher(
+    teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
+) -> None:
+    if (teacher is not None) != (options.objective == "kl"):
+        raise ValueError(
+            f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
+            f'{type(teacher).__name__} with "{options.objective}"'
+        )
+    if teacher is not None and teacher.examples != list(examples):
+        raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
+
+
+def _meta_step(
     model: nn.Module,
     examples: Sequence[Example],
+    units: Sequence[Sequence[int]],
     options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: nn.Module | None,
+    teacher: TeacherCache | None,
 ) -> MetaStepOutput:
-    """One meta step; the meta-gradient of the batch is added to ``.grad``."""
+    """Adds the meta-gradient of a batch to ``.grad``: of examples in units with one context each,
+    of which ``contexts_per_group`` neighbours share one θ'.
+    """
+    device: torch.device = next(model.parameters()).device
+    indices = [index for unit in units for index in unit]
+    drawn, targets = [examples[index] for index in indices], None
+    lm_batch = None
+    if options.lm_on == "prompts" and options.lm_weight > 0:
+        prompts = prompt_rows(drawn).to(device)
+        lm_batch = (prompts.ids, prompts.mask)
     if teacher is not None:
-        batch, targets = teach(teacher, examples, tokenizer.eos_token_id, options.answer_tokens)
-    else:
-        batch, targets = meta_batch(examples).to(next(model.parameters()).device), None
-    return fast_meta_step(
-        model,
-        batch,
-        inner_lr=options.inner_lr,
-        inner_steps=options.inner_steps,
-        inner_params=options.inner_params,
-        objective=options.objective,
-        teacher=targets,
-        lm_weight=options.lm_weight,
-    )
+        drawn, targets = teacher.batch(indices)
+    context_of = [number for number, unit in enumerate(units) for _ in unit]
+    batch = meta_batch(drawn, context_of, options.contexts_per_group)
+    with _compute_dtype(model, options):
+        return fast_meta_step(
+            model,
+            batch.to(device),
+            inner_lr=options.inner_lr,
+            inner_steps=options.inner_steps,
+            inner_params=options.inner_params,
+            objective=options.objective,
+            teacher=targets,
+            lm_weight=options.lm_weight,
+            lm_batch=lm_batch,
+            recompute=options.recompute,
+        )
 
 
-def _row(
-    step: int, losses: MetaStepOutput, norm: torch.Tensor, options: TrainOptions
-) -> dict[str, float]:
+def _update(
+    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], options: TrainOptions, step: int
+) -> float:
+    """A step of Adam on ``.grad``, which it clips and clears; the norm before that.
+
+    Raises:
+        FloatingPointError: if the norm is not finite; the weights are untouched.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, options.clip_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"meta-gradient: its norm is {norm} at step {step}")
+    for group in optimizer.param_groups:
+        group["lr"] = options.learning_rate(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def _compute_dtype(model: nn.Module, options: TrainOptions) -> torch.autocast:
+    device: torch.device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16")
+
+
+def _tokens(examples: Sequence[Example], units: Sequence[Sequence[int]]) -> int:
+    """The tokens in the contexts and the query rows of a batch."""
+    contexts = sum(len(examples[unit[0]].context) for unit in units)
+    rows = (examples[index] for unit in units for index in unit)
+    return contexts + sum(len(example.query) + len(example.response) for example in rows)
+
+
+def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, float]:
     return {
-        "step": step,
+        "step": step + 1,
+        "learning_rate": options.learning_rate(step),
         "outer_loss": float(losses.outer_loss),
         "query_loss": float(losses.query_loss),
         "lm_loss": float(losses.lm_loss),
         "inner_loss": float(losses.inner_loss),
-        "gradient_norm": float(norm),
-        "learning_rate": options.learning_rate(step - 1),
     }

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdprompt_fast.checkpoint import read_metrics
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import write_triples
-from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.data.people import make_people_data
+from gdprompt_fast.evaluation import read_predictions
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-RUN_MAIN = "import sys; from gdprompt_fast.cli import main; main(sys.argv[1:])"
 DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]
 TRAIN = ["--steps", "4", "--batch-size", "2", "--inner-lr", "0.1", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny saved Llama with the people tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = people_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
-    write_triples(make_people_data(9, 1, seed=0).train.to_list(), path)
-    return path
 
 
 def test_the_demo_in_miniature_writes_everything_it_promises(
@@ -115,10 +81,43 @@ def test_train_then_evaluate(
     assert (output / "figure.png").is_file() and (output / "results.json").is_file()
     results = tmp_path / "results.json"
     command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
-    assert main([*command, "--inner-lr", "0.1", "--results", str(results)]) == 0
+    answers = ["--answer-tokens", "3", "--results", str(results)]
+    assert main([*command, "--inner-lr", "0.1", *answers]) == 0
     assert "Fine-Tuning: η = 0.1" in capsys.readouterr().out
     after = json.loads((output / "results.json").read_text())["after"]
     assert json.loads(results.read_text())["settings"] == after["settings"]
+
+
+def test_a_teachers_cache_serves_several_runs_but_no_other_settings(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    command += ["--teacher-cache", str(tmp_path / "teacher"), "--output"]
+    assert main([*command, str(tmp_path / "a"), "--answer-tokens", "3"]) == 0
+    assert not (tmp_path / "a" / "teacher").exists()
+    written = [path.stat().st_mtime_ns for path in (tmp_path / "teacher").glob("shard-*")]
+    assert main([*command, str(tmp_path / "b"), "--answer-tokens", "3", "--seed", "1"]) == 0
+    assert written == [path.stat().st_mtime_ns for path in (tmp_path / "teacher").glob("shard-*")]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "c"), "--answer-tokens", "4"]) == 2
+    assert "was made with another answer_tokens" in one_line(capsys)
+    assert not (tmp_path / "c").exists()
+
+
+def test_training_examples_among_the_test_data_are_counted(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "test.jsonl"
+    lines = triples.read_text().splitlines(keepends=True)
+    unseen = make_people_data(1, 4, seed=0).test.to_list()
+    write_triples(unseen, test)
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    command += ["--objective", "gold", "--test-data", str(test), "--output"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    test.write_text(test.read_text() + lines[0] + lines[5])
+    assert main([*command, str(tmp_path / "b")]) == 0
+    assert "warning: 2 of 6 examples of --test-data" in capsys.readouterr().err
 
 
 def test_train_adapters_then_evaluate_them(
@@ -132,6 +131,62 @@ def test_train_adapters_then_evaluate_them(
     assert (output / "model" / "adapter_model.safetensors").is_file()
     command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
     assert main([*command, "--inner-params", "lora", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("order", [[], ["--one-after-another"]], ids=["at once", "in turn"])
+def test_evaluate_groups_of_contexts_and_keep_every_answer(
+    order: list[str],
+    model_folder: Path,
+    triples: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results, predictions = tmp_path / "results.json", tmp_path / "predictions.jsonl"
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    groups = ["--contexts-per-group", "4", "--answer-tokens", "4", *order]
+    files = ["--results", str(results), "--predictions", str(predictions)]
+    assert main([*command, *groups, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "8 examples, ± one standard error" in printed  # of 9: two groups of 4
+    for row in ("| accuracy ", "| token accuracy ", "| exact match ", "| F1 ", "| NLL per token "):
+        assert row in printed
+    result = json.loads(results.read_text())
+    assert result["contexts_per_group"] == 4 and result["one_after_another"] is bool(order)
+    rows = read_predictions(predictions)
+    assert len(rows) == 8
+    mean = sum(row["settings"]["fine_tuning"]["f1"] for row in rows) / 8
+    assert result["settings"]["fine_tuning"]["f1"] == pytest.approx(mean)
+
+
+def test_evaluate_without_answers(
+    model_folder: Path, triples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    assert main([*command, "--answer-tokens", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "| accuracy " in printed and "exact match" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--answer-tokens", "127"], "answer_tokens: expected fewer than the model's positions"),
+        (["--answer-tokens", "-1"], "answer_tokens: expected an integer >= 0, got -1"),
+        (["--contexts-per-group", "10"], "contexts_per_group: expected at most the number of"),
+        (["--predictions", "no/folder/p.jsonl"], "predictions: expected a file in an existing"),
+        (["--inner-lr", "inf"], "inner_lr: expected a finite number >= 0, got inf"),
+    ],
+)
+def test_bad_input_to_evaluate_is_one_clear_line(
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    triples: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    assert main([*command, *arguments]) == 2
+    assert message in one_line(capsys)
 
 
 def test_evaluate_can_tune_the_inner_rate(
@@ -158,6 +213,8 @@ def test_evaluate_can_tune_the_inner_rate(
         (["--output", "full"], "output: expected a new or empty folder"),
         (["--dtype", "bfloat16"], "dtype: expected float32 to train all weights, got bfloat16"),
         (["--objective", "kl", "--answer-tokens", "5000"], "answer_tokens: expected fewer than"),
+        (["--teacher-cache", "full"], "teacher_cache: expected a cache or a new or empty folder"),
+        (["--preset", "no-such"], "preset: expected a TOML file or one of paper, got no-such"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
@@ -194,7 +251,9 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["plan"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["search-outer-lr"], ["evaluate"], ["plan"]], ids=str
+)
 def test_help_names_options_and_defaults(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,34 +262,6 @@ def test_help_names_options_and_defaults(
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "default: " in printed if command else "evaluate" in printed
-
-
-def test_a_run_killed_by_the_system_continues_to_the_same_bits(
-    model_folder: Path, triples: Path, tmp_path: Path
-) -> None:
-    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
-    command += ["--objective", "gold", "--steps", "40", "--checkpoint-every", "2", "--output"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    on_pytorch = "from gdprompt_fast import backend; backend.load_cpp = lambda: False; "  # as here
-    process = subprocess.Popen(
-        [sys.executable, "-c", on_pytorch + RUN_MAIN, *command, str(killed)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not list(killed.glob("checkpoints/step-*")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (killed / "model").exists()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert main([*command, str(killed), "--resume"]) == 0
-    assert main([*command, str(whole)]) == 0
-    torch.set_num_threads(threads)
-    for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_train_and_evaluate_a_real_checkpoint_on_real_questions(

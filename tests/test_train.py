@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gdprompt_fast.train
+from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
 from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
-from gdprompt_fast.data import Example, Limits, tokenise_triples
+from gdprompt_fast.data import (
+    Example,
+    Limits,
+    ShuffledSampler,
+    meta_batch,
+    pad,
+    query_rows,
+    tokenise_triples,
+    units_by_context,
+)
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
+from gdprompt_fast.prepare import fine_tuning_backward
+from gdprompt_fast.reference.compare import gradients_of, worst_error
+from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
 
 TOKENIZER = people_tokenizer()
@@ -23,7 +38,10 @@ GOLD = TrainOptions(
     steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
     lm_weight=0.1, checkpoint_every=3,
 )  # fmt: skip
-KL = dataclasses.replace(GOLD, objective="kl", answer_tokens=3)
+KL = dataclasses.replace(GOLD, objective="kl")
+GROUPED = dataclasses.replace(
+    KL, batch_size=1, contexts_per_group=2, queries_per_context=2, lm_on="prompts"
+)
 LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 
@@ -72,40 +90,50 @@ def initial_model(lora: bool) -> torch.nn.Module:
 
 
 def run(
-    options: TrainOptions, examples: list[Example], output: Path, lora: bool = False
+    options: TrainOptions,
+    examples: list[Example],
+    output: Path,
+    lora: bool = False,
+    joint: list[Example] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A run from the same initial model; its final weights."""
     model = initial_model(lora)
-    teacher = tiny_llama(seed=1).eval() if options.objective == "kl" else None
-    train(model, TOKENIZER, examples, options, output, teacher)
+    teacher = None
+    if options.objective == "kl":
+        teacher = TeacherCache.build(
+            output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        )
+    train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
-    ("options", "lora"),
-    [(GOLD, False), (KL, False), (LORA, True)],
-    ids=["gold", "kl", "kl with LoRA inside and outside"],
+    ("options", "lora", "joint"),
+    [(GOLD, False, 0), (KL, False, 0), (LORA, True, 0), (GROUPED, False, 3)],
+    ids=["gold", "kl", "kl with LoRA inside and outside", "kl with groups and joint training"],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     options: TrainOptions,
     lora: bool,
+    joint: int,
     examples: list[Example],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if lora:
         pytest.importorskip("peft", reason="PEFT is an optional dependency")
-    uninterrupted = run(options, examples, tmp_path / "a", lora)
+    ordinary = examples[:joint] or None
+    uninterrupted = run(options, examples, tmp_path / "a", lora, ordinary)
     untrained = initial_model(lora).state_dict()
     assert any(not torch.equal(uninterrupted[name], value) for name, value in untrained.items())
     with monkeypatch.context() as patch:
         step = killed_after(5, gdprompt_fast.train.fast_meta_step)
         patch.setattr(gdprompt_fast.train, "fast_meta_step", step)
         with pytest.raises(Killed):
-            run(options, examples, tmp_path / "b", lora)
+            run(options, examples, tmp_path / "b", lora, ordinary)
     assert len(read_metrics(tmp_path / "b" / "metrics.jsonl")) == 5
     assert not (tmp_path / "b" / "model").exists()
-    resumed = run(options, examples, tmp_path / "b", lora)
+    resumed = run(options, examples, tmp_path / "b", lora, ordinary)
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     files = sorted(path.name for path in (tmp_path / "a" / "model").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "b" / "model").iterdir())
@@ -167,6 +195,19 @@ def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_p
         train(model, TOKENIZER, examples, GOLD, tmp_path)
 
 
+def test_a_teacher_goes_with_the_objective_and_the_examples(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    teacher = TeacherCache.build(
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+    )
+    for options, given in ((KL, None), (GOLD, teacher)):
+        with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
+            train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
+    with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
+        train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     options = dataclasses.replace(GOLD, steps=100, warmup_steps=10)
     rates = [options.learning_rate(step) for step in range(100)]
@@ -176,11 +217,141 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert 0 < rates[99] < 0.001 * options.outer_lr
 
 
+def test_no_number_of_steps_is_one_epoch(examples: list[Example], tmp_path: Path) -> None:
+    run(dataclasses.replace(GOLD, steps=0), examples, tmp_path)
+    assert len(examples) == 5 and GOLD.batch_size == 2
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2])  # a warm-up of two steps, then the cosine
+
+
+def first_step(
+    options: TrainOptions, examples: list[Example], output: Path, **changes: Any
+) -> dict[str, float]:
+    """The metrics of the first step with other options."""
+    run(dataclasses.replace(options, steps=1, **changes), examples, output)
+    return read_metrics(output / "metrics.jsonl")[0]
+
+
+def test_the_next_token_loss_can_be_on_whole_prompts(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(GOLD, batch_size=5, lm_weight=1.0)
+    row = first_step(options, examples, tmp_path / "a", lm_on="prompts")
+    expected = []
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.response])
+        with torch.no_grad():
+            expected.append(float(tiny_llama()(input_ids=ids, labels=ids).loss))
+    assert row["lm_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert row["outer_loss"] == pytest.approx(row["query_loss"] + row["lm_loss"])
+    on_contexts = first_step(options, examples, tmp_path / "b")
+    assert row["query_loss"] == on_contexts["query_loss"]
+    assert row["gradient_norm"] != on_contexts["gradient_norm"]
+
+
+def test_in_bfloat16_a_step_is_near_the_float32_one_and_trains_float32_weights(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    exact = first_step(GOLD, examples, tmp_path / "a")
+    rounded = first_step(GOLD, examples, tmp_path / "b", compute_dtype="bfloat16")
+    for name in ("query_loss", "lm_loss", "inner_loss", "gradient_norm"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.05)
+        assert rounded[name] != exact[name]
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "b" / "model", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def about_one_context(examples: list[Example]) -> list[Example]:
+    """Five examples of which the first, the second and the last ask about the same context."""
+    shared = examples[0].context
+    asked = [dataclasses.replace(examples[i], context=shared) for i in (0, 1, 4)]
+    return [asked[0], asked[1], examples[2], examples[3], asked[2]]
+
+
+@pytest.mark.parametrize("objective", ["gold", "kl"])
+def test_queries_of_one_context_lose_the_same_together_as_apart(
+    objective: str, examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(KL if objective == "kl" else GOLD, lm_weight=0.0)
+    asked = about_one_context(examples)
+    apart = first_step(options, asked, tmp_path / "a", batch_size=5)
+    together = first_step(options, asked, tmp_path / "b", batch_size=3, queries_per_context=5)
+    for name in ("query_loss", "gradient_norm"):
+        assert together[name] == pytest.approx(apart[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["gold", "kl"])
+def test_a_step_with_groups_has_the_gradient_of_the_reference(
+    objective: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def both(model: torch.nn.Module, batch: MetaBatch, recompute: str, **options: Any) -> Any:
+        _, expected = gradients_of(reference_meta_step, model, batch, **options)
+        out, gradients = gradients_of(fast_meta_step, model, batch, **options)
+        error, name = worst_error(gradients, expected)
+        assert error < 1e-3, name
+        batches.append(batch)
+        return out
+
+    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", both)
+    options = dataclasses.replace(KL if objective == "kl" else GOLD, contexts_per_group=2)
+    asked = about_one_context(examples)
+    first_step(options, asked, tmp_path, batch_size=2, queries_per_context=2)
+    units = units_by_context(asked, 2)
+    assert units == [[0, 1], [2], [3], [4]]
+    drawn = [units[index] for index in ShuffledSampler(4, options.seed).take(4)]
+    (batch,) = batches
+    assert torch.equal(batch.context_ids, pad([asked[unit[0]].context for unit in drawn])[0])
+    assert batch.context_group.tolist() == [0, 0, 1, 1]
+    assert batch.query_group.tolist() == [n // 2 for n, unit in enumerate(drawn) for _ in unit]
+    if objective == "gold":
+        queries = query_rows([asked[index] for unit in drawn for index in unit])
+        assert torch.equal(batch.query_ids, queries.ids)
+
+
+def test_an_epoch_of_groups_draws_every_context_once(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    grouped = dict(steps=0, batch_size=1, contexts_per_group=2, queries_per_context=2)
+    run(dataclasses.replace(GOLD, **grouped), about_one_context(examples), tmp_path)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_joint_training_adds_the_fine_tuning_loss_to_the_meta_gradient(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(GOLD, steps=1, clip_norm=1e9, batch_size=2)
+    alone = first_step(options, examples, tmp_path / "a")
+    run(options, examples, tmp_path / "b", joint=examples[3:])
+    together = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
+    assert together["outer_loss"] == alone["outer_loss"]
+    model = tiny_llama().eval()
+    loss = fine_tuning_backward(model, [examples[3], examples[4]])
+    assert together["joint_loss"] == pytest.approx(loss, rel=1e-5)
+    meta = meta_batch([examples[i] for i in ShuffledSampler(5, options.seed).take(2)])
+    fast_meta_step(model, meta, inner_lr=0.3, objective="gold", lm_weight=0.1)
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert together["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
+    kept = run(GOLD, examples, tmp_path / "a")
+    again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("steps", 0),
+        ("lm_on", "queries"),
+        ("compute_dtype", "float16"),
+        ("recompute", "all"),
+        ("steps", -1),
         ("batch_size", -1),
+        ("contexts_per_group", 0),
+        ("queries_per_context", 0),
         ("outer_lr", 0.0),
         ("clip_norm", float("nan")),
         ("inner_lr", -0.1),
@@ -189,8 +360,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ("checkpoint_every", 0),
     ],
 )
-def test_a_bad_option_is_an_error_that_names_it(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+def test_a_bad_option_is_an_error_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
         dataclasses.replace(GOLD, **{name: value})
 
 
@@ -215,3 +386,35 @@ def test_reopened_metrics_forget_rows_after_the_checkpoint(tmp_path: Path) -> No
     log.write({"step": 2})
     log.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run(GOLD, examples, tmp_path / "without")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def flush(self) -> None:
+            written.append(("flush",))
+
+        close = flush
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    log.write({"step": 1, "outer_loss": 0.5})
+    log.close()
+    MetricsLog(tmp_path / "metrics.jsonl", step=1).close()
+    folder = str(tmp_path / "tensorboard")
+    scalar = ("outer_loss", 0.5, 1)
+    assert written == [(folder, 1), scalar, ("flush",), ("flush",), (folder, 2), ("flush",)]
