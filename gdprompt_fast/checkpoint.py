@@ -30,15 +30,37 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
+    for path in temporary.rglob("*"):
+        _to_disk(path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    _to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file is on the disk: a name must not get there before its content."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is no such path, or a folder with nothing but what a killed write left."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name.startswith(".") and path.suffix == ".tmp" for path in folder.iterdir())
+
+
 def write_file(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,16 +16,8 @@ from .data import Limits, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
 from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
 from .evaluation import InnerStep, tune_inner_lr
-from .loading import (
-    DTYPES,
-    add_lora,
-    check_same_vocabulary,
-    choose_device,
-    load_config,
-    load_examples,
-    load_model,
-    positions,
-)
+from .job import limits, load_job
+from .loading import DTYPES, choose_device, load_config, load_examples, load_model, positions
 from .options import check_inner, select_inner
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .report import results_table
@@ -71,9 +63,9 @@ def prepare_demo(args: argparse.Namespace) -> Work:
         raise ValueError(f"test_examples: expected an integer >= 1, got {args.test_examples}")
     data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
     tokenizer = people_tokenizer()
-    limits = Limits(POSITIONS, POSITIONS, POSITIONS)
-    examples = tokenise_triples(data.train, tokenizer, limits).examples
-    unseen = tokenise_triples(data.test, tokenizer, limits).examples
+    room = Limits(POSITIONS, POSITIONS, POSITIONS)
+    examples = tokenise_triples(data.train, tokenizer, room).examples
+    unseen = tokenise_triples(data.test, tokenizer, room).examples
     test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
     model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
@@ -87,37 +79,14 @@ def prepare_demo(args: argparse.Namespace) -> Work:
 
 def prepare_train(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
-    options = _train_options(args)
-    device = choose_device(args.device)
-    model, tokenizer = load_model(args.model, args.dtype, device)
-    if args.dtype != "float32" and not args.lora_rank:
-        raise ValueError(
-            f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
-            "smaller than its rounding; --lora-rank trains float32 adapters beside such weights"
-        )
-    if args.lora_rank:
-        model = add_lora(model, args.lora_rank, args.seed)
-    select_inner(model, options.inner_params)
-    teacher = None
-    if options.objective == "kl":
-        teacher, _ = load_model(args.teacher or args.model, args.dtype, device)
-        check_same_vocabulary(teacher, model)
-    room = positions(model)
-    if teacher is not None:
-        room = min(room, positions(teacher)) - options.answer_tokens
-    if room < 2:
-        raise ValueError(
-            f"answer_tokens: expected fewer than the model's positions, got {options.answer_tokens}"
-        )
-    triples = load_examples(args.data, model, tokenizer, _limits(args, room))
-    print(f"{args.data}: {triples}")
-    test = None
-    if args.test_data:
-        held_out = load_examples(args.test_data, model, tokenizer, _limits(args, positions(model)))
-        print(f"{args.test_data}: {held_out}")
-        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
-    claim_output(args.output, {**_settings(args), "examples": len(triples.examples)}, args.resume)
-    return lambda: run(model, tokenizer, triples.examples, options, args.output, teacher, test)
+    job = load_job(args, _train_options(args))
+    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+
+    def work() -> None:
+        teacher = job.build_teacher_cache()
+        run(job.model, job.tokenizer, job.examples, job.options, args.output, teacher, job.test)
+
+    return work
 
 
 def prepare_evaluate(args: argparse.Namespace) -> Work:
@@ -126,7 +95,7 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
     _check_file("results", args.results)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
     select_inner(model, args.inner_params)
-    triples = load_examples(args.data, model, tokenizer, _limits(args, positions(model)))
+    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
     print(f"{args.data}: {triples}")
     test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
 
@@ -168,15 +137,9 @@ def _train_options(args: argparse.Namespace) -> TrainOptions:
     return TrainOptions(**{f.name: getattr(args, f.name) for f in fields(TrainOptions)})
 
 
-def _limits(args: argparse.Namespace, room: int) -> Limits:
-    """The limits asked for, within the ``room`` that the model has positions for."""
-    limits = (args.max_context_tokens, args.max_query_tokens, args.max_prompt_tokens)
-    return Limits(*(min(limit, room) for limit in limits))
-
-
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
-    free = ("device", "eval_batch_size", "output", "prepare", "resume")
+    free = ("device", "eval_batch_size", "output", "prepare", "resume", "teacher_cache")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
 
@@ -227,6 +190,9 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
     parser.add_argument("--teacher", type=Path, help="folder of the kl teacher; None: --model's")
+    parser.add_argument(
+        "--teacher-cache", type=Path, help="folder of its answers; None: in --output"
+    )
     parser.add_argument("--lora-rank", type=int, default=0, help="of LoRA adapters; 0: train all")
     _add_inner_lr_grid(parser)
     _add_resume(parser)

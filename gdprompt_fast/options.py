@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,19 @@ from .targets import TeacherTargets, check_teacher
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
 LMBatch = tuple[Tensor, Tensor]
+
+
+def option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that is also a command-line option, with its help text."""
+    return field(default=default, metadata={"help": what, "choices": choices})
+
+
+def warmup_then_cosine(step: int, steps: int, warmup_steps: int, peak: float) -> float:
+    """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)

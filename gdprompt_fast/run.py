@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import read_metrics, write_file, write_json
+from .checkpoint import is_empty, read_metrics, write_file, write_json
 from .data import Example
 from .evaluation import InnerStep, Summary, evaluate, fine_tuned_answers, tune_inner_lr
 from .loading import positions
 from .options import check_inner
 from .report import draw_figure, not_improved, results_table
+from .teacher import TeacherCache
 from .train import METRICS_FILE, TrainOptions, train
 
 SETTINGS_FILE = "run.json"
@@ -70,7 +71,7 @@ def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> Non
                     f"{name}: expected {old.get(name)!r} as in the run in {output}, "
                     f"got {known.get(name)!r}"
                 )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif not is_empty(output):
         raise ValueError(f"output: expected a new or empty folder, got {output}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
@@ -82,7 +83,7 @@ def run(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: nn.Module | None = None,
+    teacher: TeacherCache | None = None,
     test: TestSet | None = None,
 ) -> None:
     """Meta-trains ``model`` into ``output`` and, with a test set, reports before and after.

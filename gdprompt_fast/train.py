@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,19 +20,14 @@ from .checkpoint import (
     save_model,
     write_folder,
 )
-from .data import Example, ShuffledSampler, meta_batch
+from .data import Example, ShuffledSampler, meta_batch, prompt_rows
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
-from .options import MetaStepOutput, check_inner
+from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
 from .progress import progress_bar
-from .teacher import teach
+from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
-
-
-def option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that is also a command-line option, with its help text."""
-    return field(default=default, metadata={"help": what, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class TrainOptions:
         ValueError: naming the option, what was expected and what was given.
     """
 
-    steps: int = option(1000, "outer steps")
+    steps: int = option(0, "outer steps; 0: one epoch")
     batch_size: int = option(16, "examples in an outer step")
     outer_lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
     warmup_steps: int = option(50, "steps of linear warm-up; a cosine to zero follows")
@@ -55,34 +49,53 @@ class TrainOptions:
     objective: str = option(
         "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
     )
-    lm_weight: float = option(0.0, "weight λ of the next-token loss on the contexts")
+    lm_weight: float = option(0.0, "weight λ of the next-token loss")
+    lm_on: str = option(
+        "contexts",
+        "texts of the next-token loss: contexts, or prompts with their gold responses, whole",
+        ("contexts", "prompts"),
+    )
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
+    teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
+    compute_dtype: str = option(
+        "float32",
+        "bfloat16: activations and products in it, of float32 weights; float32: as the weights",
+        ("float32", "bfloat16"),
+    )
+    recompute: str = option(
+        "none", "block: two thirds of the memory, 1.7 times the time", ("none", "block")
+    )
     checkpoint_every: int = option(200, "steps between checkpoints")
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)
-        for name in ("steps", "batch_size", "answer_tokens", "checkpoint_every"):
+        for name in ("batch_size", "answer_tokens", "teacher_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "lm_weight"):
+        for name in ("steps", "warmup_steps", "lm_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for each in fields(self):
+            choices, given = each.metadata["choices"], getattr(self, each.name)
+            if choices is not None and given not in choices:
+                raise ValueError(f"{each.name}: expected one of {choices}, got {given!r}")
 
     @property
     def inner(self) -> InnerStep:
         """The inner step, as evaluation takes it."""
         return InnerStep(self.inner_lr, self.inner_steps, self.inner_params)
 
+    def counted(self, examples: int) -> TrainOptions:
+        """The same options with the steps of one epoch where they were 0."""
+        return self if self.steps else replace(self, steps=math.ceil(examples / self.batch_size))
+
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
-        if step < self.warmup_steps:
-            return self.outer_lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.outer_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup_then_cosine(step, self.steps, self.warmup_steps, self.outer_lr)
 
 
 def train(
@@ -91,7 +104,7 @@ def train(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: nn.Module | None = None,
+    teacher: TeacherCache | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
@@ -102,9 +115,16 @@ def train(
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
             step with dropout is not defined.
-        teacher: the frozen model that the KL objective matches; None for the gold objective.
+        teacher: what the frozen teacher answers to these very examples, for the KL objective; None
+            for the gold objective.
+
+    Raises:
+        ValueError: if the teacher does not go with the objective or the examples.
+        FloatingPointError: if a loss or the meta-gradient is not finite.
     """
+    _check_teacher(teacher, examples, options)
     model.eval()
+    options = options.counted(len(examples))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
     sampler = ShuffledSampler(len(examples), options.seed)
@@ -115,10 +135,10 @@ def train(
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            batch = [examples[index] for index in sampler.take(options.batch_size)]
+            indices = sampler.take(options.batch_size)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step)
-            losses = _losses_with_gradients(model, batch, options, tokenizer, teacher)
+            losses = _losses_with_gradients(model, examples, indices, options, teacher)
             norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
@@ -135,28 +155,49 @@ def train(
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 
+def _check_teacher(
+    teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
+) -> None:
+    if (teacher is not None) != (options.objective == "kl"):
+        raise ValueError(
+            f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
+            f'{type(teacher).__name__} with "{options.objective}"'
+        )
+    if teacher is not None and teacher.examples != list(examples):
+        raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
+
+
 def _losses_with_gradients(
     model: nn.Module,
     examples: Sequence[Example],
+    indices: Sequence[int],
     options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: nn.Module | None,
+    teacher: TeacherCache | None,
 ) -> MetaStepOutput:
-    """One meta step; the meta-gradient of the batch is added to ``.grad``."""
-    if teacher is not None:
-        batch, targets = teach(teacher, examples, tokenizer.eos_token_id, options.answer_tokens)
+    """One meta step; the meta-gradient of the examples at ``indices`` is added to ``.grad``."""
+    device: torch.device = next(model.parameters()).device
+    drawn, targets = [examples[index] for index in indices], None
+    if options.lm_on == "prompts" and options.lm_weight > 0:
+        prompts = prompt_rows(drawn).to(device)
+        lm_batch = (prompts.ids, prompts.mask)
     else:
-        batch, targets = meta_batch(examples).to(next(model.parameters()).device), None
-    return fast_meta_step(
-        model,
-        batch,
-        inner_lr=options.inner_lr,
-        inner_steps=options.inner_steps,
-        inner_params=options.inner_params,
-        objective=options.objective,
-        teacher=targets,
-        lm_weight=options.lm_weight,
-    )
+        lm_batch = None
+    if teacher is not None:
+        drawn, targets = teacher.batch(indices)
+    in_bfloat16 = options.compute_dtype == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+        return fast_meta_step(
+            model,
+            meta_batch(drawn).to(device),
+            inner_lr=options.inner_lr,
+            inner_steps=options.inner_steps,
+            inner_params=options.inner_params,
+            objective=options.objective,
+            teacher=targets,
+            lm_weight=options.lm_weight,
+            lm_batch=lm_batch,
+            recompute=options.recompute,
+        )
 
 
 def _row(

@@ -193,3 +193,15 @@ def make_batch() -> Callable[[str], MetaBatch]:
         )
 
     return build
+
+
+@pytest.fixture
+def small_llama() -> Callable[[int], torch.nn.Module]:
+    """A tied Llama over a vocabulary of the given size, with seeded weights."""
+
+    def make(vocabulary: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, tie_word_embeddings=True)
+        return LlamaForCausalLM(config).eval()
+
+    return make

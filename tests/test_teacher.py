@@ -90,12 +90,12 @@ def test_targets_are_the_teachers_predictions_of_its_own_answers(teacher: torch.
     tokenizer = people_tokenizer()
     data = make_people_data(5, 1, seed=0).train
     examples = tokenise_triples(data, tokenizer, Limits(64, 64, 64)).examples
-    batch, targets = teach(teacher, examples, tokenizer.eos_token_id, max_tokens=3)
+    answered, targets = teach(teacher, examples, tokenizer.eos_token_id, max_tokens=3)
     answers = greedy_answers(
         teacher, [list(e.prompt) for e in examples], tokenizer.eos_token_id, max_tokens=3
     )
-    for index, answer in enumerate(answers):
-        assert batch.query_ids[index][batch.response_mask[index]].tolist() == answer
+    assert [list(example.response) for example in answered] == answers
+    assert [e.prompt for e in answered] == [e.prompt for e in examples]
     rows = prompt_rows(with_responses(examples, answers))
     with torch.no_grad():
         logits = teacher(input_ids=rows.ids).logits[:, :-1][rows.response_mask[:, 1:]]

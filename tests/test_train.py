@@ -16,6 +16,7 @@ from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
 from gdprompt_fast.data import Example, Limits, tokenise_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
+from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
 
 TOKENIZER = people_tokenizer()
@@ -23,7 +24,7 @@ GOLD = TrainOptions(
     steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
     lm_weight=0.1, checkpoint_every=3,
 )  # fmt: skip
-KL = dataclasses.replace(GOLD, objective="kl", answer_tokens=3)
+KL = dataclasses.replace(GOLD, objective="kl")
 LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 
@@ -76,7 +77,11 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """A run from the same initial model; its final weights."""
     model = initial_model(lora)
-    teacher = tiny_llama(seed=1).eval() if options.objective == "kl" else None
+    teacher = None
+    if options.objective == "kl":
+        teacher = TeacherCache.build(
+            output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        )
     train(model, TOKENIZER, examples, options, output, teacher)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -167,6 +172,19 @@ def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_p
         train(model, TOKENIZER, examples, GOLD, tmp_path)
 
 
+def test_a_teacher_goes_with_the_objective_and_the_examples(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    teacher = TeacherCache.build(
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+    )
+    for options, given in ((KL, None), (GOLD, teacher)):
+        with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
+            train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
+    with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
+        train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     options = dataclasses.replace(GOLD, steps=100, warmup_steps=10)
     rates = [options.learning_rate(step) for step in range(100)]
@@ -176,10 +194,64 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert 0 < rates[99] < 0.001 * options.outer_lr
 
 
+def test_no_number_of_steps_is_one_epoch(examples: list[Example], tmp_path: Path) -> None:
+    run(dataclasses.replace(GOLD, steps=0), examples, tmp_path)
+    assert len(examples) == 5 and GOLD.batch_size == 2
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2])  # a warm-up of two steps, then the cosine
+
+
+def first_step(
+    options: TrainOptions, examples: list[Example], output: Path, **changes: Any
+) -> dict[str, float]:
+    """The metrics of the first step with other options."""
+    run(dataclasses.replace(options, steps=1, **changes), examples, output)
+    return read_metrics(output / "metrics.jsonl")[0]
+
+
+def test_the_next_token_loss_can_be_on_whole_prompts(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(GOLD, batch_size=5, lm_weight=1.0)
+    row = first_step(options, examples, tmp_path / "a", lm_on="prompts")
+    expected = []
+    for example in examples:
+        ids = torch.tensor([example.prompt + example.response])
+        with torch.no_grad():
+            expected.append(float(tiny_llama()(input_ids=ids, labels=ids).loss))
+    assert row["lm_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert row["outer_loss"] == pytest.approx(row["query_loss"] + row["lm_loss"])
+    on_contexts = first_step(options, examples, tmp_path / "b")
+    assert row["query_loss"] == on_contexts["query_loss"]
+    assert row["gradient_norm"] != on_contexts["gradient_norm"]
+
+
+def test_in_bfloat16_a_step_is_near_the_float32_one_and_trains_float32_weights(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    exact = first_step(GOLD, examples, tmp_path / "a")
+    rounded = first_step(GOLD, examples, tmp_path / "b", compute_dtype="bfloat16")
+    for name in ("query_loss", "lm_loss", "inner_loss", "gradient_norm"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.05)
+        assert rounded[name] != exact[name]
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "b" / "model", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
+    kept = run(GOLD, examples, tmp_path / "a")
+    again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("steps", 0),
+        ("lm_on", "queries"),
+        ("compute_dtype", "float16"),
+        ("recompute", "all"),
+        ("steps", -1),
         ("batch_size", -1),
         ("outer_lr", 0.0),
         ("clip_norm", float("nan")),
@@ -189,8 +261,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ("checkpoint_every", 0),
     ],
 )
-def test_a_bad_option_is_an_error_that_names_it(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+def test_a_bad_option_is_an_error_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
         dataclasses.replace(GOLD, **{name: value})
 
 

@@ -1,9 +1,11 @@
-"""Triples of context, query and response: reading, tokenising, batching, the demo's generator."""
+"""Triples of context, query and response: generating, reading, tokenising, batching."""
 
+from .characters import characters_vocabulary, make_characters
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
+from .people import make_people_articles, make_people_data, people_vocabulary
 from .sampler import ShuffledSampler
 from .tokenise import Example, Limits, TokenisedTriples, TripleTokeniser, batched, tokenise_triples
-from .triples import read_triples, write_triples
+from .triples import TrainTest, read_triples, write_triples
 
 __all__ = [
     "Example",
@@ -11,10 +13,16 @@ __all__ = [
     "Rows",
     "ShuffledSampler",
     "TokenisedTriples",
+    "TrainTest",
     "TripleTokeniser",
     "batched",
+    "characters_vocabulary",
+    "make_characters",
+    "make_people_articles",
+    "make_people_data",
     "meta_batch",
     "pad",
+    "people_vocabulary",
     "prompt_rows",
     "query_rows",
     "read_triples",

@@ -1,16 +1,18 @@
-"""The demo's data: passages of four facts about four invented people, and a question on one."""
+"""Passages of four facts about four invented people with a question on one; articles of facts."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from .triples import TrainTest
+from .words import word_tokenizer
 
 FACTS_PER_PASSAGE = 4
 TEST_SHARE = 10  # every tenth person and every tenth thing is kept for the test set
@@ -36,85 +38,137 @@ PLACES = (
     "lodge market mill museum palace school stable station theatre tower"
 )
 FIRST_NAMES = (
-    "Ada Arno Bela Birgit Cleo Cosmo Dario Delia Edda Emil Falk Flora Gita Hugo Ines Jarl "
-    "Kira Levi Mara Nils Olga Pavel Quinn Rosa Sven Tova Ugo Vera Wanda Xenia Yara Zeno"
+    "Ada Agnes Alma Anton Arno Astrid Bela Birgit Bruno Carla Casper Clara Cleo Cosmo Dagmar "
+    "Dario Delia Dora Edda Egon Elsa Emil Enzo Esther Falk Felix Flora Frida Gita Greta Gustav "
+    "Hanna Hedda Hugo Ida Ines Irma Ivan Jarl Jonas Julia Kira Klaus Lars Lena Levi Lotte Ludwig "
+    "Magda Mara Marek Milo Mona Nadia Nils Nora Olga Oscar Otto Pavel Petra Quinn Ralf Rita Rosa "
+    "Rufus Selma Sven Tilda Tova Ugo Ulla Vera Viktor Wanda Willem Xenia Yara Yuri Zeno"
 )
 LAST_NAMES = (
-    "Abel Acker Bloch Brandt Castell Corvin Dahl Dorn Ekberg Elster Fonti Frey Grau Holm Imhof "
-    "Juhl Kessler Lund Moser Novak Orlov Prell Quist Ravn Stern Thule Ulrich Voss Winter Xander "
-    "Ymer Zorn"
+    "Abel Acker Adler Amsel Arendt Barth Becker Berger Bloch Brandt Busch Castell Conrad Corvin "
+    "Dahl Decker Dorn Drexel Ebner Ekberg Elster Engel Faber Fischer Fonti Forster Frey Geiger "
+    "Grau Gruber Haas Hartmann Holm Horvath Huber Imhof Jansen Juhl Kaiser Keller Kessler Koch "
+    "Kramer Lang Lindner Lorenz Lund Maurer Mertens Moser Nagel Novak Olsen Orlov Peters Pohl "
+    "Prell Quist Rask Ravn Richter Sauer Schulz Seidel Sommer Stern Strand Thule Torres Ulrich "
+    "Vidal Vogel Voss Wagner Weber Winter Xander Ymer Zeller Zorn"
 )
-BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
 
-@dataclass(frozen=True)
-class PeopleData:
-    """Triples about two sets of people, and of things, that have nothing in common."""
-
-    train: Dataset
-    test: Dataset
+Item = TypeVar("Item")
+Facts = list[tuple[str, str, str]]  # (noun, thing, name), as in "the buyer of the mill is Ada."
 
 
-def make_people_data(train_size: int, test_size: int, seed: int) -> PeopleData:
-    """Seeded triples: a passage of four facts, a question about one in other words, the answer.
+def make_people_data(
+    train_size: int, test_size: int, seed: int, facts: int = FACTS_PER_PASSAGE
+) -> TrainTest:
+    """Seeded triples: a passage of facts, a question about one in other words, the answer.
 
     A person (first and last name) and a thing (colour and place) belong to the training or to the
     test set, never to both. The single words are shared, so that no test word is untrained.
     """
-    names = _shuffled_pairs(FIRST_NAMES, LAST_NAMES, seed)
-    things = _shuffled_pairs(COLOURS, PLACES, seed)
-    test_names, test_things = len(names) // TEST_SHARE, len(things) // TEST_SHARE
-    train = _triples(names[test_names:], things[test_things:], train_size, f"{seed} train")
-    test = _triples(names[:test_names], things[:test_things], test_size, f"{seed} test")
-    return PeopleData(Dataset.from_list(train), Dataset.from_list(test))
+    train, test = _worlds()
+    return TrainTest(
+        Dataset.from_list(_triples(train, train_size, facts, f"{seed} train")),
+        Dataset.from_list(_triples(test, test_size, facts, f"{seed} test")),
+        {"train": train_size, "test": test_size},
+    )
 
 
-def _shuffled_pairs(first_words: str, second_words: str, seed: int) -> list[str]:
+def make_people_articles(train_size: int, test_size: int, seed: int) -> tuple[list[str], list[str]]:
+    """Seeded texts to train and to test on, whose second half follows from their first.
+
+    Four facts by the noun ("the builder of the red mill is Ada Holm."), then the same four by the
+    verb and in another order ("Ada Holm constructed the red mill."). People and things are
+    divided as in :func:`make_people_data`.
+    """
+    train, test = _worlds()
+    return (
+        _articles(train, train_size, f"{seed} train articles"),
+        _articles(test, test_size, f"{seed} test articles"),
+    )
+
+
+@dataclass(frozen=True)
+class _World:
+    """The people and the things that texts are about."""
+
+    names: list[str]
+    things: list[str]
+
+    def draw_facts(self, rng: random.Random, count: int) -> Facts:
+        nouns = rng.sample(sorted(QUESTIONS), count)
+        things = rng.sample(self.things, count)
+        names = rng.sample(self.names, count)
+        return list(zip(nouns, things, names, strict=True))
+
+
+def _worlds() -> tuple[_World, _World]:
+    """Two worlds that have no person and no thing in common: to train and to test on.
+
+    The same for every seed: who is unseen in one run was not seen by a model of another.
+    """
+    train_names, test_names = apart(shuffled_pairs(FIRST_NAMES, LAST_NAMES))
+    train_things, test_things = apart(shuffled_pairs(COLOURS, PLACES))
+    return _World(train_names, train_things), _World(test_names, test_things)
+
+
+def apart(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """What is trained on and, about one item in ``TEST_SHARE``, what is tested on."""
+    test = len(items) // TEST_SHARE
+    return list(items[test:]), list(items[:test])
+
+
+def shuffled_pairs(first_words: str, second_words: str) -> list[str]:
+    """Every "first second" of two lists of words, in an order that is always the same."""
     pairs = [
         f"{first} {second}" for first in first_words.split() for second in second_words.split()
     ]
-    random.Random(seed).shuffle(pairs)
+    random.Random(0).shuffle(pairs)
     return pairs
 
 
-def _triples(names: list[str], things: list[str], size: int, seed: str) -> list[dict[str, str]]:
+def _triples(world: _World, size: int, count: int, seed: str) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    return [_triple(rng, names, things) for _ in range(size)]
+    return [_triple(rng, world, count) for _ in range(size)]
 
 
-def _triple(rng: random.Random, names: list[str], things: list[str]) -> dict[str, str]:
-    facts = list(
-        zip(
-            rng.sample(sorted(QUESTIONS), FACTS_PER_PASSAGE),
-            rng.sample(things, FACTS_PER_PASSAGE),
-            rng.sample(names, FACTS_PER_PASSAGE),
-            strict=True,
-        )
-    )
+def _triple(rng: random.Random, world: _World, count: int) -> dict[str, str]:
+    facts = world.draw_facts(rng, count)
     noun, thing, name = rng.choice(facts)
     return {
-        "context": " ".join(f"the {noun} of the {thing} is {name}." for noun, thing, name in facts),
+        "context": _passage(facts),
         "query": QUESTIONS[noun].format(f"the {thing}"),
         "response": name,
     }
 
 
+def _passage(facts: Facts) -> str:
+    return " ".join(f"the {noun} of the {thing} is {name}." for noun, thing, name in facts)
+
+
+def _articles(world: _World, size: int, seed: str) -> list[str]:
+    rng = random.Random(seed)
+    return [_article(rng, world) for _ in range(size)]
+
+
+def _article(rng: random.Random, world: _World) -> str:
+    facts = world.draw_facts(rng, FACTS_PER_PASSAGE)
+    again = [_statement(*fact) for fact in rng.sample(facts, len(facts))]
+    return " ".join([_passage(facts), *again])
+
+
+def _statement(noun: str, thing: str, name: str) -> str:
+    """The question's own words with the name for "who": "Ada Holm constructed the red mill."."""
+    return QUESTIONS[noun].format(f"the {thing}").replace("who", name, 1).replace("?", ".")
+
+
 def people_vocabulary() -> list[str]:
-    """Every word and mark that a triple can contain, sorted."""
+    """Every word and mark that a triple or an article can contain, sorted."""
     questions = [question.format("the") for question in QUESTIONS.values()]
     words = ["of is .", *QUESTIONS, *questions, COLOURS, PLACES, FIRST_NAMES, LAST_NAMES]
     return sorted({word for word, _ in Whitespace().pre_tokenize_str(" ".join(words))})
 
 
 def people_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the generator's own words; it opens every text with ``<s>``."""
-    words = [PAD, BOS, EOS, UNK, *people_vocabulary()]
-    ids = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNK))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK
-    )
+    """A word-level tokenizer over the generator's own words."""
+    return word_tokenizer(people_vocabulary())

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 FIELDS = ("context", "query", "response")
+
+
+@dataclass(frozen=True)
+class TrainTest:
+    """Triples to train on and triples to test on.
+
+    Attributes:
+        train: rows of "context", "query", "response" and, of some sources, "answers".
+        test: the same.
+        counts: how many records were kept ("train", "test") and, by reason, dropped.
+    """
+
+    train: Dataset
+    test: Dataset
+    counts: dict[str, int]
 
 
 def read_triples(path: str | Path) -> Dataset:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..train import option
+from ..options import option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..batch import MetaBatch
-from ..data import Example, meta_batch, prompt_rows, with_responses
+from ..data import Example, prompt_rows, with_responses
 from ..targets import TeacherTargets
 from .answers import greedy_answers
 
 
 def teach(
     teacher: nn.Module, examples: Sequence[Example], eos: int, max_tokens: int
-) -> tuple[MetaBatch, TeacherTargets]:
-    """The batch whose responses are the teacher's greedy answers, and its predictions of them.
+) -> tuple[list[Example], TeacherTargets]:
+    """The same examples with the teacher's greedy answers as responses, and its predictions of
+    them.
 
     The gold responses are not used: the teacher reads context ⊕ query and answers as it does.
     """
@@ -24,5 +24,4 @@ def teach(
     answers = greedy_answers(teacher, [example.prompt for example in examples], eos, max_tokens)
     answered = with_responses(examples, answers)
     rows = prompt_rows(answered).to(device)
-    targets = TeacherTargets.from_model(teacher, rows.ids, rows.mask, rows.response_mask)
-    return meta_batch(answered).to(device), targets
+    return answered, TeacherTargets.from_model(teacher, rows.ids, rows.mask, rows.response_mask)

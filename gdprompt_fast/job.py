@@ -1,0 +1,111 @@
+"""What ``gdprompt train`` and ``gdprompt search-outer-lr`` start from, loaded and checked."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .data import Example, Limits
+from .loading import (
+    add_lora,
+    check_same_vocabulary,
+    choose_device,
+    load_examples,
+    load_model,
+    positions,
+)
+from .options import select_inner
+from .run import TestSet
+from .teacher import TeacherCache, cache_key, check_cache
+from .train import TrainOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and all that its training reads.
+
+    Attributes:
+        teacher: the frozen model of the KL objective, None for gold.
+        teacher_cache: the folder of its answers.
+        test: what to measure on, if anything.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    options: TrainOptions
+    teacher: nn.Module | None
+    teacher_cache: Path
+    test: TestSet | None
+
+    def build_teacher_cache(self) -> TeacherCache | None:
+        """Has the teacher answer what it has not answered yet; then its memory is free."""
+        if self.teacher is None:
+            return None
+        cache = TeacherCache.build(
+            self.teacher_cache,
+            self.teacher,
+            self.tokenizer,
+            self.examples,
+            self.options.answer_tokens,
+            self.options.teacher_batch_size,
+        )
+        self.teacher.to("meta")
+        return cache
+
+
+def load_job(args: Namespace, options: TrainOptions) -> Job:
+    """Loads what the options of the command line name, and checks that it goes together.
+
+    Raises:
+        ValueError: naming the option, what was expected and what was given.
+    """
+    device = choose_device(args.device)
+    model, tokenizer = load_model(args.model, args.dtype, device)
+    if args.dtype != "float32" and not args.lora_rank:
+        raise ValueError(
+            f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
+            "smaller than its rounding; --compute-dtype computes in it beside float32 weights, "
+            "--lora-rank trains float32 adapters beside frozen weights of it"
+        )
+    if args.lora_rank:
+        model = add_lora(model, args.lora_rank, options.seed)
+    select_inner(model, options.inner_params)
+    teacher = None
+    if options.objective == "kl":
+        in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
+        dtype = "bfloat16" if in_bfloat16 else "float32"
+        teacher, _ = load_model(args.teacher or args.model, dtype, device)
+        check_same_vocabulary(teacher, model)
+    room = positions(model)
+    if teacher is not None:
+        room = min(room, positions(teacher)) - options.answer_tokens
+    if room < 2:
+        raise ValueError(
+            f"answer_tokens: expected fewer than the model's positions, got {options.answer_tokens}"
+        )
+    triples = load_examples(args.data, model, tokenizer, limits(args, room))
+    print(f"{args.data}: {triples}")
+    test = None
+    if args.test_data:
+        held_out = load_examples(args.test_data, model, tokenizer, limits(args, positions(model)))
+        print(f"{args.test_data}: {held_out}")
+        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
+    cache = args.teacher_cache or args.output / "teacher"
+    job = Job(model, tokenizer, triples.examples, options, teacher, cache, test)
+    if teacher is not None and cache.exists():
+        key = cache_key(
+            teacher, tokenizer, job.examples, options.answer_tokens, options.teacher_batch_size
+        )
+        check_cache(cache, key)
+    return job
+
+
+def limits(args: Namespace, room: int) -> Limits:
+    """The limits asked for, within the ``room`` that the model has positions for."""
+    asked = (args.max_context_tokens, args.max_query_tokens, args.max_prompt_tokens)
+    return Limits(*(min(limit, room) for limit in asked))

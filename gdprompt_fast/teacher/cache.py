@@ -1,0 +1,208 @@
+"""The teacher's answers and its predictions of them on disk: computed once, before training.
+
+A cache is a folder of ``key.json``, which says what it was made from, and of shards. A shard has
+the answers to some examples and the teacher's final hidden states at their tokens, a few KB a
+token; with the teacher's head, which stays in memory, they are all that the KL objective needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..architecture import backbone_and_head, causal_lm
+from ..checkpoint import is_empty, write_json, write_whole
+from ..data import Example, batched, with_responses
+from ..progress import progress_bar
+from ..targets import TeacherTargets
+from .targets import teach
+
+KEY_FILE = "key.json"
+SHARD_EXAMPLES = 1024  # at most; a killed build loses the work on one shard
+NOT_OF_THE_FUNCTION = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+Key = dict[str, str | int]
+
+
+class TeacherCache:
+    """The teacher's greedy answers to examples, and its predictions of them; see :meth:`build`.
+
+    Attributes:
+        examples: what the teacher answered, with the responses that they came with.
+        answered: the same examples with the teacher's answers as responses.
+    """
+
+    def __init__(self, folder: Path, examples: Sequence[Example], head: Tensor) -> None:
+        self._head = head
+        self._shards = [safe_open(path, framework="pt") for path in _shard_files(folder)]
+        self._place: dict[int, tuple[int, int]] = {}  # shard, and row of its hidden states
+        answers: dict[int, list[int]] = {}
+        for number, shard in enumerate(self._shards):
+            lengths = shard.get_tensor("tokens").tolist()
+            start = 0
+            parts = shard.get_tensor("answers").split(lengths)
+            for index, answer in zip(shard.get_tensor("examples").tolist(), parts, strict=True):
+                answers[index], self._place[index] = answer.tolist(), (number, start)
+                start += len(answer)
+        self.examples = list(examples)
+        self.answered = with_responses(examples, [answers[i] for i in range(len(examples))])
+
+    @staticmethod
+    def build(
+        folder: Path,
+        teacher: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        answer_tokens: int,
+        batch_size: int,
+    ) -> TeacherCache:
+        """The cache in ``folder``, after making what is not there yet.
+
+        Built on a CPU, it has the very same bits however often its build was killed and continued:
+        which examples are answered together is fixed. The teacher is not needed afterwards.
+
+        Args:
+            teacher: the frozen causal LM that reads context ⊕ query.
+            answer_tokens: the longest greedy answer, in tokens.
+            batch_size: examples answered at once.
+
+        Raises:
+            ValueError: if the folder is the cache of another model, data or settings, or no cache.
+        """
+        key = cache_key(teacher, tokenizer, examples, answer_tokens, batch_size)
+        check_cache(folder, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / KEY_FILE, key)
+        _fill(folder, teacher, tokenizer.eos_token_id, examples, answer_tokens, batch_size)
+        # A copy: the head that was given may be that of a model about to be trained.
+        head = backbone_and_head(teacher)[1].weight.detach().clone()
+        return TeacherCache(folder, examples, head)
+
+    def batch(self, indices: Sequence[int]) -> tuple[list[Example], TeacherTargets]:
+        """These examples with the teacher's answers as responses, and its predictions of them."""
+        answered = [self.answered[index] for index in indices]
+        hidden = [self._hidden(index) for index in indices]
+        return answered, TeacherTargets(
+            hidden=torch.cat(hidden).to(self._head.device), head=self._head
+        )
+
+    def _hidden(self, index: int) -> Tensor:
+        shard, start = self._place[index]
+        hidden = self._shards[shard].get_slice("hidden")
+        return hidden[start : start + len(self.answered[index].response)]
+
+
+def cache_key(
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    answer_tokens: int,
+    batch_size: int,
+) -> Key:
+    """All that the bits of a cache follow from, in parts with names."""
+    return {
+        "weights": _hash_of_weights(teacher),
+        "config": _hash_of_config(teacher),
+        "data": _hash_of_prompts(examples),
+        "answer_tokens": answer_tokens,
+        "eos_token": int(tokenizer.eos_token_id),
+        "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
+        "batch_size": batch_size,  # rows of other batches are padded and rounded in other ways
+        "shard_examples": SHARD_EXAMPLES,
+    }
+
+
+def check_cache(folder: Path, key: Key) -> None:
+    """``folder`` is new, empty or a cache with this key.
+
+    Raises:
+        ValueError: if it is not, naming the parts that differ.
+    """
+    path = folder / KEY_FILE
+    if path.exists():
+        old: Key = json.loads(path.read_text(encoding="utf-8"))
+        parts = [name for name in key if old.get(name) != key[name]]
+        if parts:
+            there, here = ({part: of.get(part) for part in parts} for of in (old, key))
+            raise ValueError(
+                f"teacher_cache: {folder} was made with another {' and '.join(parts)}: "
+                f"expected {there}, got {here}"
+            )
+    elif not is_empty(folder):
+        raise ValueError(f"teacher_cache: expected a cache or a new or empty folder, got {folder}")
+
+
+def _fill(
+    folder: Path,
+    teacher: nn.Module,
+    eos: int,
+    examples: Sequence[Example],
+    answer_tokens: int,
+    batch_size: int,
+) -> None:
+    """Writes the shards that are not there."""
+    # Longest first: little padding, and a batch too large for the memory fails at once.
+    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].prompt), index))
+    shards = list(batched(batched(order, batch_size), max(1, SHARD_EXAMPLES // batch_size)))
+    done = len(_shard_files(folder))
+    sizes = [sum(map(len, shard)) for shard in shards]
+    with progress_bar(sum(sizes), "teacher", "ex", done=sum(sizes[:done])) as bar:
+        for number, shard in enumerate(shards[done:], done):
+            answers: list[array[int]] = []
+            hidden: list[Tensor] = []
+            for indices in shard:
+                batch = [examples[index] for index in indices]
+                answered, targets = teach(teacher, batch, eos, answer_tokens)
+                assert targets.hidden is not None
+                answers += [example.response for example in answered]
+                hidden.append(targets.hidden.cpu())
+                bar.update(len(indices))
+            tensors = {
+                "examples": torch.tensor([index for indices in shard for index in indices]),
+                "tokens": torch.tensor([len(answer) for answer in answers]),
+                "answers": torch.tensor([token for answer in answers for token in answer]),
+                "hidden": torch.cat(hidden),
+            }
+            write_whole(folder / f"shard-{number:05d}.safetensors", partial(save_file, tensors))
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def _hash_of_weights(model: nn.Module) -> str:
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        name, weight = named
+        values = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        shape = f"{name} {weight.dtype} {list(weight.shape)}"
+        return shape.encode() + hashlib.sha256(values).digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
+        digests = list(pool.map(digest, model.named_parameters()))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _hash_of_config(model: nn.Module) -> str:
+    config = causal_lm(model).config.to_dict()
+    function = {name: config[name] for name in config if name not in NOT_OF_THE_FUNCTION}
+    # The scale of adapters is in no config of the base model.
+    scales = {n: str(m.scaling) for n, m in model.named_modules() if hasattr(m, "scaling")}
+    return hashlib.sha256(json.dumps([function, scales], sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_prompts(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.prompt).to_bytes(8, "little") + example.prompt.tobytes())
+    return digest.hexdigest()
