@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import MODEL_FOLDER, load_weights, read_metrics
 from ..evaluation import InnerStep
 from ..loading import add_lora, load_model
-from ..teacher import TeacherCache
 from ..train import METRICS_FILE, TrainOptions, train
 from .lab import Lab
 from .stages import Result, Stage
-from .tasks import examples, fine_tuned, prepared, teacher
+from .tasks import examples, fine_tuned, prepared, taught, teacher_cache
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,9 @@ class Arm:
         lora_rank: of adapters outside; 0: all weights are trained.
         inner_params: what the inner step moves: ``full`` or ``lora``.
         contexts: as many contexts share a θ' in training.
-        joint: a task whose ordinary fine-tuning loss is added in every outer step.
-        joint_examples: how many of its examples.
-        then: a task it was fine-tuned on in the ordinary way afterwards.
-        then_examples: on how many of its examples.
+        joint: a task whose ordinary fine-tuning loss is added in every outer step; "": none.
+        then: a task it was fine-tuned on in the ordinary way afterwards; "": none.
+        ordinary_examples: the number of training examples of ``joint`` or ``then`` to go by.
     """
 
     task: str
@@ -41,9 +39,8 @@ class Arm:
     inner_params: str = "full"
     contexts: int = 1
     joint: str = ""
-    joint_examples: int = 0
     then: str = ""
-    then_examples: int = 0
+    ordinary_examples: int = 0
 
     @property
     def name(self) -> str:
@@ -67,9 +64,9 @@ class Arm:
         return lab.preset.train_options(
             self.task,
             kind,
+            self.contexts,
             objective="gold" if self.objective == "none" else self.objective,
             inner_params=self.inner_params,
-            contexts_per_group=self.contexts,
             seed=lab.seed,
         )
 
@@ -80,40 +77,40 @@ class Arm:
 
 def made(lab: Lab, arm: Arm) -> Stage:
     """The last stage of an arm's training; its model, or adapters, are in ``model``."""
-    stage = prepared(lab, arm.task) if arm.objective == "none" else meta_trained(lab, arm)
-    if not arm.then:
-        return stage
-    start = stage.folder / MODEL_FOLDER
-    wanted = {"start": stage.key}
-    return fine_tuned(lab, f"arm/{arm.name}", start, arm.then, arm.then_examples, wanted)
+    if arm.then:
+        before = made(lab, replace(arm, then="", ordinary_examples=0))
+        start, wanted = before.folder / MODEL_FOLDER, {"start": before.key}
+        return fine_tuned(lab, f"arm/{arm.name}", start, arm.then, arm.ordinary_examples, wanted)
+    return prepared(lab, arm.task) if arm.objective == "none" else meta_trained(lab, arm)
 
 
 def meta_trained(lab: Lab, arm: Arm) -> Stage:
-    """An arm before any fine-tuning that follows; ``train`` keeps its checkpoints in the folder."""
-    before_then = Arm(**{**asdict(arm), "then": "", "then_examples": 0})
+    """The stage of meta-training, whose checkpoints are in its folder."""
     options = arm.options(lab)
-    base = prepared(lab, arm.task)
-    wanted = {"base": base.key, "arm": asdict(before_then), "options": asdict(options)}
-    targets = None
-    if arm.objective == "kl":
-        targets = teacher(lab, arm.task, options.answer_tokens, options.teacher_batch_size)
-        wanted["teacher"] = targets.key
-    if arm.joint:
-        wanted["joint"] = prepared(lab, arm.joint).key
+    teacher = taught(lab, arm.task, options) if arm.objective == "kl" else None
+    wanted = {
+        "base": prepared(lab, arm.task).key,
+        "teacher": None if teacher is None else teacher.key,
+        "joint": prepared(lab, arm.joint).key if arm.joint else None,
+        "arm": asdict(arm),
+        "options": asdict(options),
+    }
 
     def work(folder: Path) -> Result:
         model, tokenizer = load_base(lab, arm)
-        chosen = examples(lab, arm.task, "train", tokenizer, model)
-        joint, cache = None, None
+        chosen = examples(lab, arm.task, "train", model, tokenizer)
+        cache, joint = None, None
+        if teacher is not None:
+            cache = teacher_cache(lab, teacher.folder, model, tokenizer, chosen, options)
         if arm.joint:
-            joint = examples(lab, arm.joint, "train", tokenizer, model, arm.joint_examples)
-        if targets is not None:
-            cache = TeacherCache.open(targets.folder / "cache")
+            count = arm.ordinary_examples
+            joint = examples(lab, arm.joint, "train", model, tokenizer, count)
+        if arm.lora_rank:
+            model = add_lora(model, arm.lora_rank, lab.seed)
         train(model, tokenizer, chosen, options, folder, cache, joint)
-        rows = read_metrics(folder / METRICS_FILE)
-        return {"examples": len(chosen), "steps": len(rows), "last": rows[-1]}
+        return {"examples": len(chosen), "steps": len(read_metrics(folder / METRICS_FILE))}
 
-    return lab.stage(f"arm/{before_then.name}", wanted, work)
+    return lab.stage(f"arm/{arm.name}", wanted, work)
 
 
 def load(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -122,15 +119,13 @@ def load(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if not arm.lora_rank:
         return load_model(folder, lab.preset.dtype, lab.device)
     model, tokenizer = load_base(lab, arm)
+    model = add_lora(model, arm.lora_rank, lab.seed)
     if arm.objective != "none":
         load_weights(model, folder)
     return model, tokenizer
 
 
 def load_base(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """An arm as it was before meta-training, with new adapters if it has any."""
+    """The model that an arm began as, and its tokenizer."""
     folder = prepared(lab, arm.task).folder / MODEL_FOLDER
-    model, tokenizer = load_model(folder, lab.preset.dtype, lab.device)
-    if arm.lora_rank:
-        model = add_lora(model, arm.lora_rank, lab.seed)
-    return model, tokenizer
+    return load_model(folder, lab.preset.dtype, lab.device)

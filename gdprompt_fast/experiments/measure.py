@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ..evaluation import evaluate, read_predictions, with_irrelevant_contexts, write_predictions
+from ..evaluation import evaluate, read_predictions, write_predictions
 from .arms import Arm, load, made
 from .cells import Cell
 from .lab import Lab
@@ -70,16 +70,16 @@ class Question:
 def answered(lab: Lab, question: Question) -> Stage:
     """The stage that evaluates; every prediction is in its folder."""
     arm, options = question.arm, lab.preset.evaluate
+    answer_tokens = options.answer_tokens if lab.preset.tasks[question.on].has_answers else 0
     inner = arm.inner(lab)
     if question.inner_lr is not None:
         inner = replace(inner, lr=question.inner_lr)
 
     def work(folder: Path) -> Result:
         model, tokenizer = load(lab, arm)
-        chosen = examples(lab, question.on, question.split, tokenizer, model, question.count)
-        chosen = chosen[: len(chosen) - len(chosen) % question.contexts]
-        if question.irrelevant is not None:
-            chosen = with_irrelevant_contexts(chosen, question.irrelevant)
+        chosen = examples(
+            lab, question.on, question.split, model, tokenizer, question.count, question.irrelevant
+        )
         with lab.autocast():
             scores = evaluate(
                 model,
@@ -88,7 +88,7 @@ def answered(lab: Lab, question: Question) -> Stage:
                 inner,
                 options.batch_size,
                 settings=(question.setting,),
-                answer_tokens=options.answer_tokens,
+                answer_tokens=answer_tokens,
                 contexts_per_group=question.contexts,
                 one_after_another=question.one_after_another,
             )
@@ -100,7 +100,7 @@ def answered(lab: Lab, question: Question) -> Stage:
         "data": data(lab, question.on).key,
         "question": asdict(question),
         "inner": asdict(inner) if question.setting == "fine_tuning" else None,
-        "answer_tokens": options.answer_tokens,
+        "answer_tokens": answer_tokens,
     }
     return lab.stage(f"evaluation/{question.name}", wanted, work)
 
@@ -114,7 +114,9 @@ def measure(labs: Sequence[Lab], question: Question, metric: str) -> Cell:
     """One score of an arm, for every example and seed."""
     rows = [predictions(lab, question) for lab in labs]
     setting = question.setting
-    values = tuple(tuple(float(row[setting][metric]) for row in of_seed) for of_seed in rows)
+    values = tuple(
+        tuple(float(row["settings"][setting][metric]) for row in of_seed) for of_seed in rows
+    )
     return Cell(values, question.contexts)
 
 
@@ -138,11 +140,15 @@ def best_inner_lr(lab: Lab, question: Question) -> float:
     metric = lab.preset.tasks[question.on].metrics[0]
 
     def merit(rate: float) -> tuple[float, float]:
-        asked = replace(question, inner_lr=rate, count=options.tune_examples)
-        rows = [row[question.setting] for row in predictions(lab, asked)]
-        nll = math.fsum(row["nll"] for row in rows)
-        score = math.fsum(row[metric] for row in rows)
-        return (score, -nll) if math.isfinite(nll) else (-1.0, 0.0)
+        count = max(options.tune_examples, question.contexts)
+        asked = replace(question, inner_lr=rate, count=count)
+        # With several inner steps a large rate can make the inner loss infinite on the way.
+        try:
+            rows = [row["settings"][question.setting] for row in predictions(lab, asked)]
+        except FloatingPointError:
+            return -1.0, 0.0
+        nlls = [row["nll"] for row in rows]
+        return (-1.0, 0.0) if None in nlls else (fmean(r[metric] for r in rows), -fmean(nlls))
 
     rates = {*options.inner_lr_grid, question.arm.inner(lab).lr}
     return max(sorted(rates), key=merit)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
-from ..data import Limits
-from ..data.sources import SOURCES
+from ..data import SOURCES, Limits
 from ..loading import DTYPES
 from ..prepare import PrepareOptions
 from ..train import TrainOptions
 
 METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
-TRAINED_ELSEWHERE = ("objective", "inner_params", "contexts_per_group", "seed")
+GENERATED = {"exact_match", "f1"}
+OF_ARMS = ("objective", "inner_params", "contexts_per_group", "seed")
 
 Settings = TypeVar("Settings")
 
@@ -28,7 +28,9 @@ class Task:
         metrics: what is reported, the one that findings go by first.
         train: number of training examples; None for all.
         test: number of test examples; None for all.
-        file: the file to read the data from, if the source asks for one.
+        file: the file to read the training examples from, and the test examples if there is no
+            ``test_file``; None: generated, or from the hub.
+        test_file: the file to read the test examples from.
         options: training options of this task's arms, over those of ``[train]``.
     """
 
@@ -38,6 +40,7 @@ class Task:
     train: int | None = None
     test: int | None = None
     file: str | None = None
+    test_file: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +50,11 @@ class Task:
         for name in ("train", "test"):
             if getattr(self, name) is not None:
                 check_counts(self, name)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a metric asks for generated answers."""
+        return bool(GENERATED & set(self.metrics))
 
 
 @dataclass(frozen=True)
@@ -159,23 +167,36 @@ class Preset:
                     )
         return read
 
-    def train_options(self, task: str, kind: str, **arm: Any) -> TrainOptions:
+    def train_options(
+        self, task: str, kind: str = "full", contexts: int = 1, **of_arm: Any
+    ) -> TrainOptions:
         """The training options of an arm.
 
         Args:
             task: whose ``[tasks.NAME.options]`` go over ``[train]``.
             kind: ``full``, ``lora`` (adapters outside, full rank inside) or ``lora-inner``;
                 ``[train.KIND]`` goes over both.
-            arm: what the arm itself says, over all.
+            contexts: as many share a θ'; an outer step has as many contexts as with 1.
+            of_arm: what the arm itself says, over all.
+
+        Raises:
+            ValueError: naming the sections and what is wrong in them.
         """
         common = {k: v for k, v in self.sections.get("train", {}).items() if not isinstance(v, dict)}
         over = self.sections.get("train", {}).get(kind, {})
         options = {**common, **self.tasks[task].options, **over}
         where = f"train, tasks.{task}.options, train.{kind}"
-        for name in TRAINED_ELSEWHERE:
+        for name in OF_ARMS:
             if name in options:
                 raise ValueError(f"preset, [{where}]: {name}: expected to be left to the experiment")
-        return _read(where, TrainOptions, {where: options | arm})
+        one_each = _read(where, TrainOptions, {where: options | of_arm})
+        if one_each.batch_size % contexts:
+            raise ValueError(
+                f"preset, [{where}]: batch_size: expected a multiple of {contexts} contexts, "
+                f"got {one_each.batch_size}"
+            )
+        groups = one_each.batch_size // contexts
+        return replace(one_each, batch_size=groups, contexts_per_group=contexts)
 
 
 @dataclass(frozen=True)

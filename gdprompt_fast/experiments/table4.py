@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import paper
 from .arms import Arm
@@ -51,7 +52,12 @@ class Settings:
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     """Classifies and shows; every seed is a lab."""
-    label = labs[0].preset.tasks[settings.task].label
+    task = labs[0].preset.tasks[settings.task]
+    if not task.has_answers:
+        raise ValueError(
+            f"preset, [table4]: task: expected one whose metrics need answers, got {settings.task}"
+        )
+    label = task.label
     models = {
         f"meta-trained ({settings.objective})": Arm(settings.task, settings.objective),
         "no meta-training": Arm(settings.task),
@@ -87,8 +93,12 @@ def classify(before: Rows, after: Rows) -> list[str]:
     ]
 
 
-def _correct(row: dict[str, dict[str, float]], setting: str) -> bool:
-    return row[setting]["exact_match"] == 1
+def _correct(row: dict[str, Any], setting: str) -> bool:
+    return bool(row["settings"][setting]["exact_match"] == 1)
+
+
+def _answer(row: dict[str, Any], setting: str) -> str:
+    return str(row["settings"][setting]["answer"])
 
 
 def _both(lab: Lab, arm: Arm, split: str, settings: Settings) -> tuple[Rows, Rows]:
@@ -127,9 +137,9 @@ def _samples(lab: Lab, settings: Settings) -> Texts:
                     name,
                     after[index]["query"],
                     " / ".join(after[index]["answers"]),
-                    base[index][AFTER]["answer"],
-                    before[index][BEFORE]["answer"],
-                    after[index][AFTER]["answer"],
+                    _answer(base[index], AFTER),
+                    _answer(before[index], BEFORE),
+                    _answer(after[index], AFTER),
                 ]
             )
     columns = [

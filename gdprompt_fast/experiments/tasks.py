@@ -5,39 +5,51 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint import MODEL_FOLDER, save_model, write_folder
-from ..data import Example, read_triples, tokenise_triples, write_triples
-from ..data.sources import make_data
+from ..data import Example, Limits, make_data, read_triples, tokenise_triples, write_triples
+from ..evaluation import with_irrelevant_contexts
 from ..loading import check_vocabulary, load_model
 from ..prepare import fine_tune
 from ..teacher import TeacherCache
+from ..train import TrainOptions
 from .lab import Lab
 from .stages import Result, Stage
 
 SPLITS = ("train", "test")
+CACHE_FOLDER = "cache"
 
 
 def data(lab: Lab, task: str) -> Stage:
-    """The task's triples as JSONL, each split in a seeded order; the result counts them.
+    """The task's triples within the limits as JSONL, each split in a seeded order.
 
     The order matters where contexts share a θ': neighbours in SQuAD ask about the same passage.
     """
-    its = lab.preset.tasks[task]
+    its, limits = lab.preset.tasks[task], lab.preset.limits
 
     def work(folder: Path) -> Result:
-        source = None if its.file is None else Path(its.file)
-        made = make_data(its.source, its.train, its.test, lab.seed, source)
+        tokenizer = AutoTokenizer.from_pretrained(lab.model)
+        files = [None if name is None else Path(name) for name in (its.file, its.test_file)]
+        made = make_data(its.source, its.train, its.test, lab.seed, *files)
+        counts = {"made": made.counts}
         for split in SPLITS:
-            records = list(getattr(made, split))
-            random.Random(f"{lab.seed} {split}").shuffle(records)
-            write_triples(records, folder / f"{split}.jsonl")
-        return {"counts": made.counts}
+            records = getattr(made, split).to_list()
+            triples = tokenise_triples(records, tokenizer, limits)
+            kept = [records[index] for index in triples.kept]
+            random.Random(f"{lab.seed} {split}").shuffle(kept)
+            write_triples(kept, folder / f"{split}.jsonl")
+            counts[split] = {"kept": len(kept), **triples.dropped}
+        return {"counts": counts}
 
-    wanted = {name: getattr(its, name) for name in ("source", "train", "test", "file")}
+    wanted = {
+        **{name: getattr(its, name) for name in ("source", "train", "test", "file", "test_file")},
+        "limits": asdict(limits),
+        "model": lab.fingerprint,
+    }
     return lab.stage(f"data/{task}", wanted, work)
 
 
@@ -45,32 +57,38 @@ def examples(
     lab: Lab,
     task: str,
     split: str,
-    tokenizer: PreTrainedTokenizerBase,
     model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     count: int | None = None,
+    irrelevant: int | None = None,
 ) -> list[Example]:
-    """The first ``count`` examples of a split that are within the preset's limits; None: all."""
+    """The first ``count`` examples of a split; None: all.
+
+    Args:
+        irrelevant: every example gets the context of another, drawn with this seed among all of
+            the split; None: its own.
+    """
     records = read_triples(data(lab, task).folder / f"{split}.jsonl")
-    kept = tokenise_triples(records, tokenizer, lab.preset.limits).examples
-    check_vocabulary(kept, model)
-    return kept[:count]
+    limits = lab.preset.limits
+    if irrelevant is not None:
+        records = with_irrelevant_contexts(records, irrelevant)
+        # Every context and every query is within the limits, but not every prompt of the two.
+        limits = Limits(**{**asdict(limits), "prompt_tokens": sum(asdict(limits).values())})
+    chosen = tokenise_triples(records, tokenizer, limits).examples[:count]
+    check_vocabulary(chosen, model)
+    return chosen
 
 
 def prepared(lab: Lab, task: str) -> Stage:
     """The base model of a task, and its frozen teacher: briefly fine-tuned in the Prompt and No
     Context formats (§4.3).
     """
-    wanted = {
-        "data": data(lab, task).key,
-        "model": lab.fingerprint,
-        "dtype": lab.preset.dtype,
-        "limits": asdict(lab.preset.limits),
-    }
+    wanted = {"model": lab.fingerprint, "dtype": lab.preset.dtype}
     return fine_tuned(lab, f"base/{task}", lab.model, task, lab.preset.prepare_examples, wanted)
 
 
 def fine_tuned(
-    lab: Lab, name: str, start: Path, task: str, count: int, wanted: dict[str, object]
+    lab: Lab, name: str, start: Path, task: str, count: int, wanted: dict[str, Any]
 ) -> Stage:
     """A stage of ordinary fine-tuning with the options of ``[prepare]``.
 
@@ -79,33 +97,51 @@ def fine_tuned(
         start: the folder of the model to begin with.
         task: the task to fine-tune on.
         count: the number of its training examples to go by.
-        wanted: the settings of the stage beside these.
+        wanted: what the model to begin with follows from.
     """
     options = replace(lab.preset.prepare, seed=lab.seed)
 
     def work(folder: Path) -> Result:
         model, tokenizer = load_model(start, lab.preset.dtype, lab.device)
-        chosen = examples(lab, task, "train", tokenizer, model, count)
+        chosen = examples(lab, task, "train", model, tokenizer, count)
         with lab.autocast():
             fine_tune(model, chosen, options)
         write_folder(folder / MODEL_FOLDER, lambda into: save_model(model, tokenizer, into))
-        return {"examples": len(chosen)}
+        return {"examples": len(chosen), "steps": options.steps}
 
-    return lab.stage(name, {**wanted, "examples": count, "options": asdict(options)}, work)
+    its = {"data": data(lab, task).key, "examples": count, "options": asdict(options)}
+    return lab.stage(name, {**wanted, **its}, work)
 
 
-def teacher(lab: Lab, task: str, answer_tokens: int, batch_size: int) -> Stage:
-    """The base model's greedy answers to its prompted training queries, in ``cache``."""
+def taught(lab: Lab, task: str, options: TrainOptions) -> Stage:
+    """The base model's answers to its prompted training queries, for the KL objective."""
     base = prepared(lab, task)
 
     def work(folder: Path) -> Result:
         model, tokenizer = load_model(base.folder / MODEL_FOLDER, lab.preset.dtype, lab.device)
-        prompts = examples(lab, task, "train", tokenizer, model)
-        with lab.autocast():
-            TeacherCache.build(
-                folder / "cache", model, tokenizer, prompts, answer_tokens, batch_size
-            )
-        return {"examples": len(prompts)}
+        prompted = examples(lab, task, "train", model, tokenizer)
+        teacher_cache(lab, folder, model, tokenizer, prompted, options)
+        return {"examples": len(prompted)}
 
-    wanted = {"base": base.key, "answer_tokens": answer_tokens}
+    wanted = {"base": base.key, "answer_tokens": options.answer_tokens}
     return lab.stage(f"teacher/{task}", wanted, work)
+
+
+def teacher_cache(
+    lab: Lab,
+    folder: Path,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompted: list[Example],
+    options: TrainOptions,
+) -> TeacherCache:
+    """The cache of a :func:`taught` stage: built, or opened if it is there."""
+    with lab.autocast():
+        return TeacherCache.build(
+            folder / CACHE_FOLDER,
+            teacher,
+            tokenizer,
+            prompted,
+            options.answer_tokens,
+            options.teacher_batch_size,
+        )
