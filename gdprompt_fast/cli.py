@@ -1,4 +1,4 @@
-"""The command line: ``gdprompt demo``, ``train``, ``evaluate`` and ``plan``."""
+"""The command line: ``gdprompt data``, ``demo``, ``train``, ``evaluate`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import write_json
-from .data import Limits, tokenise_triples
+from .data import SOURCES, Limits, make_data, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
+from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
 from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
 from .evaluation import InnerStep, tune_inner_lr
 from .job import limits, load_job
@@ -53,6 +54,28 @@ def _prepare_and_work(args: argparse.Namespace) -> int:
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def prepare_data(args: argparse.Namespace) -> Work:
+    """The whole of ``gdprompt data`` but for what it writes and prints."""
+    check_data_folder(args.output)
+    data = make_data(
+        args.name,
+        args.train,
+        args.test,
+        args.seed,
+        args.source,
+        args.test_source,
+        args.max_characters,
+    )
+
+    def work() -> None:
+        settings = {n: v for n, v in _settings(args).items() if n not in ("command", "name")}
+        write_data(data, args.output, args.name, settings)
+        print(counts_table(data, SOURCES[args.name].paper))
+        print(f"\n{samples(data.train.take(SAMPLES))}\n\nwritten to {args.output}")
+
+    return work
 
 
 def prepare_demo(args: argparse.Namespace) -> Work:
@@ -147,6 +170,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gdprompt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_data(commands)
     _add_demo(commands)
     _add_train(commands)
     _add_evaluate(commands)
@@ -167,6 +191,24 @@ def _command(
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
     parser.add_argument("--eval-batch-size", type=int, default=32, help="examples at once")
+
+
+def _add_data(commands: Any) -> None:
+    what = "Make triples of context, query and response to train and to test on."
+    parser = _command(commands, "data", what, prepare_data)
+    sources = "; ".join(f"{name}: {source.what}" for name, source in SOURCES.items())
+    parser.add_argument("name", choices=SOURCES, metavar="NAME", help=sources)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--train", type=int, help="training triples; None: 5,000, or all of a text")
+    parser.add_argument("--test", type=int, help="test triples; None: 500, or all of a text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        help="file of squad, wikitext or jsonl; divided in two unless --test-source is given",
+    )
+    parser.add_argument("--test-source", type=Path, help="file to take the test triples from")
+    parser.add_argument("--max-characters", type=int, help="drop a record with longer texts")
 
 
 def _add_demo(commands: Any) -> None:

@@ -74,6 +74,16 @@ def test_triples_survive_writing_and_reading(tmp_path: Path) -> None:
     assert read_triples(tmp_path / "triples.jsonl").to_list() == records
 
 
+def test_all_right_answers_are_kept_and_default_to_the_response(tmp_path: Path) -> None:
+    records = [TRIPLE, {**TRIPLE, "answers": ["Bob", "Bobby"]}]
+    write_triples(records, tmp_path / "triples.jsonl")
+    read = read_triples(tmp_path / "triples.jsonl")
+    assert read["answers"][:] == [["Bob"], ["Bob", "Bobby"]]
+    for triples in (records, read):
+        examples = tokenise_triples(triples, people_tokenizer(), ROOMY).examples
+        assert [example.answers for example in examples] == [("Bob",), ("Bob", "Bobby")]
+
+
 def test_blank_lines_and_other_fields_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "triples.jsonl"
     path.write_text("\n" + json.dumps({**TRIPLE, "id": 7}) + "\n\n")
@@ -91,8 +101,24 @@ def test_blank_lines_and_other_fields_are_ignored(tmp_path: Path) -> None:
             '{"context": 3, "query": "b", "response": "c"}',
             '"context" to be a non-empty string, got 3',
         ),
+        (
+            '{"context": "a", "query": "b", "response": "c", "answers": "c"}',
+            "\"answers\" to be a list of non-empty strings, got 'c'",
+        ),
+        (
+            '{"context": "a", "query": "b", "response": "c", "answers": []}',
+            '"answers" to be a list of non-empty strings, got []',
+        ),
     ],
-    ids=["not JSON", "not an object", "missing field", "empty field", "not a string"],
+    ids=[
+        "not JSON",
+        "not an object",
+        "missing field",
+        "empty field",
+        "not a string",
+        "one answer for a list",
+        "no answer",
+    ],
 )
 def test_a_bad_line_is_an_error_naming_file_and_line(
     tmp_path: Path, line: str, message: str

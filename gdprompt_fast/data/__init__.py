@@ -4,20 +4,24 @@ from .characters import characters_vocabulary, make_characters
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
 from .people import make_people_articles, make_people_data, people_vocabulary
 from .sampler import ShuffledSampler
+from .sources import SOURCES, Source, make_data
 from .tokenise import Example, Limits, TokenisedTriples, TripleTokeniser, batched, tokenise_triples
 from .triples import TrainTest, read_triples, write_triples
 
 __all__ = [
+    "SOURCES",
     "Example",
     "Limits",
     "Rows",
     "ShuffledSampler",
+    "Source",
     "TokenisedTriples",
     "TrainTest",
     "TripleTokeniser",
     "batched",
     "characters_vocabulary",
     "make_characters",
+    "make_data",
     "make_people_articles",
     "make_people_data",
     "meta_batch",

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from operator import eq
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,12 +40,14 @@ class Example:
         query: the query alone, without its response.
         prompt: context ⊕ query, without its response.
         response: the response and EOS; it follows ``query`` or ``prompt`` in their rows.
+        answers: the texts that count as right answers, for scoring what a model generates.
     """
 
     context: array[int]
     query: array[int]
     prompt: array[int]
     response: array[int]
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ class TokenisedTriples:
 
 
 def tokenise_triples(
-    records: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    records: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> TokenisedTriples:
     """Tokenises triples and drops, by reason and count, those that cannot be used.
+
+    A record's optional "answers" are kept as texts; without them its response is the one answer.
 
     Raises:
         ValueError: if the tokenizer has no EOS, or if nothing is left.
@@ -147,19 +151,27 @@ class TripleTokeniser:
         ids = self.tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
         return [self._bos_ids + row for row in ids]
 
-    def examples(self, records: Sequence[dict[str, str]]) -> list[Example | None]:
+    def examples(self, records: Sequence[Mapping[str, Any]]) -> list[Example | None]:
         """The ids of triples; None where the response differs between query row and prompt row."""
         responses = [record["response"] for record in records]
         contexts = self.rows([record["context"] for record in records])
         queries = self._split([record["query"] for record in records], responses)
         prompts = self._split([join(r["context"], r["query"]) for r in records], responses)
-        return list(map(self._example, contexts, queries, prompts))
+        answers = [tuple(record.get("answers") or [record["response"]]) for record in records]
+        return list(map(self._example, contexts, queries, prompts, answers))
 
-    def _example(self, context: list[int], query: Split, prompt: Split) -> Example | None:
+    def _example(
+        self, context: list[int], query: Split, prompt: Split, answers: tuple[str, ...]
+    ) -> Example | None:
         if not query.response or query.response != prompt.response:
             return None
-        rows = (context, query.start, prompt.start, [*query.response, self.eos])
-        return Example(*(array("i", ids) for ids in rows))
+        return Example(
+            context=array("i", context),
+            query=array("i", query.start),
+            prompt=array("i", prompt.start),
+            response=array("i", [*query.response, self.eos]),
+            answers=answers,
+        )
 
     def _split(self, starts: Sequence[str], responses: Sequence[str]) -> list[Split]:
         joined = list(map(join, starts, responses))

@@ -1,9 +1,14 @@
-"""Records of {"context", "query", "response"}: read from JSONL with errors that name the line."""
+"""Records of {"context", "query", "response"} and, optionally, "answers": read from JSONL with
+errors that name the line.
+
+"response" is what a model is trained on, "answers" are all texts that count as right, the response
+among them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 FIELDS = ("context", "query", "response")
+ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,11 @@ class TrainTest:
 def read_triples(path: str | Path) -> Dataset:
     """Triples of texts from a JSONL file, an object a line; blank lines are ignored.
 
+    If any record has "answers", a record without them gets its response as its one answer.
+
     Raises:
         ValueError: naming the file, the line and the field, if a line is not JSON or a field is
-            missing, not a string or empty; or if the file is absent or holds no record.
+            missing, of another type or empty; or if the file is absent or holds no record.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,19 +53,25 @@ def read_triples(path: str | Path) -> Dataset:
                 records.append(_parse(line, f"{path}, line {number}"))
     if not records:
         raise ValueError(f"{path}: expected at least one record, got none")
+    if any(ANSWERS in record for record in records):
+        for record in records:
+            record.setdefault(ANSWERS, [record["response"]])
     return Dataset.from_list(records)
 
 
-def write_triples(records: Iterable[dict[str, str]], path: str | Path) -> None:
+def write_triples(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Writes triples as the JSONL that :func:`read_triples` reads."""
     with Path(path).open("w", encoding="utf-8") as out:
         for record in records:
-            out.write(
-                json.dumps({field: record[field] for field in FIELDS}, ensure_ascii=False) + "\n"
-            )
+            out.write(json.dumps(_known_fields(record), ensure_ascii=False) + "\n")
 
 
-def _parse(line: str, where: str) -> dict[str, str]:
+def _known_fields(record: Mapping[str, Any]) -> dict[str, Any]:
+    answers = {} if record.get(ANSWERS) is None else {ANSWERS: list(record[ANSWERS])}
+    return {field: record[field] for field in FIELDS} | answers
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -70,4 +84,17 @@ def _parse(line: str, where: str) -> dict[str, str]:
         value = record[field]
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f'{where}: expected "{field}" to be a non-empty string, got {value!r}')
-    return {field: record[field] for field in FIELDS}
+    if ANSWERS in record and not _are_texts(record[ANSWERS]):
+        raise ValueError(
+            f'{where}: expected "{ANSWERS}" to be a list of non-empty strings, '
+            f"got {record[ANSWERS]!r}"
+        )
+    return _known_fields(record)
+
+
+def _are_texts(answers: Any) -> bool:
+    return (
+        isinstance(answers, list)
+        and bool(answers)
+        and all(isinstance(answer, str) and answer.strip() for answer in answers)
+    )

@@ -1,0 +1,91 @@
+"""Triples of SQuAD: a passage, a question about it, and its answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .corpus import Corpus, Record, load_hub
+
+HUB = "rajpurkar/squad"
+HUB_SPLITS = {"train": "train", "test": "validation"}  # SQuAD's own test set is not public
+
+
+class Row(NamedTuple):
+    """A question as SQuAD has it."""
+
+    article: str
+    context: str
+    question: str
+    answers: list[str]
+
+
+def squad_corpus(rows: Iterable[Row]) -> Corpus:
+    """Triples of questions, an article's in a group; empty and repeated questions are dropped.
+
+    A triple keeps all answers that differ, in the order of the annotators, and has the first of
+    them as its response. Empty is a record that lacks a context, a question or an answer; repeated
+    is a question asked about the same context before.
+    """
+    groups: dict[str, list[Record]] = {}
+    dropped: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        context, question = row.context.strip(), row.question.strip()
+        answers = list(dict.fromkeys(text.strip() for text in row.answers if text.strip()))
+        if not (context and question and answers):
+            dropped["empty context, question or answer"] += 1
+        elif (context, question) in seen:
+            dropped["question repeated"] += 1
+        else:
+            seen.add((context, question))
+            groups.setdefault(row.article, []).append(
+                {
+                    "context": context,
+                    "query": question,
+                    "response": answers[0],
+                    "answers": answers,
+                }
+            )
+    return Corpus(list(groups.values()), dict(dropped))
+
+
+def read_squad_file(path: Path) -> Corpus:
+    """Triples of a JSON file of SQuAD's official layout.
+
+    Raises:
+        ValueError: if the file has another layout or no usable question.
+    """
+    try:
+        corpus = squad_corpus(_rows(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected SQuAD's official JSON layout (data, paragraphs, qas, answers), got "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not corpus.groups:
+        raise ValueError(f"{path}: expected at least one usable question, got {corpus.dropped}")
+    return corpus
+
+
+def _rows(content: dict[str, list]) -> Iterator[Row]:
+    for article in content["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = [answer["text"] for answer in qa["answers"]]
+                yield Row(article["title"], paragraph["context"], qa["question"], answers)
+
+
+def read_squad_hub(split: str) -> Corpus:
+    """Triples of SQuAD from the hub.
+
+    Args:
+        split: ``train`` or ``test``, which is SQuAD's development set.
+    """
+    rows = load_hub(HUB, None, HUB_SPLITS[split])
+    return squad_corpus(
+        Row(row["title"], row["context"], row["question"], row["answers"]["text"]) for row in rows
+    )
