@@ -20,7 +20,7 @@ from .checkpoint import (
     save_model,
     write_folder,
 )
-from .data import Example, ShuffledSampler, meta_batch, prompt_rows
+from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
@@ -28,6 +28,14 @@ from .progress import progress_bar
 from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
+COUNTS = (
+    "batch_size",
+    "contexts_per_group",
+    "queries_per_context",
+    "answer_tokens",
+    "teacher_batch_size",
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,13 @@ class TrainOptions:
     """
 
     steps: int = option(0, "outer steps; 0: one epoch")
-    batch_size: int = option(16, "examples in an outer step")
+    batch_size: int = option(
+        16, "models adapted in an outer step, each to a group of contexts (one by default)"
+    )
+    contexts_per_group: int = option(1, "contexts that one model is adapted to at once")
+    queries_per_context: int = option(
+        1, "at most so many examples with the same context share its inner step"
+    )
     outer_lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
     warmup_steps: int = option(50, "steps of linear warm-up; a cosine to zero follows")
     clip_norm: float = option(1.0, "largest norm of the meta-gradient; a larger one is scaled")
@@ -70,7 +84,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_inner(self.inner_lr, self.inner_steps)
-        for name in ("batch_size", "answer_tokens", "teacher_batch_size", "checkpoint_every"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
@@ -89,9 +103,14 @@ class TrainOptions:
         """The inner step, as evaluation takes it."""
         return InnerStep(self.inner_lr, self.inner_steps, self.inner_params)
 
-    def counted(self, examples: int) -> TrainOptions:
-        """The same options with the steps of one epoch where they were 0."""
-        return self if self.steps else replace(self, steps=math.ceil(examples / self.batch_size))
+    @property
+    def contexts(self) -> int:
+        """The number of contexts in an outer step."""
+        return self.batch_size * self.contexts_per_group
+
+    def counted(self, contexts: int) -> TrainOptions:
+        """The same options with the steps of one epoch of so many contexts where they were 0."""
+        return self if self.steps else replace(self, steps=math.ceil(contexts / self.contexts))
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
@@ -124,10 +143,11 @@ def train(
     """
     _check_teacher(teacher, examples, options)
     model.eval()
-    options = options.counted(len(examples))
+    units = units_by_context(examples, options.queries_per_context)
+    options = options.counted(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
-    sampler = ShuffledSampler(len(examples), options.seed)
+    sampler = ShuffledSampler(len(units), options.seed)
     output.mkdir(parents=True, exist_ok=True)
     start = load_checkpoint(output, model, optimizer, sampler)
     with (
@@ -135,10 +155,10 @@ def train(
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            indices = sampler.take(options.batch_size)
+            drawn = [units[index] for index in sampler.take(options.contexts)]
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step)
-            losses = _losses_with_gradients(model, examples, indices, options, teacher)
+            losses = _meta_step(model, examples, drawn, options, teacher)
             norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
@@ -167,28 +187,31 @@ def _check_teacher(
         raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
-def _losses_with_gradients(
+def _meta_step(
     model: nn.Module,
     examples: Sequence[Example],
-    indices: Sequence[int],
+    units: Sequence[Sequence[int]],
     options: TrainOptions,
     teacher: TeacherCache | None,
 ) -> MetaStepOutput:
-    """One meta step; the meta-gradient of the examples at ``indices`` is added to ``.grad``."""
+    """Adds the meta-gradient of a batch to ``.grad``: of examples in units with one context each,
+    of which ``contexts_per_group`` neighbours share one θ'.
+    """
     device: torch.device = next(model.parameters()).device
+    indices = [index for unit in units for index in unit]
     drawn, targets = [examples[index] for index in indices], None
+    lm_batch = None
     if options.lm_on == "prompts" and options.lm_weight > 0:
         prompts = prompt_rows(drawn).to(device)
         lm_batch = (prompts.ids, prompts.mask)
-    else:
-        lm_batch = None
     if teacher is not None:
         drawn, targets = teacher.batch(indices)
-    in_bfloat16 = options.compute_dtype == "bfloat16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+    context_of = [number for number, unit in enumerate(units) for _ in unit]
+    batch = meta_batch(drawn, context_of, options.contexts_per_group)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16"):
         return fast_meta_step(
             model,
-            meta_batch(drawn).to(device),
+            batch.to(device),
             inner_lr=options.inner_lr,
             inner_steps=options.inner_steps,
             inner_params=options.inner_params,

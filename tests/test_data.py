@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from gdprompt_fast.data import (
     query_rows,
     read_triples,
     tokenise_triples,
+    units_by_context,
     write_triples,
 )
 from gdprompt_fast.data.people import QUESTIONS, make_people_data, people_tokenizer
@@ -239,6 +241,29 @@ def test_batches_hold_the_examples_and_mark_their_responses() -> None:
     assert torch.equal(batch.query_ids, query_rows(examples).ids)
     for index, example in enumerate(examples):
         assert batch.context_ids[index][batch.context_mask[index]].tolist() == list(example.context)
+
+
+def test_examples_share_contexts_and_contexts_share_groups() -> None:
+    data = make_people_data(5, 1, seed=0)
+    a, b, c, d, e = tokenise_triples(data.train, people_tokenizer(), ROOMY).examples
+    one_each, one_by_one = meta_batch([a, b, c]), meta_batch([a, b, c], [0, 1, 2], 1)
+    for field in dataclasses.fields(one_each):
+        assert torch.equal(getattr(one_each, field.name), getattr(one_by_one, field.name))
+    same_context = dataclasses.replace(b, context=a.context)
+    batch = meta_batch([a, same_context, c, d, e], [0, 0, 1, 2, 3], contexts_per_group=2)
+    assert torch.equal(batch.context_ids, pad([e.context for e in (a, c, d, e)])[0])
+    assert batch.context_group.tolist() == [0, 0, 1, 1]
+    assert batch.query_group.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(batch.query_ids, query_rows([a, b, c, d, e]).ids)
+
+
+def test_examples_with_the_same_context_come_in_units() -> None:
+    data = make_people_data(3, 1, seed=0)
+    a, b, c = tokenise_triples(data.train, people_tokenizer(), ROOMY).examples
+    examples = [a, b, a, c, a, b, a]
+    assert units_by_context(examples, 1) == [[0], [1], [2], [3], [4], [5], [6]]
+    assert units_by_context(examples, 2) == [[0, 2], [1, 5], [3], [4, 6]]
+    assert units_by_context(examples, 9) == [[0, 2, 4, 6], [1, 5], [3]]
 
 
 def test_padding_is_on_the_right() -> None:

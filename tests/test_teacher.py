@@ -12,7 +12,7 @@ from gdprompt_fast.data import Limits, prompt_rows, tokenise_triples, with_respo
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.teacher import greedy_answers, teach
 
-VOCABULARY = 134
+VOCABULARY = len(people_tokenizer())
 
 
 def llama() -> torch.nn.Module:

@@ -35,7 +35,7 @@ def llama(seed: int, **config: Any) -> torch.nn.Module:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
-    model.lm_head.weight.data[EOS] *= 3  # now likely, now unlikely: answers of several lengths
+    model.lm_head.weight.data[EOS] *= 10  # now likely, now unlikely: answers of several lengths
     return model
 
 

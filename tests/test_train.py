@@ -12,10 +12,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gdprompt_fast.train
+from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
 from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
-from gdprompt_fast.data import Example, Limits, tokenise_triples
+from gdprompt_fast.data import (
+    Example,
+    Limits,
+    ShuffledSampler,
+    pad,
+    query_rows,
+    tokenise_triples,
+    units_by_context,
+)
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
+from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
 
@@ -238,6 +248,63 @@ def test_in_bfloat16_a_step_is_near_the_float32_one_and_trains_float32_weights(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def about_one_context(examples: list[Example]) -> list[Example]:
+    """Five examples of which the first, the second and the last ask about the same context."""
+    shared = examples[0].context
+    asked = [dataclasses.replace(examples[i], context=shared) for i in (0, 1, 4)]
+    return [asked[0], asked[1], examples[2], examples[3], asked[2]]
+
+
+@pytest.mark.parametrize("objective", ["gold", "kl"])
+def test_queries_of_one_context_lose_the_same_together_as_apart(
+    objective: str, examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(KL if objective == "kl" else GOLD, lm_weight=0.0)
+    asked = about_one_context(examples)
+    apart = first_step(options, asked, tmp_path / "a", batch_size=5)
+    together = first_step(options, asked, tmp_path / "b", batch_size=3, queries_per_context=5)
+    for name in ("query_loss", "gradient_norm"):
+        assert together[name] == pytest.approx(apart[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["gold", "kl"])
+def test_a_step_with_groups_has_the_gradient_of_the_reference(
+    objective: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def both(model: torch.nn.Module, batch: MetaBatch, recompute: str, **options: Any) -> Any:
+        _, expected = gradients_of(reference_meta_step, model, batch, **options)
+        out, gradients = gradients_of(fast_meta_step, model, batch, **options)
+        error, name = worst_error(gradients, expected)
+        assert error < 1e-3, name
+        batches.append(batch)
+        return out
+
+    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", both)
+    options = dataclasses.replace(KL if objective == "kl" else GOLD, contexts_per_group=2)
+    asked = about_one_context(examples)
+    first_step(options, asked, tmp_path, batch_size=2, queries_per_context=2)
+    units = units_by_context(asked, 2)
+    assert units == [[0, 1], [2], [3], [4]]
+    drawn = [units[index] for index in ShuffledSampler(4, options.seed).take(4)]
+    (batch,) = batches
+    assert torch.equal(batch.context_ids, pad([asked[unit[0]].context for unit in drawn])[0])
+    assert batch.context_group.tolist() == [0, 0, 1, 1]
+    assert batch.query_group.tolist() == [n // 2 for n, unit in enumerate(drawn) for _ in unit]
+    if objective == "gold":
+        queries = query_rows([asked[index] for unit in drawn for index in unit])
+        assert torch.equal(batch.query_ids, queries.ids)
+
+
+def test_an_epoch_of_groups_draws_every_context_once(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    grouped = dict(steps=0, batch_size=1, contexts_per_group=2, queries_per_context=2)
+    run(dataclasses.replace(GOLD, **grouped), about_one_context(examples), tmp_path)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
 def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
     kept = run(GOLD, examples, tmp_path / "a")
     again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
@@ -253,6 +320,8 @@ def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: 
         ("recompute", "all"),
         ("steps", -1),
         ("batch_size", -1),
+        ("contexts_per_group", 0),
+        ("queries_per_context", 0),
         ("outer_lr", 0.0),
         ("clip_norm", float("nan")),
         ("inner_lr", -0.1),

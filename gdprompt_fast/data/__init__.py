@@ -3,7 +3,7 @@
 from .characters import characters_vocabulary, make_characters
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
 from .people import make_people_articles, make_people_data, people_vocabulary
-from .sampler import ShuffledSampler
+from .sampler import ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import Example, Limits, TokenisedTriples, TripleTokeniser, batched, tokenise_triples
 from .triples import TrainTest, read_triples, write_triples
@@ -32,6 +32,7 @@ __all__ = [
     "read_triples",
     "response_rows",
     "tokenise_triples",
+    "units_by_context",
     "with_responses",
     "write_triples",
 ]

@@ -61,11 +61,33 @@ def prompt_rows(examples: Sequence[Example]) -> Rows:
     return response_rows([e.prompt for e in examples], [e.response for e in examples])
 
 
-def meta_batch(examples: Sequence[Example]) -> MetaBatch:
-    """One group per example: its context for the inner step, its query row for the outer loss."""
-    context_ids, context_mask = pad([example.context for example in examples])
+def meta_batch(
+    examples: Sequence[Example],
+    context_of: Sequence[int] | None = None,
+    contexts_per_group: int = 1,
+) -> MetaBatch:
+    """Contexts for the inner step, and a query row of every example for the outer loss.
+
+    Args:
+        examples: in the order of the query rows, and so of a teacher's targets.
+        context_of: the context of every example, 0, 1, … in ascending order: neighbours with the
+            same number must have the same context, which is there once. One each by default.
+        contexts_per_group: how many consecutive contexts share one θ', which answers the queries
+            of all of them.
+    """
+    context_of = range(len(examples)) if context_of is None else context_of
+    contexts = {number: e.context for number, e in zip(context_of, examples, strict=True)}
+    context_ids, context_mask = pad(list(contexts.values()))
     rows = query_rows(examples)
-    return MetaBatch(context_ids, context_mask, rows.ids, rows.mask, rows.response_mask)
+    return MetaBatch(
+        context_ids,
+        context_mask,
+        rows.ids,
+        rows.mask,
+        rows.response_mask,
+        context_group=torch.arange(len(contexts)) // contexts_per_group,
+        query_group=torch.tensor(context_of) // contexts_per_group,
+    )
 
 
 def with_responses(

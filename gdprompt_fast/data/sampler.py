@@ -1,8 +1,28 @@
-"""An endless shuffled stream of example indices that can be put back to any position."""
+"""An endless shuffled stream of indices that can be put back to any position, and what is drawn."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+
+from .tokenise import Example
+
+
+def units_by_context(examples: Sequence[Example], queries_per_context: int) -> list[list[int]]:
+    """The indices of all examples in units with one context each, to be drawn together.
+
+    Examples with the same context tokens go in order into units of at most ``queries_per_context``;
+    with 1, every example is a unit of its own.
+    """
+    units: list[list[int]] = []
+    newest: dict[bytes, list[int]] = {}  # the unit of a context that takes the next example
+    for index, example in enumerate(examples):
+        key = example.context.tobytes()
+        if key not in newest or len(newest[key]) == queries_per_context:
+            newest[key] = []
+            units.append(newest[key])
+        newest[key].append(index)
+    return units
 
 
 class ShuffledSampler:
@@ -13,7 +33,7 @@ class ShuffledSampler:
     beginning of the next.
     """
 
-    def __init__(self, size: int, seed: int, position: int = 0) -> None:
+    def __init__(self, size: int, seed: int | str, position: int = 0) -> None:
         if size < 1:
             raise ValueError(f"size: expected at least 1 example, got {size}")
         self.size = size
