@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import MODEL_FOLDER, load_weights, read_metrics
+from ..checkpoint import CHECKPOINTS, MODEL_FOLDER, load_weights, read_metrics
 from ..evaluation import InnerStep
 from ..loading import add_lora, load_model
 from ..train import METRICS_FILE, TrainOptions, train
@@ -97,11 +98,11 @@ def meta_trained(lab: Lab, arm: Arm) -> Stage:
     }
 
     def work(folder: Path) -> Result:
-        model, tokenizer = load_base(lab, arm)
-        chosen = examples(lab, arm.task, "train", model, tokenizer)
         cache, joint = None, None
         if teacher is not None:
-            cache = teacher_cache(lab, teacher.folder, model, tokenizer, chosen, options)
+            cache = teacher_cache(lab, arm.task, teacher.folder, options)
+        model, tokenizer = load_base(lab, arm)
+        chosen = examples(lab, arm.task, "train", model, tokenizer)
         if arm.joint:
             count = arm.ordinary_examples
             joint = examples(lab, arm.joint, "train", model, tokenizer, count)
@@ -110,7 +111,10 @@ def meta_trained(lab: Lab, arm: Arm) -> Stage:
         train(model, tokenizer, chosen, options, folder, cache, joint)
         return {"examples": len(chosen), "steps": len(read_metrics(folder / METRICS_FILE))}
 
-    return lab.stage(f"arm/{arm.name}", wanted, work)
+    stage = lab.stage(f"arm/{arm.name}", wanted, work)
+    # Three times as large as the model, and of no more use once the stage is finished.
+    shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
+    return stage
 
 
 def load(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..bundled import bundled_folder
+from ..checkpoint import is_empty
+from ..loading import load_config
 from .preset import Preset
 from .stages import Result, Stage, run_stage
 
@@ -63,10 +65,14 @@ class Lab:
             )
         return self.used[full_name]
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether training computes in bf16; everything else then does so too."""
+        return self.preset.sections["train"].get("compute_dtype") == "bfloat16"
+
     def autocast(self) -> AbstractContextManager[None]:
         """Computes in the type that training computes in."""
-        in_bfloat16 = self.preset.sections["train"].get("compute_dtype") == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
 
 def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
@@ -75,12 +81,18 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
     Raises:
         ValueError: if the model is not there, or ``output`` is the folder of something else.
     """
-    stages = output / STAGES
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not stages.is_dir())):
+    if not (output / STAGES).is_dir() and not is_empty(output):
         raise ValueError(
             f"output: expected a new or empty folder or one of experiments, got {output}"
         )
     model = find_model(preset.model)
+    room = load_config(str(model)).max_position_embeddings
+    needed = preset.limits.prompt_tokens + preset.longest_answer
+    if needed > room:
+        raise ValueError(
+            f"limits: expected prompt_tokens and answer_tokens within the model's {room} positions, "
+            f"got {needed} together"
+        )
     fingerprint, used = _fingerprint(model), dict[str, Stage]()
     return [Lab(preset, output, device, model, fingerprint, seed, used) for seed in preset.seeds]
 

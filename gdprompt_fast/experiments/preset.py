@@ -151,6 +151,12 @@ class Preset:
                 preset.train_options(task, kind)
         return preset
 
+    @property
+    def longest_answer(self) -> int:
+        """The longest answer that is generated, by a teacher or in an evaluation."""
+        of_teachers = [self.train_options(task).answer_tokens for task in self.tasks]
+        return max(self.evaluate.answer_tokens, *of_teachers)
+
     def section(self, name: str, settings: type[Settings]) -> Settings:
         """An experiment's own section.
 

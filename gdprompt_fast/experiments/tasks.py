@@ -115,33 +115,26 @@ def fine_tuned(
 
 def taught(lab: Lab, task: str, options: TrainOptions) -> Stage:
     """The base model's answers to its prompted training queries, for the KL objective."""
-    base = prepared(lab, task)
 
     def work(folder: Path) -> Result:
-        model, tokenizer = load_model(base.folder / MODEL_FOLDER, lab.preset.dtype, lab.device)
-        prompted = examples(lab, task, "train", model, tokenizer)
-        teacher_cache(lab, folder, model, tokenizer, prompted, options)
-        return {"examples": len(prompted)}
+        return {"examples": len(teacher_cache(lab, task, folder, options).examples)}
 
-    wanted = {"base": base.key, "answer_tokens": options.answer_tokens}
+    wanted = {
+        "base": prepared(lab, task).key,
+        "answer_tokens": options.answer_tokens,
+        "batch_size": options.teacher_batch_size,
+        "bfloat16": lab.in_bfloat16,
+    }
     return lab.stage(f"teacher/{task}", wanted, work)
 
 
-def teacher_cache(
-    lab: Lab,
-    folder: Path,
-    teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompted: list[Example],
-    options: TrainOptions,
-) -> TeacherCache:
-    """The cache of a :func:`taught` stage: built, or opened if it is there."""
-    with lab.autocast():
-        return TeacherCache.build(
-            folder / CACHE_FOLDER,
-            teacher,
-            tokenizer,
-            prompted,
-            options.answer_tokens,
-            options.teacher_batch_size,
-        )
+def teacher_cache(lab: Lab, task: str, folder: Path, options: TrainOptions) -> TeacherCache:
+    """The cache in the folder of a :func:`taught` stage: built or continued, or opened."""
+    base = prepared(lab, task).folder / MODEL_FOLDER
+    dtype = "bfloat16" if lab.in_bfloat16 else lab.preset.dtype
+    teacher, tokenizer = load_model(base, dtype, lab.device)
+    prompted = examples(lab, task, "train", teacher, tokenizer)
+    batch_size = options.teacher_batch_size
+    return TeacherCache.build(
+        folder / CACHE_FOLDER, teacher, tokenizer, prompted, options.answer_tokens, batch_size
+    )
