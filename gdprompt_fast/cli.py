@@ -1,4 +1,4 @@
-"""The command line: ``gdprompt data``, ``demo``, ``train``, ``evaluate`` and ``plan``."""
+"""The command line, ``gdprompt COMMAND``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,37 @@ from .checkpoint import write_json
 from .data import SOURCES, Limits, make_data, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
-from .demo import INNER_LR_GRID, OPTIONS, POSITIONS, TEST_EXAMPLES, demo_model, demo_options
-from .evaluation import InnerStep, tune_inner_lr
+from .demo import (
+    ANSWER_TOKENS,
+    INNER_LR_GRID,
+    OPTIONS,
+    POSITIONS,
+    TEST_EXAMPLES,
+    demo_model,
+    demo_options,
+)
+from .evaluation import (
+    InnerStep,
+    check_inner_step,
+    evaluate,
+    tune_inner_lr,
+    whole_groups,
+    write_predictions,
+)
+from .experiments import EXPERIMENTS, StaleStage
+from .experiments.command import OWN_PRESETS, prepare_experiment
 from .job import limits, load_job
-from .loading import DTYPES, choose_device, load_config, load_examples, load_model, positions
-from .options import check_inner, select_inner
+from .loading import (
+    DTYPES,
+    choose_device,
+    load_config,
+    load_examples,
+    load_model,
+    room_before_answer,
+)
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
-from .report import results_table
-from .run import TestSet, claim_output, measure, run, summaries
+from .report import results_table, write_page
+from .run import TestSet, as_results, claim_output, run, summaries
 from .train import TrainOptions
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -38,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _prepare_and_work(args)
     except KeyboardInterrupt:
         hint = "; --resume continues the run" if hasattr(args, "resume") else ""
+        hint = "; the same command continues it" if args.command == "experiment" else hint
         print(f"\ngdprompt {args.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
 
@@ -50,7 +74,7 @@ def _prepare_and_work(args: argparse.Namespace) -> int:
         return BAD_INPUT
     try:
         work()
-    except FloatingPointError as error:
+    except (FloatingPointError, StaleStage) as error:
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
     return 0
@@ -89,7 +113,7 @@ def prepare_demo(args: argparse.Namespace) -> Work:
     room = Limits(POSITIONS, POSITIONS, POSITIONS)
     examples = tokenise_triples(data.train, tokenizer, room).examples
     unseen = tokenise_triples(data.test, tokenizer, room).examples
-    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size)
+    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size, ANSWER_TOKENS)
     model = demo_model(tokenizer, args.seed).to(device)
     claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
     print(
@@ -114,24 +138,39 @@ def prepare_train(args: argparse.Namespace) -> Work:
 
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
-    check_inner(args.inner_lr, args.inner_steps)
+    asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
     _check_file("results", args.results)
+    _check_file("predictions", args.predictions)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
-    select_inner(model, args.inner_params)
-    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
+    check_inner_step(model, asked, args.one_after_another)
+    room = room_before_answer(model, args.answer_tokens)
+    triples = load_examples(args.data, model, tokenizer, limits(args, room))
     print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size)
+    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    examples = whole_groups(test.examples, args.contexts_per_group)
+    grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
-        inner = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
+        inner = asked
         if args.tune_inner_lr:
-            inner = tune_inner_lr(
-                model, test.examples, inner, test.inner_lr_grid, test.batch_size
-            ).inner
-        result = measure(model, tokenizer, inner, test)
-        print(f"\n{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
+            grid, size = test.inner_lr_grid, test.batch_size
+            inner = tune_inner_lr(model, examples, asked, grid, size, **grouping).inner
+        scores = evaluate(
+            model,
+            tokenizer,
+            examples,
+            inner,
+            test.batch_size,
+            answer_tokens=test.answer_tokens,
+            **grouping,
+        )
+        result = {**as_results(scores, inner), **grouping}
+        print(f"\n{len(examples)} examples, ± one standard error:\n")
+        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
             write_json(args.results, result)
+        if args.predictions:
+            write_predictions(args.predictions, examples, scores, tokenizer)
 
     return work
 
@@ -149,6 +188,19 @@ def prepare_plan(args: argparse.Namespace) -> Work:
             write_json(args.json, plan_json(args.model, plan))
 
     return work
+
+
+def prepare_experiment_of(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt experiment``."""
+    return prepare_experiment(
+        args.name, args.preset, args.output, args.seeds, args.model, args.device
+    )
+
+
+def prepare_report(args: argparse.Namespace) -> Work:
+    """The whole of ``gdprompt report`` but for what it prints."""
+    page = write_page(args.folder)
+    return lambda: print(f"written to {page}")
 
 
 def _check_file(option: str, path: Path | None) -> None:
@@ -175,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_plan(commands)
+    _add_experiment(commands)
+    _add_report(commands)
     return parser
 
 
@@ -242,7 +296,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    what = "Accuracy and NLL of gold responses for No Context, Prompt and Fine-Tuning."
+    what = (
+        "No Context, Prompt and Fine-Tuning: accuracy and NLL of gold responses, exact match and "
+        "F1 of generated answers."
+    )
     parser = _command(commands, "evaluate", what, prepare_evaluate)
     _add_device(parser)
     _add_model_and_data(parser)
@@ -255,7 +312,19 @@ def _add_evaluate(commands: Any) -> None:
         "--tune-inner-lr", action="store_true", help="take the best rate of the grid instead"
     )
     _add_inner_lr_grid(parser)
+    parser.add_argument(
+        "--contexts-per-group", type=int, default=1, help="examples that share one inner step"
+    )
+    parser.add_argument(
+        "--one-after-another",
+        action="store_true",
+        help="an inner step on each context of a group in turn, not one on all of them",
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=32, help="longest answer generated; 0: none are"
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
 
 
 def _add_plan(commands: Any) -> None:
@@ -267,6 +336,30 @@ def _add_plan(commands: Any) -> None:
     _add_fields(parser, Setting)
     parser.add_argument("--memory", help="size of the card, as 80GB: finds the largest batch")
     parser.add_argument("--json", type=Path, help="JSON file to write the numbers to")
+
+
+def _add_experiment(commands: Any) -> None:
+    what = (
+        "One of the paper's experiments: JSON, a Markdown table beside the paper's numbers and a "
+        "figure. Stages that --output holds already, of any experiment, are not done again."
+    )
+    parser = _command(commands, "experiment", what, prepare_experiment_of)
+    parser.add_argument("name", choices=EXPERIMENTS, help="which one")
+    parser.add_argument(
+        "--preset",
+        default="small",
+        help=f"sizes and rates: {', '.join(OWN_PRESETS)} or a TOML file",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of results and stages")
+    parser.add_argument("--seeds", type=int, nargs="+", help="repetitions; None: the preset's")
+    parser.add_argument("--model", help="model folder or name on the hub; None: the preset's")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
+
+
+def _add_report(commands: Any) -> None:
+    what = "One self-contained HTML page of the experiments and runs in a folder."
+    parser = _command(commands, "report", what, prepare_report)
+    parser.add_argument("folder", type=Path, help="an --output folder, or one with such folders")
 
 
 def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:

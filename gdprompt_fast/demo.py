@@ -18,6 +18,7 @@ from .train import TrainOptions
 TEST_EXAMPLES = 400
 INNER_LR_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 POSITIONS = 128
+ANSWER_TOKENS = 8  # a name has two, and EOS
 OPTIONS = TrainOptions(
     steps=1000,
     batch_size=16,

@@ -17,6 +17,7 @@ from .loading import (
     load_examples,
     load_model,
     positions,
+    room_before_answer,
 )
 from .options import select_inner
 from .run import TestSet
@@ -92,9 +93,12 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
     print(f"{args.data}: {triples}")
     test = None
     if args.test_data:
-        held_out = load_examples(args.test_data, model, tokenizer, limits(args, positions(model)))
+        room_to_answer = room_before_answer(model, options.answer_tokens)
+        held_out = load_examples(args.test_data, model, tokenizer, limits(args, room_to_answer))
         print(f"{args.test_data}: {held_out}")
-        test = TestSet(held_out.examples, args.inner_lr_grid, args.eval_batch_size)
+        test = TestSet(
+            held_out.examples, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens
+        )
     cache = args.teacher_cache or args.output / "teacher"
     job = Job(model, tokenizer, triples.examples, options, teacher, cache, test)
     if teacher is not None and cache.exists():

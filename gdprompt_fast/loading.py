@@ -147,3 +147,17 @@ def vocabulary_size(model: nn.Module) -> int:
 def positions(model: nn.Module) -> int:
     """The longest row that the model has positions for."""
     return int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+
+
+def room_before_answer(model: nn.Module, answer_tokens: int) -> int:
+    """The longest row after which the model has positions for a generated answer.
+
+    Raises:
+        ValueError: if that is no row at all.
+    """
+    room = positions(model) - answer_tokens
+    if room < 2:
+        raise ValueError(
+            f"answer_tokens: expected fewer than the model's positions, got {answer_tokens}"
+        )
+    return room

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import is_empty, read_metrics, write_file, write_json
 from .data import Example
-from .evaluation import InnerStep, Summary, evaluate, fine_tuned_answers, tune_inner_lr
-from .loading import positions
+from .evaluation import InnerStep, Scores, Summary, decode, evaluate, tune_inner_lr
 from .options import check_inner
 from .report import draw_figure, not_improved, results_table
 from .teacher import TeacherCache
@@ -24,7 +23,7 @@ SETTINGS_FILE = "run.json"
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 FIGURE_FILE = "figure.png"
-SAMPLES, SAMPLE_TOKENS = 3, 16  # answers shown, and the longest of them
+SAMPLES = 3  # answers shown
 
 Results = dict[str, dict[str, Any]]
 
@@ -37,15 +36,19 @@ class TestSet:
         examples: none of which is trained on.
         inner_lr_grid: the inner rates of which the model before training gets the best one.
         batch_size: examples evaluated at once.
+        answer_tokens: the longest answer that is generated; 0: none are.
     """
 
     examples: Sequence[Example]
     inner_lr_grid: Sequence[float]
     batch_size: int
+    answer_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"eval_batch_size: expected an integer >= 1, got {self.batch_size}")
+        if self.answer_tokens < 0:
+            raise ValueError(f"answer_tokens: expected an integer >= 0, got {self.answer_tokens}")
         for inner_lr in self.inner_lr_grid:
             check_inner(inner_lr, inner_steps=1)
 
@@ -111,17 +114,19 @@ def run(
 def measure(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, inner: InnerStep, test: TestSet
 ) -> dict[str, Any]:
-    """The three settings on a test set, and the first few answers after fine-tuning, for JSON."""
-    scores = evaluate(model, test.examples, inner, test.batch_size)
-    shown = test.examples[:SAMPLES]
-    room = positions(model) - max(len(example.query) for example in shown)
-    answers = fine_tuned_answers(
-        model, shown, inner, tokenizer.eos_token_id, min(SAMPLE_TOKENS, room)
+    """The three settings on a test set, for JSON."""
+    scores = evaluate(
+        model, tokenizer, test.examples, inner, test.batch_size, answer_tokens=test.answer_tokens
     )
+    return as_results(scores, inner)
+
+
+def as_results(scores: Mapping[str, Scores], inner: InnerStep) -> dict[str, Any]:
+    """The summaries of an evaluation and the first few answers after fine-tuning, for JSON."""
     return {
         "inner": asdict(inner),
         "settings": {setting: asdict(of.summary()) for setting, of in scores.items()},
-        "fine_tuned_answers": [decode(tokenizer, answer) for answer in answers],
+        "fine_tuned_answers": (scores["fine_tuning"].answers or [])[:SAMPLES],
     }
 
 
@@ -157,18 +162,14 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
         f"after: η = {after['inner']['lr']:g}, as trained.",
         *not_improved(measured["before"], measured["after"]),
     ]
-    for index, example in enumerate(test.examples[:SAMPLES]):
+    answers = before["fine_tuned_answers"], after["fine_tuned_answers"]
+    for example, answer_before, answer_after in zip(test.examples, *answers, strict=False):
         lines += [
             "",
             f"passage: {decode(tokenizer, example.context)}",
             f"query:   {decode(tokenizer, example.query)}",
             f"gold:    {decode(tokenizer, example.response)}",
-            f"before:  {before['fine_tuned_answers'][index]}",
-            f"after:   {after['fine_tuned_answers'][index]}",
+            f"before:  {answer_before}",
+            f"after:   {answer_after}",
         ]
     return "\n".join(lines) + "\n"
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids, without BOS and EOS."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

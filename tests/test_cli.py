@@ -19,6 +19,7 @@ from gdprompt_fast.checkpoint import read_metrics
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.evaluation import read_predictions
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 RUN_MAIN = "import sys; from gdprompt_fast.cli import main; main(sys.argv[1:])"
@@ -115,7 +116,8 @@ def test_train_then_evaluate(
     assert (output / "figure.png").is_file() and (output / "results.json").is_file()
     results = tmp_path / "results.json"
     command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
-    assert main([*command, "--inner-lr", "0.1", "--results", str(results)]) == 0
+    answers = ["--answer-tokens", "3", "--results", str(results)]
+    assert main([*command, "--inner-lr", "0.1", *answers]) == 0
     assert "Fine-Tuning: η = 0.1" in capsys.readouterr().out
     after = json.loads((output / "results.json").read_text())["after"]
     assert json.loads(results.read_text())["settings"] == after["settings"]
@@ -132,6 +134,62 @@ def test_train_adapters_then_evaluate_them(
     assert (output / "model" / "adapter_model.safetensors").is_file()
     command = ["evaluate", "--model", str(output / "model"), "--data", str(triples)]
     assert main([*command, "--inner-params", "lora", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("order", [[], ["--one-after-another"]], ids=["at once", "in turn"])
+def test_evaluate_groups_of_contexts_and_keep_every_answer(
+    order: list[str],
+    model_folder: Path,
+    triples: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results, predictions = tmp_path / "results.json", tmp_path / "predictions.jsonl"
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    groups = ["--contexts-per-group", "4", "--answer-tokens", "4", *order]
+    files = ["--results", str(results), "--predictions", str(predictions)]
+    assert main([*command, *groups, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "8 examples, ± one standard error" in printed  # of 9: two groups of 4
+    for row in ("| accuracy ", "| token accuracy ", "| exact match ", "| F1 ", "| NLL per token "):
+        assert row in printed
+    result = json.loads(results.read_text())
+    assert result["contexts_per_group"] == 4 and result["one_after_another"] is bool(order)
+    rows = read_predictions(predictions)
+    assert len(rows) == 8
+    mean = sum(row["settings"]["fine_tuning"]["f1"] for row in rows) / 8
+    assert result["settings"]["fine_tuning"]["f1"] == pytest.approx(mean)
+
+
+def test_evaluate_without_answers(
+    model_folder: Path, triples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    assert main([*command, "--answer-tokens", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "| accuracy " in printed and "exact match" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--answer-tokens", "127"], "answer_tokens: expected fewer than the model's positions"),
+        (["--answer-tokens", "-1"], "answer_tokens: expected an integer >= 0, got -1"),
+        (["--contexts-per-group", "10"], "contexts_per_group: expected at most the number of"),
+        (["--predictions", "no/folder/p.jsonl"], "predictions: expected a file in an existing"),
+        (["--inner-lr", "inf"], "inner_lr: expected a finite number >= 0, got inf"),
+    ],
+)
+def test_bad_input_to_evaluate_is_one_clear_line(
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    triples: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["evaluate", "--model", str(model_folder), "--data", str(triples)]
+    assert main([*command, *arguments]) == 2
+    assert message in one_line(capsys)
 
 
 def test_evaluate_can_tune_the_inner_rate(

@@ -2,156 +2,205 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
-import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from ..data import Example, batched, meta_batch, prompt_rows, query_rows
-from ..meta.inner import inner_step
+from ..data import Example, batched, response_rows
+from ..loading import positions
 from ..progress import progress_bar
 from ..teacher import greedy_answers
-from .scores import Scores, Summary, score_rows
+from .adapted import (
+    InnerStep,
+    adapted_one_after_another,
+    adapted_to_contexts,
+    check_inner_step,
+)
+from .answers import decode
+from .scores import Scores, score_rows
 
 SETTINGS = {"no_context": "No Context", "prompt": "Prompt", "fine_tuning": "Fine-Tuning"}
 
-BatchScorer = Callable[[list[Example]], Scores]
+Adapt = Callable[[list[Example]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class InnerStep:
-    """How the context goes into the weights: the options of :func:`gdprompt_fast.inner_step`."""
+class Answerer:
+    """Generates greedy answers of at most ``max_tokens``, as texts."""
 
-    lr: float
-    steps: int = 1
-    params: str = "full"
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def answers(self, model: nn.Module, starts: Sequence[Sequence[int]]) -> list[str]:
+        """What the model says after each start, up to EOS."""
+        eos = self.tokenizer.eos_token_id
+        ids = greedy_answers(model, starts, eos, self.max_tokens)
+        return [decode(self.tokenizer, answer) for answer in ids]
 
 
 def evaluate(
-    model: nn.Module, examples: Sequence[Example], inner: InnerStep, batch_size: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    inner: InnerStep,
+    batch_size: int,
+    *,
+    settings: Iterable[str] = tuple(SETTINGS),
+    answer_tokens: int = 32,
+    contexts_per_group: int = 1,
+    one_after_another: bool = False,
 ) -> dict[str, Scores]:
-    """The scores of the gold responses in each of the three settings, by the keys of ``SETTINGS``.
+    """The scores of the gold responses, and of generated answers, by setting.
 
-    - No Context: the query alone, at θ;
-    - Prompt: context ⊕ query, at θ;
-    - Fine-Tuning: the query alone, at the example's own θ', one inner step on its context away.
+    - ``no_context``: the query alone, at θ;
+    - ``prompt``: context ⊕ query, at θ;
+    - ``fine_tuning``: the query alone, at θ', an inner step on the example's context away.
+
+    With several contexts a group, the scores are of the examples in whole groups only: of N
+    examples the last N mod ``contexts_per_group`` are left out, in every setting.
+
+    Args:
+        batch_size: examples at once, in whole groups.
+        settings: those to evaluate, of ``SETTINGS``.
+        answer_tokens: the longest answer generated; 0 for none, which saves most of the time where
+            the gold responses' NLL and accuracy are enough.
+        contexts_per_group: so many consecutive examples share one θ', adapted to all of their
+            contexts: by an inner step on the mean of their losses.
+        one_after_another: by an inner step on each context in turn instead; slower, a group at a
+            time, and with a copy of the moved weights.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+        FloatingPointError: if an inner loss is not finite.
     """
-    return {
-        "no_context": no_context_scores(model, examples, batch_size),
-        "prompt": prompt_scores(model, examples, batch_size),
-        "fine_tuning": fine_tuning_scores(model, examples, inner, batch_size),
-    }
+    settings = list(settings)
+    examples = whole_groups(examples, contexts_per_group)
+    _check_evaluation(model, examples, batch_size, settings, answer_tokens)
+    if "fine_tuning" in settings:
+        check_inner_step(model, inner, one_after_another)
+    answerer = Answerer(tokenizer, answer_tokens) if answer_tokens else None
+    scores = {}
+    for setting in settings:
+        if setting == "fine_tuning":
+            scores[setting] = fine_tuning_scores(
+                model, examples, inner, batch_size, contexts_per_group, one_after_another, answerer
+            )
+        else:
+            scores[setting] = _scores(model, examples, setting, batch_size, _at_theta, answerer)
+    return scores
 
 
-def no_context_scores(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
-    """The responses scored after the query alone."""
-    device = _device(model)
+def whole_groups(examples: Sequence[Example], contexts_per_group: int) -> Sequence[Example]:
+    """The examples without the last ones that are too few for a group.
 
-    def score(batch: list[Example]) -> Scores:
-        return score_rows(model, query_rows(batch).to(device))
-
-    return _in_batches(score, examples, batch_size, SETTINGS["no_context"])
-
-
-def prompt_scores(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Scores:
-    """The responses scored after context ⊕ query."""
-    device = _device(model)
-
-    def score(batch: list[Example]) -> Scores:
-        return score_rows(model, prompt_rows(batch).to(device))
-
-    return _in_batches(score, examples, batch_size, SETTINGS["prompt"])
+    Raises:
+        ValueError: if there is not one whole group.
+    """
+    if contexts_per_group < 1:
+        raise ValueError(f"contexts_per_group: expected an integer >= 1, got {contexts_per_group}")
+    if len(examples) < contexts_per_group:
+        raise ValueError(
+            f"contexts_per_group: expected at most the number of examples, {len(examples)}, "
+            f"got {contexts_per_group}"
+        )
+    return examples[: len(examples) // contexts_per_group * contexts_per_group]
 
 
 def fine_tuning_scores(
-    model: nn.Module, examples: Sequence[Example], inner: InnerStep, batch_size: int
-) -> Scores:
-    """The responses scored after the query alone, each at its own θ', a whole batch at once."""
-    device = _device(model)
-
-    def score(batch: list[Example]) -> Scores:
-        with adapted_to_contexts(model, batch, inner):
-            return score_rows(model, query_rows(batch).to(device))
-
-    return _in_batches(score, examples, batch_size, f"{SETTINGS['fine_tuning']}, η = {inner.lr:g}")
-
-
-def fine_tuned_answers(
-    model: nn.Module, examples: Sequence[Example], inner: InnerStep, eos: int, max_tokens: int
-) -> list[list[int]]:
-    """The greedy answers to the queries alone, each at its own θ', all at once."""
-    with adapted_to_contexts(model, examples, inner):
-        return greedy_answers(model, [example.query for example in examples], eos, max_tokens)
-
-
-@contextmanager
-def adapted_to_contexts(
-    model: nn.Module, examples: Sequence[Example], inner: InnerStep
-) -> Iterator[None]:
-    """Inside, row b of the model's input runs at the θ' of example b, adapted to its context."""
-    batch = meta_batch(examples).to(_device(model))
-    update = inner_step(
-        model,
-        batch.context_ids,
-        batch.context_mask,
-        inner_lr=inner.lr,
-        inner_steps=inner.steps,
-        inner_params=inner.params,
-    )
-    with update.applied_to(model, groups=batch.query_group):
-        yield
-
-
-@dataclass(frozen=True)
-class TunedInnerStep:
-    """The inner step with the best of several rates, and the summaries of those that worked."""
-
-    inner: InnerStep
-    tried: dict[float, Summary]
-
-
-def tune_inner_lr(
     model: nn.Module,
     examples: Sequence[Example],
     inner: InnerStep,
-    grid: Iterable[float],
     batch_size: int,
-) -> TunedInnerStep:
-    """Chooses the rate with the highest Fine-Tuning accuracy, then the lowest NLL.
-
-    Choosing on the very examples that are then reported favours the model, so do it for the
-    baseline only: what is claimed over it is then claimed over the best that it can do.
-    """
-    tried = {}
-    for lr in grid:
-        # With several inner steps a large rate can make the inner loss infinite on the way.
-        with suppress(FloatingPointError):
-            scores = fine_tuning_scores(model, examples, replace(inner, lr=lr), batch_size)
-            tried[lr] = scores.summary()
-    if not tried:
-        raise FloatingPointError("inner loss: expected a finite one at some inner rate, got none")
-    return TunedInnerStep(replace(inner, lr=max(tried, key=lambda lr: _merit(tried[lr]))), tried)
-
-
-def _merit(summary: Summary) -> tuple[float, float]:
-    """Larger is better; a rate so large that the NLL is not a number is the worst."""
-    nll = summary.nll_per_token
-    return (summary.accuracy, -nll) if math.isfinite(nll) else (-1.0, 0.0)
-
-
-def _in_batches(
-    score: BatchScorer, examples: Sequence[Example], batch_size: int, what: str
+    contexts_per_group: int = 1,
+    one_after_another: bool = False,
+    answerer: Answerer | None = None,
 ) -> Scores:
+    """The responses scored after the query alone, at the θ' of their groups, a batch at once.
+
+    The arguments are those of :func:`evaluate`.
+    """
+
+    def adapt(batch: list[Example]) -> AbstractContextManager[None]:
+        if one_after_another:
+            return adapted_one_after_another(model, batch, inner)
+        return adapted_to_contexts(model, batch, inner, contexts_per_group)
+
+    groups_at_once = 1 if one_after_another else max(1, batch_size // contexts_per_group)
+    size = groups_at_once * contexts_per_group
+    return _scores(model, examples, "fine_tuning", size, adapt, answerer)
+
+
+def _at_theta(batch: list[Example]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _scores(
+    model: nn.Module,
+    examples: Sequence[Example],
+    setting: str,
+    batch_size: int,
+    adapt: Adapt,
+    answerer: Answerer | None,
+) -> Scores:
+    """The scores in one setting, batch by batch, each with the model that ``adapt`` makes for it.
+
+    The model's answers are the same for every size of the batches, up to rounding.
+    """
     parts = []
-    with progress_bar(len(examples), f"evaluating {what}", "ex", leave=False) as bar:
+    with progress_bar(len(examples), f"evaluating {SETTINGS[setting]}", "ex", leave=False) as bar:
         for batch in batched(examples, batch_size):
-            parts.append(score(batch))
+            with adapt(batch):
+                parts.append(_score_batch(model, batch, _starts(batch, setting), answerer))
             bar.update(len(batch))
     return Scores.concatenate(parts)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _score_batch(
+    model: nn.Module,
+    batch: Sequence[Example],
+    starts: Sequence[array[int]],
+    answerer: Answerer | None,
+) -> Scores:
+    rows = response_rows(starts, [example.response for example in batch])
+    scores = score_rows(model, rows.to(next(model.parameters()).device))
+    if answerer is None:
+        return scores
+    return scores.with_answers(answerer.answers(model, starts), [e.answers for e in batch])
+
+
+def _starts(examples: Sequence[Example], setting: str) -> list[array[int]]:
+    """What stands before the response: context ⊕ query for Prompt, else the query alone."""
+    return [example.prompt if setting == "prompt" else example.query for example in examples]
+
+
+def _check_evaluation(
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    settings: Sequence[str],
+    answer_tokens: int,
+) -> None:
+    unknown = [setting for setting in settings if setting not in SETTINGS]
+    if unknown or not settings:
+        raise ValueError(f"settings: expected some of {list(SETTINGS)}, got {settings}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
+    if answer_tokens < 0:
+        raise ValueError(f"answer_tokens: expected an integer >= 0, got {answer_tokens}")
+    if not answer_tokens:
+        return
+    if not all(example.answers for example in examples):
+        raise ValueError(
+            "examples: expected gold answers to compare generated ones with, got an example "
+            "without; tokenise_triples keeps them, answer_tokens=0 does without"
+        )
+    longest = max(len(start) for setting in settings for start in _starts(examples, setting))
+    if longest + answer_tokens > positions(model):
+        raise ValueError(
+            f"answer_tokens: expected at most {positions(model) - longest} after a row of "
+            f"{longest} tokens, with the model's {positions(model)} positions, got {answer_tokens}"
+        )

@@ -17,13 +17,24 @@ __all__ = ["EXPERIMENTS", "Experiment", "Lab", "Outcome", "Preset", "StaleStage"
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment: what its section of a preset says, and what it does."""
+    """An experiment: what its section of a preset says, what else must hold, and what it does.
+
+    Attributes:
+        check: raises a ValueError before any work if the preset does not do.
+    """
 
     settings: type
     run: Callable[[Sequence[Lab], Any], Outcome]
+    check: Callable[[Preset, Any], None]
+
+
+def _nothing_else(preset: Preset, settings: Any) -> None:
+    """What most experiments ask of a preset beyond its sections."""
 
 
 EXPERIMENTS = {
-    module.__name__.rpartition(".")[2]: Experiment(module.Settings, module.run)
+    module.__name__.rpartition(".")[2]: Experiment(
+        module.Settings, module.run, getattr(module, "check", _nothing_else)
+    )
     for module in (figure2, table1, table2, table3, table4, table5)
 }

@@ -39,7 +39,8 @@ def prepare_experiment(
     given = {key: value for key, value in overrides.items() if value is not None}
     sections["model"] = {**sections.get("model", {}), **given}
     read = Preset.read(sections)
-    read.section(name, EXPERIMENTS[name].settings)
+    experiment = EXPERIMENTS[name]
+    experiment.check(read, read.section(name, experiment.settings))
     labs = make_labs(read, output, choose_device(device))
 
     def work() -> None:

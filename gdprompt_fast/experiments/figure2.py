@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..evaluation import SETTINGS
 from . import paper
 from .arms import Arm
 from .cells import Cell
 from .findings import Finding, Named, close, larger
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .results import Outcome, PaperNumbers, Table
 from .preset import METRICS
+from .results import Outcome, PaperNumbers, Table
 
 TITLE = "Figure 2: No Context, Prompt and Fine-Tuning before and after meta-training"
-SETTINGS = {"no_context": "No Context", "prompt": "Prompt", "fine_tuning": "Fine-Tuning"}
 MODELS = {"BM": "none", "LC": "kl", "LG": "gold"}
 BEST = "BM, best inner rate"
 FORWARD, REVERSED = "character-description", "reversal-curse"
@@ -45,7 +45,7 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
             is_first = metric == tasks[task].metrics[0]
             tables.append(Table(title, list(SETTINGS.values()), rows, _paper(task, is_first)))
             if is_first:
-                measured[task] = {name: cells[-1] for name, cells in rows.items()}
+                measured[task] = {name: cells[-1] for name, cells in rows.items() if cells[-1]}
                 findings += _findings(labs, tasks[task].label, measured[task])
                 shown = ", ".join(f"{rate:g}" for rate in rates)
                 notes.append(f"{tasks[task].label}: BM's best inner rate: {shown}.")
@@ -74,11 +74,12 @@ def _rows(
 def _findings(labs: Sequence[Lab], label: str, fine_tuned: dict[str, Cell]) -> list[Finding]:
     """What a task's Fine-Tuning cells say, by model."""
     before = max((fine_tuned["BM"], fine_tuned[BEST]), key=lambda cell: cell.mean)
-    margin = labs[0].preset.findings.margin
+    bm = Named("BM at its better rate", before)
     lc, lg = Named("LC", fine_tuned["LC"]), Named("LG", fine_tuned["LG"])
     claim = "Fine-Tuning is better after meta-training than before"
+    margin = labs[0].preset.findings.margin
     return [
-        *(larger(claim, label, after, Named("BM at its better rate", before)) for after in (lc, lg)),
+        *(larger(claim, label, after, bm) for after in (lc, lg)),
         close("kl does as well as gold in Fine-Tuning", label, lc, lg, margin),
     ]
 

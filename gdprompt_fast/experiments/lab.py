@@ -90,8 +90,8 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
     needed = preset.limits.prompt_tokens + preset.longest_answer
     if needed > room:
         raise ValueError(
-            f"limits: expected prompt_tokens and answer_tokens within the model's {room} positions, "
-            f"got {needed} together"
+            "limits: expected prompt_tokens and answer_tokens within the model's "
+            f"{room} positions, got {needed} together"
         )
     fingerprint, used = _fingerprint(model), dict[str, Stage]()
     return [Lab(preset, output, device, model, fingerprint, seed, used) for seed in preset.seeds]

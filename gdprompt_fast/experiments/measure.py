@@ -120,7 +120,9 @@ def measure(labs: Sequence[Lab], question: Question, metric: str) -> Cell:
     return Cell(values, question.contexts)
 
 
-def measure_at_best(labs: Sequence[Lab], question: Question, metric: str) -> tuple[Cell, list[float]]:
+def measure_at_best(
+    labs: Sequence[Lab], question: Question, metric: str
+) -> tuple[Cell, list[float]]:
     """The score at the best inner rate of the grid, and what that rate is for every seed.
 
     The rate is chosen by the task's own metric on the first test examples. That favours the model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from ..data import SOURCES, Limits
 from ..loading import DTYPES
@@ -144,7 +144,7 @@ class Preset:
             prepare_examples=prepare_examples,
             evaluate=_read("evaluate", EvaluateOptions, sections),
             findings=_read("findings", FindingOptions, sections),
-            tasks={name: _read(f"tasks.{name}", Task, {f"tasks.{name}": tasks[name]}) for name in tasks},
+            tasks={name: _read(name, Task, tasks, within="tasks.") for name in tasks},
         )
         for task in preset.tasks:
             for kind in ("full", "lora", "lora-inner"):
@@ -169,7 +169,8 @@ class Preset:
             for task in (named,) if isinstance(named, str) else named:
                 if task not in self.tasks:
                     raise ValueError(
-                        f"preset, [{name}]: {key}: expected among {sorted(self.tasks)}, got {task!r}"
+                        f"preset, [{name}]: {key}: expected among {sorted(self.tasks)}, "
+                        f"got {task!r}"
                     )
         return read
 
@@ -188,13 +189,15 @@ class Preset:
         Raises:
             ValueError: naming the sections and what is wrong in them.
         """
-        common = {k: v for k, v in self.sections.get("train", {}).items() if not isinstance(v, dict)}
-        over = self.sections.get("train", {}).get(kind, {})
-        options = {**common, **self.tasks[task].options, **over}
+        train = self.sections.get("train", {})
+        common = {name: value for name, value in train.items() if not isinstance(value, dict)}
+        options = {**common, **self.tasks[task].options, **train.get(kind, {})}
         where = f"train, tasks.{task}.options, train.{kind}"
         for name in OF_ARMS:
             if name in options:
-                raise ValueError(f"preset, [{where}]: {name}: expected to be left to the experiment")
+                raise ValueError(
+                    f"preset, [{where}]: {name}: expected to be left to the experiment"
+                )
         one_each = _read(where, TrainOptions, {where: options | of_arm})
         if one_each.batch_size % contexts:
             raise ValueError(
@@ -232,20 +235,22 @@ def _check_choice(name: str, value: Any, choices: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
 
 
-def _read(name: str, settings: type[Settings], sections: Mapping[str, Any]) -> Settings:
+def _read(
+    name: str, settings: type[Settings], sections: Mapping[str, Any], within: str = ""
+) -> Settings:
     """A section as a dataclass: unknown and missing keys are errors, lists become tuples."""
-    section = sections.get(name)
+    section, where = sections.get(name), f"preset, [{within}{name}]"
     if not isinstance(section, dict):
-        raise ValueError(f"preset: expected a section [{name}], got {section!r}")
+        raise ValueError(f"{where}: expected such a section, got {section!r}")
     known = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
     for key in section:
         if key not in known:
-            raise ValueError(f"preset, [{name}]: expected keys among {sorted(known)}, got {key!r}")
+            raise ValueError(f"{where}: expected keys among {sorted(known)}, got {key!r}")
     for key, its in known.items():
         if key not in section and its.default is MISSING and its.default_factory is MISSING:
-            raise ValueError(f"preset, [{name}]: expected the key {key!r}, got only {sorted(section)}")
+            raise ValueError(f"{where}: expected the key {key!r}, got only {sorted(section)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     try:
         return settings(**values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"preset, [{name}]: {error}") from None
+        raise ValueError(f"{where}: {error}") from None

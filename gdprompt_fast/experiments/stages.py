@@ -69,7 +69,12 @@ def run_stage(folder: Path, settings: Mapping[str, Any], work: Callable[[Path], 
     """
     path = folder / STAGE_FILE
     settings = json.loads(json.dumps(settings))
-    record = {"settings": settings, "seconds": 0.0, "versions": versions(), "result": None}
+    record: dict[str, Any] = {
+        "settings": settings,
+        "seconds": 0.0,
+        "versions": versions(),
+        "result": None,
+    }
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
         _check_same(folder, record["settings"], settings)

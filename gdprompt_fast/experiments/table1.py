@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from . import paper
 from .arms import Arm
-from .findings import Named, close
+from .by_task import Cells, chosen, table_by_task
+from .findings import close
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .preset import METRICS, check_counts
-from .results import Outcome, Table
+from .preset import check_counts
+from .results import Outcome
 
 TITLE = "Table 1: LoRA, accuracy after Fine-Tuning"
-BEST = "best inner rate"
 
 
 @dataclass(frozen=True)
@@ -33,45 +33,37 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     preset, rank = labs[0].preset, settings.lora_rank
     heads = {
         "none": "no meta-training",
+        "none, best": "no meta-training, best inner rate",
         "full": "full rank",
         "lora": f"LoRA (rank {rank}) outside, full rank inside",
         "lora-inner": f"LoRA (rank {rank}) outside and inside",
         "untrained-lora": f"untrained LoRA (rank {rank})",
+        "untrained-lora, best": f"untrained LoRA (rank {rank}), best inner rate",
     }
-    untrained = ("none", "untrained-lora")
-    rows = {heads[kind]: [] for kind in heads}
-    rows |= {f"{heads[kind]}, {BEST}": [] for kind in untrained}
-    columns, numbers, findings = [], {}, []
-    for task in settings.tasks:
-        its = preset.tasks[task]
-        for metric in its.metrics:
-            columns.append(f"{its.label}, {METRICS[metric]}")
-            cells = {
-                kind: measure(labs, Question(arm), metric) for kind, arm in _arms(task, rank).items()
-            }
-            for kind, cell in cells.items():
-                rows[heads[kind]].append(cell)
-            for kind in untrained:
-                question = Question(_arms(task, rank)[kind])
-                rows[f"{heads[kind]}, {BEST}"].append(measure_at_best(labs, question, metric)[0])
-            if metric == its.metrics[0]:
-                claim = f"rank-{rank} LoRA outside does as well as full rank"
-                lora, full = Named("LoRA", cells["lora"]), Named("full rank", cells["full"])
-                findings.append(close(claim, its.label, lora, full, preset.findings.margin))
-                for kind, number in paper.TABLE1.get(task, {}).items():
-                    numbers[heads[kind], columns[-1]] = number
-    notes = [
-        "Fine-Tuning is one inner step on the context, at the rate of meta-training; of models "
-        "that were not meta-trained also at their best rate, chosen on the first test examples."
+
+    def cells(task: str, metric: str) -> Cells:
+        arms = {
+            "none": Arm(task),
+            "full": Arm(task, "gold"),
+            "lora": Arm(task, "gold", rank),
+            "lora-inner": Arm(task, "gold", rank, "lora"),
+            "untrained-lora": Arm(task, "none", rank, "lora"),
+        }
+        measured = {kind: measure(labs, Question(arm), metric) for kind, arm in arms.items()}
+        for kind in ("none", "untrained-lora"):
+            measured[f"{kind}, best"], _ = measure_at_best(labs, Question(arms[kind]), metric)
+        return measured
+
+    tasks = chosen(preset.tasks, settings.tasks)
+    table, named = table_by_task(TITLE, tasks, heads, cells, paper.TABLE1)
+    claim, margin = f"rank-{rank} LoRA outside does as well as full rank", preset.findings.margin
+    findings = [
+        close(claim, tasks[task].label, kinds["lora"], kinds["full"], margin)
+        for task, kinds in named.items()
     ]
-    return Outcome(TITLE, [Table(TITLE, columns, rows, numbers)], findings, notes)
-
-
-def _arms(task: str, rank: int) -> dict[str, Arm]:
-    return {
-        "none": Arm(task),
-        "full": Arm(task, "gold"),
-        "lora": Arm(task, "gold", rank),
-        "lora-inner": Arm(task, "gold", rank, "lora"),
-        "untrained-lora": Arm(task, "none", rank, "lora"),
-    }
+    notes = [
+        "Meta-training with the gold objective. Fine-Tuning is one inner step on the context, at "
+        "the rate of meta-training; of models that were not meta-trained also at their best rate, "
+        "chosen on the first test examples."
+    ]
+    return Outcome(TITLE, [table], findings, notes)

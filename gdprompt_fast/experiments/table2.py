@@ -11,7 +11,7 @@ from .cells import Cell
 from .findings import Finding, Named, larger
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .preset import METRICS
+from .preset import METRICS, Preset
 from .results import Outcome, PaperNumbers, Table
 
 TITLE = "Table 2: several contexts in one model, accuracy after Fine-Tuning"
@@ -32,6 +32,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.contexts or min(self.contexts) < 2:
             raise ValueError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
+
+
+def check(preset: Preset, settings: Settings) -> None:
+    """Raises a ValueError if a batch cannot be divided into groups of so many contexts."""
+    for contexts in settings.contexts:
+        preset.train_options(settings.task, contexts=contexts)
 
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
@@ -72,6 +78,8 @@ def _question(arm: Arm, way: Way) -> Question:
 
 
 def _findings(rows: dict[str, dict[Way, Cell]], ways: Sequence[Way]) -> list[Finding]:
+    degrades = "a model trained on 1 context degrades with several"
+    less = "training on as many contexts loses less"
     found = []
     single = rows[_trained_on(1)]
     for way in ways:
@@ -79,8 +87,8 @@ def _findings(rows: dict[str, dict[Way, Cell]], ways: Sequence[Way]) -> list[Fin
         at_many = Named(f"{_trained_on(1)}, {_head(way)}", single[way])
         several = Named(f"{_trained_on(way[0])}, {_head(way)}", rows[_trained_on(way[0])][way])
         found += [
-            larger("a model trained on 1 context degrades with several", _head(way), at_one, at_many),
-            larger("training on as many contexts loses less", _head(way), several, at_many),
+            larger(degrades, _head(way), at_one, at_many),
+            larger(less, _head(way), several, at_many),
         ]
     return found
 

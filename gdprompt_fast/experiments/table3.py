@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from . import paper
 from .arms import Arm
-from .cells import Cell
-from .findings import Named, larger
+from .by_task import Cells, chosen, table_by_task
+from .findings import larger
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .preset import METRICS, check_counts
-from .results import Outcome, Table
+from .preset import check_counts
+from .results import Outcome
 
 TITLE = "Table 3: transfer and retention, accuracy after Fine-Tuning"
 OBJECTIVE = "gold"
@@ -39,40 +39,38 @@ class Settings:
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     """Measures and compares; every seed is a lab."""
-    tasks = labs[0].preset.tasks
     source, target, count = settings.source, settings.target, settings.examples
+    tasks = chosen(labs[0].preset.tasks, (target, source))
+    both = (tasks[source].label, tasks[target].label)
     heads = {
         "none": "no meta-training",
+        "none, best": "no meta-training, best inner rate",
         "in-domain": "meta-trained on the same task",
-        "sequential": f"{tasks[source].label}, then {tasks[target].label}",
-        "joint": f"{tasks[source].label} and {tasks[target].label} jointly",
+        "sequential": "meta-trained on {}, then fine-tuned on {}".format(*both),
+        "joint": "meta-trained on {}, jointly fine-tuned on {}".format(*both),
     }
-    transferred = {
-        "sequential": Arm(source, OBJECTIVE, then=target, then_examples=count),
-        "joint": Arm(source, OBJECTIVE, joint=target, joint_examples=count),
-    }
-    best = f"{heads['none']}, best inner rate"
-    rows: dict[str, list[Cell | None]] = {head: [] for head in (*heads.values(), best)}
-    columns, numbers, first = [], {}, {}
-    for task in (target, source):
-        arms = {"none": Arm(task), "in-domain": Arm(task, OBJECTIVE), **transferred}
-        for metric in tasks[task].metrics:
-            columns.append(f"{tasks[task].label}, {METRICS[metric]}")
-            cells = {kind: measure(labs, Question(arm, task=task), metric) for kind, arm in arms.items()}
-            for kind, cell in cells.items():
-                rows[heads[kind]].append(cell)
-            rows[best].append(measure_at_best(labs, Question(Arm(task)), metric)[0])
-            if metric == tasks[task].metrics[0]:
-                first[task] = {kind: Named(heads[kind], cell) for kind, cell in cells.items()}
-                for kind, number in paper.TABLE3.get(task, {}).items():
-                    numbers[heads[kind], columns[-1]] = number
+
+    def cells(task: str, metric: str) -> Cells:
+        arms = {
+            "none": Arm(task),
+            "in-domain": Arm(task, OBJECTIVE),
+            "sequential": Arm(source, OBJECTIVE, then=target, ordinary_examples=count),
+            "joint": Arm(source, OBJECTIVE, joint=target, ordinary_examples=count),
+        }
+        asked = {kind: Question(arm, task=task) for kind, arm in arms.items()}
+        measured = {kind: measure(labs, question, metric) for kind, question in asked.items()}
+        measured["none, best"], _ = measure_at_best(labs, asked["none"], metric)
+        return measured
+
+    table, named = table_by_task(TITLE, tasks, heads, cells, paper.TABLE3)
     findings = [
-        larger(claim, f"{kind}, {tasks[task].label}", first[task][kind], first[task]["none"])
+        larger(claim, tasks[task].label, named[task][kind], named[task]["none"])
         for claim, task in (("meta-training carries over", target), ("meta-training stays", source))
-        for kind in transferred
+        for kind in ("sequential", "joint")
     ]
     notes = [
         "Meta-training with the gold objective; ordinary fine-tuning in the Prompt and No Context "
-        "formats, as in the preparation. Fine-Tuning is one inner step at the training's rate."
+        "formats, as in the preparation. Fine-Tuning is one inner step at the training's rate; of "
+        "models that were not meta-trained also at their best rate."
     ]
-    return Outcome(TITLE, [Table(TITLE, columns, rows, numbers)], findings, notes)
+    return Outcome(TITLE, [table], findings, notes)

@@ -21,7 +21,7 @@ from .arms import Arm
 from .cells import Cell
 from .lab import Lab
 from .measure import Question, Rows, predictions
-from .preset import check_counts
+from .preset import Preset, check_counts
 from .results import Outcome, PaperNumbers, Table, Texts
 
 TITLE = "Table 4: classes of examples by what the gradient step changes"
@@ -50,14 +50,18 @@ class Settings:
         check_counts(self, "train_examples", "samples")
 
 
+def check(preset: Preset, settings: Settings) -> None:
+    """Raises a ValueError if answers to the task are not generated."""
+    if not preset.tasks[settings.task].has_answers:
+        raise ValueError(
+            "preset, [table4]: task: expected one with a metric of generated answers, "
+            f"got {settings.task}"
+        )
+
+
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     """Classifies and shows; every seed is a lab."""
-    task = labs[0].preset.tasks[settings.task]
-    if not task.has_answers:
-        raise ValueError(
-            f"preset, [table4]: task: expected one whose metrics need answers, got {settings.task}"
-        )
-    label = task.label
+    label = labs[0].preset.tasks[settings.task].label
     models = {
         f"meta-trained ({settings.objective})": Arm(settings.task, settings.objective),
         "no meta-training": Arm(settings.task),

@@ -8,19 +8,22 @@ from statistics import fmean
 
 from . import paper
 from .arms import Arm
+from .by_task import Cells, chosen, table_by_task
 from .cells import Cell
-from .findings import Named, destroyed
+from .findings import destroyed
 from .lab import Lab
 from .measure import Question, measure
-from .preset import METRICS
-from .results import Outcome, Table
+from .results import Outcome
 
 TITLE = "Table 5: the right context and an irrelevant one"
-OBJECTIVES = {"meta-trained": "gold", "no meta-training": "none"}
+OBJECTIVE = "gold"
 HEADS = {
     "right": "Fine-Tuning, right context",
     "irrelevant": "Fine-Tuning, irrelevant context",
     "no_context": "No Context",
+    "base": "no meta-training: Fine-Tuning, right context",
+    "base, irrelevant": "no meta-training: Fine-Tuning, irrelevant context",
+    "base, no_context": "no meta-training: No Context",
 }
 
 
@@ -40,45 +43,41 @@ class Settings:
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     """Measures and compares; every seed is a lab."""
-    tasks = labs[0].preset.tasks
-    tables, findings = [], []
-    for model, objective in OBJECTIVES.items():
-        columns, numbers = [], {}
-        rows: dict[str, list[Cell | None]] = {head: [] for head in HEADS.values()}
-        for task in settings.tasks:
-            for metric in tasks[task].metrics:
-                columns.append(f"{tasks[task].label}, {METRICS[metric]}")
-                cells = _cells(labs, Arm(task, objective), metric, settings)
-                for kind, cell in cells.items():
-                    rows[HEADS[kind]].append(cell)
-                if metric == tasks[task].metrics[0] and objective != "none":
-                    named = [Named(HEADS[kind], cell) for kind, cell in cells.items()]
-                    claim = "an irrelevant context destroys the gain"
-                    findings.append(destroyed(claim, tasks[task].label, *named))
-                    for kind, number in paper.TABLE5.get(task, {}).items():
-                        numbers[HEADS[kind], columns[-1]] = number
-        tables.append(Table(model, columns, rows, numbers))
+
+    def irrelevant(arm: Arm, metric: str) -> Cell:
+        asked = [Question(arm, irrelevant=seed) for seed in settings.irrelevant_seeds]
+        return mean_of_draws([measure(labs, question, metric) for question in asked])
+
+    def cells(task: str, metric: str) -> Cells:
+        arm, base = Arm(task, OBJECTIVE), Arm(task)
+        return {
+            "right": measure(labs, Question(arm), metric),
+            "irrelevant": irrelevant(arm, metric),
+            "no_context": measure(labs, Question(arm, "no_context"), metric),
+            "base": measure(labs, Question(base), metric),
+            "base, irrelevant": irrelevant(base, metric),
+            "base, no_context": measure(labs, Question(base, "no_context"), metric),
+        }
+
+    tasks = chosen(labs[0].preset.tasks, settings.tasks)
+    table, named = table_by_task(TITLE, tasks, HEADS, cells, paper.TABLE5)
+    claim = "an irrelevant context destroys the gain"
+    findings = [
+        destroyed(
+            claim, tasks[task].label, kinds["right"], kinds["irrelevant"], kinds["no_context"]
+        )
+        for task, kinds in named.items()
+    ]
     notes = [
         "An irrelevant context is that of another example of the same test set; the mean of "
-        f"{len(settings.irrelevant_seeds)} draws. Meta-training with the gold objective."
+        f"{len(settings.irrelevant_seeds)} draws. The first three rows are meta-trained with the "
+        "gold objective; all at the rate of meta-training."
     ]
-    return Outcome(TITLE, tables, findings, notes)
+    return Outcome(TITLE, [table], findings, notes)
 
 
-def _cells(labs: Sequence[Lab], arm: Arm, metric: str, settings: Settings) -> dict[str, Cell]:
-    """By the keys of ``HEADS``."""
-    draws = [
-        measure(labs, Question(arm, irrelevant=seed), metric) for seed in settings.irrelevant_seeds
-    ]
-    return {
-        "right": measure(labs, Question(arm), metric),
-        "irrelevant": _mean(draws),
-        "no_context": measure(labs, Question(arm, "no_context"), metric),
-    }
-
-
-def _mean(draws: Sequence[Cell]) -> Cell:
-    """The mean over draws for every example, in the same order in each."""
+def mean_of_draws(draws: Sequence[Cell]) -> Cell:
+    """The mean over draws for every example, the same in each."""
     return Cell(
         tuple(
             tuple(fmean(of_example) for of_example in zip(*of_seed, strict=True))

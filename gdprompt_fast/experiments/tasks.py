@@ -33,8 +33,8 @@ def data(lab: Lab, task: str) -> Stage:
 
     def work(folder: Path) -> Result:
         tokenizer = AutoTokenizer.from_pretrained(lab.model)
-        files = [None if name is None else Path(name) for name in (its.file, its.test_file)]
-        made = make_data(its.source, its.train, its.test, lab.seed, *files)
+        file, test_file = (None if f is None else Path(f) for f in (its.file, its.test_file))
+        made = make_data(its.source, its.train, its.test, lab.seed, file, test_file)
         counts = {"made": made.counts}
         for split in SPLITS:
             records = getattr(made, split).to_list()

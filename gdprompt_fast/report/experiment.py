@@ -65,7 +65,8 @@ def how_to_read(content: Content) -> str:
     over = "examples" if len(seeds) == 1 else "examples or over seeds, whichever is larger"
     return (
         f"In %, ± one standard error over {over}. Seeds: {', '.join(map(str, seeds))}. "
-        "“paper”: Zhang, Choshen and Andreas, arXiv 2506.20989, Llama 3.2 1B, as summarised publicly."
+        "“paper”: Zhang, Choshen and Andreas, arXiv 2506.20989, Llama 3.2 1B, as summarised "
+        "publicly."
     )
 
 
@@ -80,7 +81,7 @@ def circumstances(content: Content) -> str:
 
 
 def draw_tables(tables: Sequence[Content], path: Path) -> None:
-    """A panel for every table: a group of bars for every column, the paper's numbers as diamonds."""
+    """A panel a table: a group of bars for every column, the paper's numbers as diamonds."""
     across = min(PANELS_IN_A_ROW, len(tables))
     down = math.ceil(len(tables) / across)
     bars = max(len(table["rows"]) * len(table["columns"]) for table in tables)

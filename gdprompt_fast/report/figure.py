@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def _bars(axes: Axes, evaluations: Mapping[str, Summaries], field: str, label: s
         offset = (index - (len(evaluations) - 1) / 2) * width
         axes.bar(
             [position + offset for position in range(len(SETTINGS))],
-            [getattr(summaries[setting], field) for setting in SETTINGS],
+            _values(summaries, field),
             width,
-            yerr=[getattr(summaries[setting], f"{field}_se") for setting in SETTINGS],
+            yerr=_values(summaries, f"{field}_se"),
             color=COLOURS[index % len(COLOURS)],
             capsize=3,
             label=name,
@@ -52,6 +53,12 @@ def _bars(axes: Axes, evaluations: Mapping[str, Summaries], field: str, label: s
     axes.set_ylabel(label)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _values(summaries: Summaries, field: str) -> list[float]:
+    """A field by setting; NaN, which is not drawn, where it is not known."""
+    values = [getattr(summaries[setting], field) for setting in SETTINGS]
+    return [math.nan if value is None else value for value in values]
 
 
 def _curve(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:

@@ -9,21 +9,31 @@ from ..evaluation import SETTINGS, Summary
 
 Summaries = Mapping[str, Summary]
 
+ABSENT = "–"
+# What the rows show: shares in per cent, but for the NLL.
+METRICS = {
+    "accuracy": "accuracy",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "nll_per_token": "NLL per token",
+}
+
 
 def results_table(evaluations: Mapping[str, Summaries]) -> str:
-    """A Markdown table of accuracy and NLL per token, ± one standard error.
+    """A Markdown table of the metrics, ± one standard error; generated answers' where there are
+    some.
 
     Args:
         evaluations: the summaries by setting, under the name that their rows shall have
             ("before", "after"; or "" for a single evaluation).
     """
     rows = [["", *SETTINGS.values()]]
-    for name, summaries in evaluations.items():
-        row = [_percent(summaries[setting]) for setting in SETTINGS]
-        rows.append([f"accuracy {name}".rstrip(), *row])
-    for name, summaries in evaluations.items():
-        row = [_nll(summaries[setting]) for setting in SETTINGS]
-        rows.append([f"NLL per token {name}".rstrip(), *row])
+    for field, metric in METRICS.items():
+        for name, summaries in evaluations.items():
+            cells = [_cell(summaries[setting], field) for setting in SETTINGS]
+            if any(cell != ABSENT for cell in cells):
+                rows.append([f"{metric} {name}".rstrip(), *cells])
     return markdown_table(rows)
 
 
@@ -33,27 +43,38 @@ def not_improved(before: Summaries, after: Summaries) -> list[str]:
     for setting, name in SETTINGS.items():
         old, new = before[setting], after[setting]
         failed = []
-        if not new.accuracy - old.accuracy > 2 * _of_both(old.accuracy_se, new.accuracy_se):
+        if not _differ(old, new, "accuracy", sign=1):
             failed.append(f"accuracy ({old.accuracy:.1%} before, {new.accuracy:.1%} after)")
-        drop = old.nll_per_token - new.nll_per_token
-        if not drop > 2 * _of_both(old.nll_per_token_se, new.nll_per_token_se):
-            failed.append(f"NLL ({old.nll_per_token:.2f} before, {new.nll_per_token:.2f} after)")
+        if not _differ(old, new, "nll_per_token", sign=-1):
+            nlls = _number(old.nll_per_token, 2), _number(new.nll_per_token, 2)
+            failed.append("NLL ({} before, {} after)".format(*nlls))
         if failed:
             sentences.append(f"{name} did not improve in {' and '.join(failed)}.")
     return sentences
 
 
-def _of_both(old_se: float, new_se: float) -> float:
-    """The standard error of a difference, as if the two were independent."""
-    return math.hypot(old_se, new_se)
+def _differ(old: Summary, new: Summary, field: str, sign: int) -> bool:
+    """Whether ``field`` rose (sign 1) or fell (−1) by more than two standard errors of the
+    difference, as if the two were independent; no where one of the numbers is not known.
+    """
+    values = [getattr(of, name) for of in (old, new) for name in (field, f"{field}_se")]
+    if None in values:
+        return False
+    before, before_se, after, after_se = values
+    return bool(sign * (after - before) > 2 * math.hypot(before_se, after_se))
 
 
-def _percent(summary: Summary) -> str:
-    return f"{100 * summary.accuracy:.1f} ± {100 * summary.accuracy_se:.1f} %"
+def _cell(summary: Summary, field: str) -> str:
+    value, error = getattr(summary, field), getattr(summary, f"{field}_se")
+    if value is None:
+        return ABSENT
+    if field == "nll_per_token":
+        return f"{_number(value, 3)} ± {_number(error, 3)}"
+    return f"{_number(value, 1, 100)} ± {_number(error, 1, 100)} %"
 
 
-def _nll(summary: Summary) -> str:
-    return f"{summary.nll_per_token:.3f} ± {summary.nll_per_token_se:.3f}"
+def _number(value: float | None, digits: int, scale: float = 1) -> str:
+    return ABSENT if value is None else f"{scale * value:.{digits}f}"
 
 
 def markdown_table(rows: list[list[str]]) -> str:
