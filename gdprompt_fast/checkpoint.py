@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .data import ShuffledSampler
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
 MODEL_FOLDER = "model"
+EVENTS_FOLDER = "tensorboard"
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -93,13 +95,14 @@ def save_checkpoint(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
-    sampler: ShuffledSampler,
+    samplers: Mapping[str, ShuffledSampler],
 ) -> None:
     """Writes everything that continuing after ``step`` needs, then removes older checkpoints."""
     state = {
         "step": step,
-        "sampler_position": sampler.position,
+        "positions": {name: sampler.position for name, sampler in samplers.items()},
         "optimizer": optimizer.state_dict(),
+        "python_rng": random.getstate(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -116,7 +119,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sampler: ShuffledSampler
+    output: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samplers: Mapping[str, ShuffledSampler],
 ) -> int:
     """Puts the newest checkpoint back; returns its step, or 0 without a change if there is none."""
     checkpoints = _checkpoints(output)
@@ -127,7 +133,9 @@ def load_checkpoint(
     )
     load_weights(model, checkpoints[-1] / MODEL_FOLDER)
     optimizer.load_state_dict(state["optimizer"])
-    sampler.position = state["sampler_position"]
+    for name, sampler in samplers.items():
+        sampler.position = state["positions"][name]
+    random.setstate(state["python_rng"])
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -143,20 +151,41 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 class MetricsLog:
-    """A JSONL file with one row a step; opened at ``step``, it forgets what came after."""
+    """A JSONL file with one row a step; opened at ``step``, it forgets what came after.
+
+    The same numbers go to event files in the folder ``tensorboard`` beside it where TensorBoard is
+    installed.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         write_file(path, "".join(f"{row}\n" for row in rows[:step]))
         self._file = path.open("a", encoding="utf-8")
+        self._events = _event_writer(path.parent / EVENTS_FOLDER, step)
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends a row; it is on its way to the disk when this returns."""
+        """Appends the row of ``row["step"]``; it is on its way to the disk when this returns."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, int(row["step"]))
+            self._events.flush()
 
     def close(self) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    """A TensorBoard writer that hides the events after ``step``; None without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -131,7 +131,16 @@ def prepare_train(args: argparse.Namespace) -> Work:
 
     def work() -> None:
         teacher = job.build_teacher_cache()
-        run(job.model, job.tokenizer, job.examples, job.options, args.output, teacher, job.test)
+        run(
+            job.model,
+            job.tokenizer,
+            job.examples,
+            job.options,
+            args.output,
+            teacher,
+            job.test,
+            job.joint,
+        )
 
     return work
 
@@ -285,6 +294,9 @@ def _add_train(commands: Any) -> None:
     _add_model_and_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
+    parser.add_argument(
+        "--joint-data", type=Path, help="triples to fine-tune on, as usual, in the same steps"
+    )
     parser.add_argument("--teacher", type=Path, help="folder of the kl teacher; None: --model's")
     parser.add_argument(
         "--teacher-cache", type=Path, help="folder of its answers; None: in --output"

@@ -33,6 +33,7 @@ class Job:
         teacher: the frozen model of the KL objective, None for gold.
         teacher_cache: the folder of its answers.
         test: what to measure on, if anything.
+        joint: what to fine-tune on in the same steps, if anything.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Job:
     teacher: nn.Module | None
     teacher_cache: Path
     test: TestSet | None
+    joint: list[Example] | None
 
     def build_teacher_cache(self) -> TeacherCache | None:
         """Has the teacher answer what it has not answered yet; then its memory is free."""
@@ -99,8 +101,13 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
         test = TestSet(
             held_out.examples, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens
         )
+    joint = None
+    if args.joint_data:
+        ordinary = load_examples(args.joint_data, model, tokenizer, limits(args, positions(model)))
+        print(f"{args.joint_data}: {ordinary}")
+        joint = ordinary.examples
     cache = args.teacher_cache or args.output / "teacher"
-    job = Job(model, tokenizer, triples.examples, options, teacher, cache, test)
+    job = Job(model, tokenizer, triples.examples, options, teacher, cache, test, joint)
     if teacher is not None and cache.exists():
         key = cache_key(
             teacher, tokenizer, job.examples, options.answer_tokens, options.teacher_batch_size

@@ -88,6 +88,7 @@ def run(
     output: Path,
     teacher: TeacherCache | None = None,
     test: TestSet | None = None,
+    joint: Sequence[Example] | None = None,
 ) -> None:
     """Meta-trains ``model`` into ``output`` and, with a test set, reports before and after.
 
@@ -99,7 +100,7 @@ def run(
     if test is not None and "before" not in results:
         results["before"] = _measure_at_best(model, tokenizer, options, test)
         write_json(path, results)
-    train(model, tokenizer, examples, options, output, teacher)
+    train(model, tokenizer, examples, options, output, teacher, joint)
     if test is not None:
         results["after"] = measure(model, tokenizer, options.inner, test)
         write_json(path, results)

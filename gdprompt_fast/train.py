@@ -24,6 +24,7 @@ from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_co
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
+from .prepare import fine_tuning_backward
 from .progress import progress_bar
 from .teacher import TeacherCache
 
@@ -124,18 +125,22 @@ def train(
     options: TrainOptions,
     output: Path,
     teacher: TeacherCache | None = None,
+    joint: Sequence[Example] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
-    Writes ``metrics.jsonl`` (a row a step), ``checkpoints/`` (the newest one) and, at the end,
-    ``model/``. On a CPU a run that was killed and continued ends with the very bits of one that was
-    not: the losses of a step follow from its number and the weights alone.
+    Writes ``metrics.jsonl`` (a row a step), the same for TensorBoard if that is installed,
+    ``checkpoints/`` (the newest one) and, at the end, ``model/``. On a CPU a run that was killed
+    and continued ends with the very bits of one that was not: the losses of a step follow from its
+    number and the weights alone.
 
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
             step with dropout is not defined.
         teacher: what the frozen teacher answers to these very examples, for the KL objective; None
             for the gold objective.
+        joint: examples for joint training: every step adds the ordinary fine-tuning loss, in the
+            Prompt and No Context formats, of ``batch_size`` of them.
 
     Raises:
         ValueError: if the teacher does not go with the objective or the examples.
@@ -147,31 +152,39 @@ def train(
     options = options.counted(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
-    sampler = ShuffledSampler(len(units), options.seed)
+    samplers = {"contexts": ShuffledSampler(len(units), options.seed)}
+    if joint is not None:
+        samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
     output.mkdir(parents=True, exist_ok=True)
-    start = load_checkpoint(output, model, optimizer, sampler)
+    start, tokens = load_checkpoint(output, model, optimizer, samplers), 0
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            drawn = [units[index] for index in sampler.take(options.contexts)]
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate(step)
-            losses = _meta_step(model, examples, drawn, options, teacher)
+            drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
+            row = _row(step + 1, _meta_step(model, examples, drawn, options, teacher), options)
+            if joint is not None:
+                batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
+                with _compute_dtype(model, options):
+                    row["joint_loss"] = fine_tuning_backward(model, batch)
             norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
             optimizer.step()
             optimizer.zero_grad()
-            row = _row(step + 1, losses, norm, options)
-            metrics.write(row)
+            metrics.write({**row, "gradient_norm": float(norm)})
+            tokens += _tokens(examples, drawn)
             bar.set_postfix_str(
-                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}", refresh=False
+                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}, "
+                f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s",
+                refresh=False,
             )
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
-                save_checkpoint(output, step + 1, model, tokenizer, optimizer, sampler)
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 
@@ -208,7 +221,7 @@ def _meta_step(
         drawn, targets = teacher.batch(indices)
     context_of = [number for number, unit in enumerate(units) for _ in unit]
     batch = meta_batch(drawn, context_of, options.contexts_per_group)
-    with torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16"):
+    with _compute_dtype(model, options):
         return fast_meta_step(
             model,
             batch.to(device),
@@ -223,15 +236,24 @@ def _meta_step(
         )
 
 
-def _row(
-    step: int, losses: MetaStepOutput, norm: torch.Tensor, options: TrainOptions
-) -> dict[str, float]:
+def _compute_dtype(model: nn.Module, options: TrainOptions) -> torch.autocast:
+    device: torch.device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16")
+
+
+def _tokens(examples: Sequence[Example], units: Sequence[Sequence[int]]) -> int:
+    """The tokens in the contexts and the query rows of a batch."""
+    contexts = sum(len(examples[unit[0]].context) for unit in units)
+    rows = (examples[index] for unit in units for index in unit)
+    return contexts + sum(len(example.query) + len(example.response) for example in rows)
+
+
+def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, float]:
     return {
         "step": step,
+        "learning_rate": options.learning_rate(step - 1),
         "outer_loss": float(losses.outer_loss),
         "query_loss": float(losses.query_loss),
         "lm_loss": float(losses.lm_loss),
         "inner_loss": float(losses.inner_loss),
-        "gradient_norm": float(norm),
-        "learning_rate": options.learning_rate(step - 1),
     }

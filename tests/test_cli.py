@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +17,6 @@ from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.evaluation import read_predictions
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-RUN_MAIN = "import sys; from gdprompt_fast.cli import main; main(sys.argv[1:])"
 DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]
 TRAIN = ["--steps", "4", "--batch-size", "2", "--inner-lr", "0.1", "--device", "cpu"]
 
@@ -261,34 +255,6 @@ def test_help_names_options_and_defaults(
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "default: " in printed if command else "evaluate" in printed
-
-
-def test_a_run_killed_by_the_system_continues_to_the_same_bits(
-    model_folder: Path, triples: Path, tmp_path: Path
-) -> None:
-    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
-    command += ["--objective", "gold", "--steps", "40", "--checkpoint-every", "2", "--output"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    on_pytorch = "from gdprompt_fast import backend; backend.load_cpp = lambda: False; "  # as here
-    process = subprocess.Popen(
-        [sys.executable, "-c", on_pytorch + RUN_MAIN, *command, str(killed)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not list(killed.glob("checkpoints/step-*")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (killed / "model").exists()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert main([*command, str(killed), "--resume"]) == 0
-    assert main([*command, str(whole)]) == 0
-    torch.set_num_threads(threads)
-    for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_train_and_evaluate_a_real_checkpoint_on_real_questions(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from gdprompt_fast.data import (
     Example,
     Limits,
     ShuffledSampler,
+    meta_batch,
     pad,
     query_rows,
     tokenise_triples,
@@ -25,6 +28,7 @@ from gdprompt_fast.data import (
 )
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
+from gdprompt_fast.prepare import fine_tuning_backward
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
@@ -35,6 +39,9 @@ GOLD = TrainOptions(
     lm_weight=0.1, checkpoint_every=3,
 )  # fmt: skip
 KL = dataclasses.replace(GOLD, objective="kl")
+GROUPED = dataclasses.replace(
+    KL, batch_size=1, contexts_per_group=2, queries_per_context=2, lm_on="prompts"
+)
 LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 
@@ -83,7 +90,11 @@ def initial_model(lora: bool) -> torch.nn.Module:
 
 
 def run(
-    options: TrainOptions, examples: list[Example], output: Path, lora: bool = False
+    options: TrainOptions,
+    examples: list[Example],
+    output: Path,
+    lora: bool = False,
+    joint: list[Example] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A run from the same initial model; its final weights."""
     model = initial_model(lora)
@@ -92,35 +103,37 @@ def run(
         teacher = TeacherCache.build(
             output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
         )
-    train(model, TOKENIZER, examples, options, output, teacher)
+    train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
-    ("options", "lora"),
-    [(GOLD, False), (KL, False), (LORA, True)],
-    ids=["gold", "kl", "kl with LoRA inside and outside"],
+    ("options", "lora", "joint"),
+    [(GOLD, False, 0), (KL, False, 0), (LORA, True, 0), (GROUPED, False, 3)],
+    ids=["gold", "kl", "kl with LoRA inside and outside", "kl with groups and joint training"],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     options: TrainOptions,
     lora: bool,
+    joint: int,
     examples: list[Example],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if lora:
         pytest.importorskip("peft", reason="PEFT is an optional dependency")
-    uninterrupted = run(options, examples, tmp_path / "a", lora)
+    ordinary = examples[:joint] or None
+    uninterrupted = run(options, examples, tmp_path / "a", lora, ordinary)
     untrained = initial_model(lora).state_dict()
     assert any(not torch.equal(uninterrupted[name], value) for name, value in untrained.items())
     with monkeypatch.context() as patch:
         step = killed_after(5, gdprompt_fast.train.fast_meta_step)
         patch.setattr(gdprompt_fast.train, "fast_meta_step", step)
         with pytest.raises(Killed):
-            run(options, examples, tmp_path / "b", lora)
+            run(options, examples, tmp_path / "b", lora, ordinary)
     assert len(read_metrics(tmp_path / "b" / "metrics.jsonl")) == 5
     assert not (tmp_path / "b" / "model").exists()
-    resumed = run(options, examples, tmp_path / "b", lora)
+    resumed = run(options, examples, tmp_path / "b", lora, ordinary)
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     files = sorted(path.name for path in (tmp_path / "a" / "model").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "b" / "model").iterdir())
@@ -305,6 +318,23 @@ def test_an_epoch_of_groups_draws_every_context_once(
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
+def test_joint_training_adds_the_fine_tuning_loss_to_the_meta_gradient(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(GOLD, steps=1, clip_norm=1e9, batch_size=2)
+    alone = first_step(options, examples, tmp_path / "a")
+    run(options, examples, tmp_path / "b", joint=examples[3:])
+    together = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
+    assert together["outer_loss"] == alone["outer_loss"]
+    model = tiny_llama().eval()
+    loss = fine_tuning_backward(model, [examples[3], examples[4]])
+    assert together["joint_loss"] == pytest.approx(loss, rel=1e-5)
+    meta = meta_batch([examples[i] for i in ShuffledSampler(5, options.seed).take(2)])
+    fast_meta_step(model, meta, inner_lr=0.3, objective="gold", lm_weight=0.1)
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert together["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
 def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
     kept = run(GOLD, examples, tmp_path / "a")
     again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
@@ -356,3 +386,35 @@ def test_reopened_metrics_forget_rows_after_the_checkpoint(tmp_path: Path) -> No
     log.write({"step": 2})
     log.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run(GOLD, examples, tmp_path / "without")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def flush(self) -> None:
+            written.append(("flush",))
+
+        close = flush
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    log.write({"step": 1, "outer_loss": 0.5})
+    log.close()
+    MetricsLog(tmp_path / "metrics.jsonl", step=1).close()
+    folder = str(tmp_path / "tensorboard")
+    scalar = ("outer_loss", 0.5, 1)
+    assert written == [(folder, 1), scalar, ("flush",), ("flush",), (folder, 2), ("flush",)]

@@ -1,0 +1,115 @@
+"""Training that the system kills at any moment ends, continued, with the bits of one left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gdprompt_fast.cli import main
+from gdprompt_fast.data import write_triples
+from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.teacher import cache
+
+EXAMPLES, SHARD_EXAMPLES = 60, 2
+PROGRAM = f"""
+import sys
+from gdprompt_fast import backend, cli
+from gdprompt_fast.teacher import cache
+backend.load_cpp = lambda: False  # as in the tests' own process
+cache.SHARD_EXAMPLES = {SHARD_EXAMPLES}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+STEPS = ["--steps", "24", "--batch-size", "2", "--inner-lr", "0.1", "--checkpoint-every", "3"]
+GROUPS = ["--batch-size", "1", "--contexts-per-group", "2", "--queries-per-context", "2"]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Training of a tiny model with little to do in a step, on one thread."""
+    tokenizer = people_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "triples.jsonl"
+    write_triples(make_people_data(EXAMPLES, 1, seed=0).train.to_list(), data)
+    return ["train", "--model", str(tmp_path / "model"), "--data", str(data), "--device", "cpu"]
+
+
+def kill_when(ready: Callable[[], bool], command: list[str]) -> None:
+    """Runs a command in a process of its own and kills that as soon as ``ready``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not ready():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def rows(output: Path) -> int:
+    """The steps in a run's metrics."""
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def same_end(
+    command: list[str], killed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continues a killed run, repeats it without a kill, and compares what the two leave."""
+    monkeypatch.setattr(cache, "SHARD_EXAMPLES", SHARD_EXAMPLES)
+    assert main([*command, "--output", str(killed), "--resume"]) == 0
+    assert main([*command, "--output", str(whole)]) == 0
+    files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert Path("model/model.safetensors") in files
+    for file in (*files, Path("metrics.jsonl")):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_with_the_gold_objective(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    command += ["--objective", "gold", *STEPS]
+    kill_when(lambda: rows(killed) >= 5, [*command, "--output", str(killed)])
+    assert not (killed / "model").exists()
+    same_end(command, killed, tmp_path / "whole", monkeypatch)
+
+
+def test_with_a_teacher_groups_and_joint_training(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    command += ["--objective", "kl", "--answer-tokens", "3", "--teacher-batch-size", "1"]
+    command += [*STEPS, *GROUPS, "--joint-data", str(tmp_path / "triples.jsonl")]
+
+    def shards() -> int:
+        return len(list(killed.glob("teacher/shard-*")))
+
+    kill_when(lambda: shards() >= 2, [*command, "--output", str(killed)])
+    assert shards() < EXAMPLES // SHARD_EXAMPLES
+    resumed = [*command, "--output", str(killed), "--resume"]
+    kill_when(lambda: rows(killed) >= 5, resumed)
+    assert not (killed / "model").exists()
+    same_end(command, killed, tmp_path / "whole", monkeypatch)
