@@ -62,12 +62,11 @@ def _rows(
     labs: Sequence[Lab], task: str, metric: str
 ) -> tuple[dict[str, list[Cell | None]], list[float]]:
     """For every model its cells in the three settings, and BM's best rates."""
-    rows: dict[str, list[Cell | None]] = {}
-    for name, objective in MODELS.items():
-        arm = Arm(task, objective)
-        rows[name] = [measure(labs, Question(arm, setting), metric) for setting in SETTINGS]
     best, rates = measure_at_best(labs, Question(Arm(task)), metric)
-    rows[BEST] = [None, None, best]
+    rows: dict[str, list[Cell | None]] = {"BM": [], BEST: [None, None, best]}
+    for name, objective in MODELS.items():
+        asked = [Question(Arm(task, objective), setting) for setting in SETTINGS]
+        rows[name] = [measure(labs, question, metric) for question in asked]
     return rows, rates
 
 

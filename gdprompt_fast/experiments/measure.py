@@ -98,7 +98,7 @@ def answered(lab: Lab, question: Question) -> Stage:
     wanted = {
         "arm": made(lab, arm).key,
         "data": data(lab, question.on).key,
-        "question": asdict(question),
+        "question": {**asdict(question), "arm": arm.name, "task": question.on},
         "inner": asdict(inner) if question.setting == "fine_tuning" else None,
         "answer_tokens": answer_tokens,
     }

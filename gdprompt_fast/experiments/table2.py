@@ -50,13 +50,13 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     }
     tables, findings = [], []
     for metric in task.metrics:
+        base = [_question(Arm(settings.task), way) for way in ways]
         rows = {
-            head: [measure(labs, _question(arm, way), metric) for way in ways]
-            for head, arm in {BASE: Arm(settings.task), **arms}.items()
+            BASE: [measure(labs, question, metric) for question in base],
+            BEST: [measure_at_best(labs, question, metric)[0] for question in base],
         }
-        rows[BEST] = [
-            measure_at_best(labs, _question(Arm(settings.task), way), metric)[0] for way in ways
-        ]
+        for head, arm in arms.items():
+            rows[head] = [measure(labs, _question(arm, way), metric) for way in ways]
         title = f"{task.label}, {METRICS[metric]}"
         is_first = metric == task.metrics[0]
         numbers = _paper(settings) if is_first else {}

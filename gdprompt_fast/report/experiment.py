@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,7 +16,9 @@ from .table import markdown_table
 Content = Mapping[str, Any]
 
 PAPER = "paper"
+PAPER_LEGEND = "the paper, Llama 3.2 1B"
 PANELS_IN_A_ROW = 3
+WIDEST_HEAD = 16  # characters in a line under a group of bars
 COLOURS = ("#b0b7c3", "#2f6db3", "#d9822b", "#5a9367", "#8c5fa8", "#c04f5d", "#7a6a58")
 
 
@@ -23,12 +26,15 @@ def experiment_markdown(content: Content, figure: str) -> str:
     """The whole of an experiment; ``figure`` is the file name of its figure."""
     parts = [f"# {content['title']}", f"![{content['title']}]({figure})"]
     for table in content["tables"]:
-        parts += [f"## {table['title']}", markdown_table(_escaped(table_rows(table)))]
+        if table["title"] != content["title"]:
+            parts.append(f"## {table['title']}")
+        parts.append(markdown_table(_escaped(table_rows(table))))
     parts.append(how_to_read(content))
     if content["findings"]:
         findings = [f"- **{each['verdict']}**: {sentence(each)}" for each in content["findings"]]
         parts += ["## Findings", "\n".join(findings)]
-    parts += [f"- {note}" for note in content["notes"]]
+    parts.append("## Notes")
+    parts.append("\n".join(f"- {note}" for note in content["notes"]))
     for texts in content["texts"]:
         rows = [list(texts["columns"]), *map(list, texts["rows"])]
         parts += [f"## {texts['title']}", markdown_table(_escaped(rows))]
@@ -84,42 +90,61 @@ def draw_tables(tables: Sequence[Content], path: Path) -> None:
     """A panel a table: a group of bars for every column, the paper's numbers as diamonds."""
     across = min(PANELS_IN_A_ROW, len(tables))
     down = math.ceil(len(tables) / across)
-    bars = max(len(table["rows"]) * len(table["columns"]) for table in tables)
-    figure = Figure(figsize=(max(4.2, 0.32 * bars) * across, 4.2 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flat
+    columns = max(len(table["columns"]) for table in tables)
+    figure = Figure(figsize=(max(4.0, 1.3 * columns) * across, 4.0 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    legend: dict[str, Any] = {}
     for ax, table in zip(axes, tables, strict=False):
         _panel(ax, table)
-    for ax in list(axes)[len(tables) :]:
+        handles, labels = ax.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    if PAPER_LEGEND in legend:
+        legend[PAPER_LEGEND] = legend.pop(PAPER_LEGEND)  # to the end
+    for ax in axes[len(tables) :]:
         ax.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower left",
+        ncols=across,
+        frameon=False,
+        fontsize="small",
+    )
+    figure.savefig(path, dpi=120)
 
 
 def _panel(axes: Axes, table: Content) -> None:
     width = 0.8 / len(table["rows"])
-    with_paper = "paper"
+    places: list[float] = []
+    in_paper: list[float] = []
     for index, row in enumerate(table["rows"]):
         offset = (index - (len(table["rows"]) - 1) / 2) * width
+        axes.bar(
+            [column + offset for column in range(len(table["columns"]))],
+            [_drawn(cell, "mean") for cell in row["cells"]],
+            width,
+            yerr=[_drawn(cell, "se") for cell in row["cells"]],
+            color=COLOURS[index % len(COLOURS)],
+            capsize=2,
+            label=row["head"],
+        )
         for column, cell in enumerate(row["cells"]):
-            if cell is None:
-                continue
-            axes.bar(
-                column + offset,
-                cell["mean"] or 0.0,
-                width,
-                yerr=cell["se"] or 0.0,
-                color=COLOURS[index % len(COLOURS)],
-                capsize=2,
-            )
-            if cell["paper"] is not None:
-                axes.plot(column + offset, cell["paper"], "kD", markersize=4, label=with_paper)
-                with_paper = "_nolegend_"
-        axes.bar(0, 0, color=COLOURS[index % len(COLOURS)], label=row["head"])
-    axes.set_xticks(range(len(table["columns"])), [_wrapped(c) for c in table["columns"]])
+            if cell is not None and cell["paper"] is not None:
+                places.append(column + offset)
+                in_paper.append(cell["paper"])
+    if in_paper:
+        axes.plot(places, in_paper, "kD", markersize=4, label=PAPER_LEGEND)
+    heads = [fill(head, WIDEST_HEAD) for head in table["columns"]]
+    axes.set_xticks(range(len(heads)), heads, fontsize="small")
     axes.set_ylim(0, 105)
     axes.set_ylabel("%")
     axes.set_title(table["title"], fontsize="medium")
-    axes.legend(frameon=False, fontsize="small", loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _drawn(cell: Content | None, field: str) -> float:
+    """A number of a cell; NaN, which is not drawn, where there is none."""
+    return math.nan if cell is None or cell[field] is None else float(cell[field])
 
 
 def _heads(column: str, has_paper: bool) -> list[str]:
@@ -135,11 +160,6 @@ def _measured(cell: Content | None) -> str:
 
 def _paper(cell: Content | None) -> str:
     return "" if cell is None or cell["paper"] is None else f"{cell['paper']:g}"
-
-
-def _wrapped(head: str) -> str:
-    """In lines that fit under a group of bars."""
-    return "\n".join(part.strip() for part in head.split(","))
 
 
 def _escaped(rows: list[list[str]]) -> list[list[str]]:

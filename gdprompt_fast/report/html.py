@@ -69,11 +69,13 @@ def _experiments(folder: Path) -> Iterator[Section]:
 def _experiment(content: dict[str, Any], figure: Path) -> str:
     parts = [_image(figure, content["title"])]
     for table in content["tables"]:
-        parts += [f"<h3>{escape(table['title'])}</h3>", _table(table_rows(table), numbers=True)]
+        if table["title"] != content["title"]:
+            parts.append(f"<h3>{escape(table['title'])}</h3>")
+        parts.append(_table(table_rows(table), numbers=True))
     parts.append(_paragraph(how_to_read(content)))
     if content["findings"]:
         parts += ["<h3>Findings</h3>", _list(map(_finding, content["findings"]))]
-    parts.append(_list(escape(note) for note in content["notes"]))
+    parts += ["<h3>Notes</h3>", _list(escape(note) for note in content["notes"])]
     for texts in content["texts"]:
         parts += [f"<h3>{escape(texts['title'])}</h3>", _table([texts["columns"], *texts["rows"]])]
     parts += [_paragraph(circumstances(content)), _details("Settings", content["settings"])]
