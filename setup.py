@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 SUBPACKAGES = [
     "data",
     "evaluation",
+    "experiments",
     "kernels",
     "meta",
     "ops",
@@ -20,6 +21,7 @@ SUBPACKAGES = [
     "ops.eager",
     "ops.vocabulary",
     "plan",
+    "presets",
     "reference",
     "report",
     "teacher",
@@ -65,6 +67,6 @@ def cpp_extension() -> list[Extension]:
 setup(
     packages=["gdprompt_fast", *(f"gdprompt_fast.{name}" for name in SUBPACKAGES)],
     package_dir={"gdprompt_fast": "gdprompt_fast", "gdprompt_fast.kernels": "kernels"},
-    package_data={"gdprompt_fast": ["py.typed"]},
+    package_data={"gdprompt_fast": ["py.typed"], "gdprompt_fast.presets": ["*.toml"]},
     ext_modules=cpp_extension(),
 )

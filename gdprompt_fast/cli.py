@@ -44,21 +44,29 @@ from .loading import (
     room_before_answer,
 )
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
+from .presets import preset_arguments
 from .report import results_table, write_page
 from .run import TestSet, as_results, claim_output, run, summaries
+from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+# What may change when a run is continued: a search, for one, may go on to other rates.
+FREE = {
+    *("device", "eval_batch_size", "grid", "output"),
+    *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
+}
 
 Work = Callable[[], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 (failed on the way), 2 (bad input) or 130."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
     try:
-        return _prepare_and_work(args)
+        return _prepare_and_work(args, arguments)
     except KeyboardInterrupt:
         hint = "; --resume continues the run" if hasattr(args, "resume") else ""
         hint = "; the same command continues it" if args.command == "experiment" else hint
@@ -66,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _prepare_and_work(args: argparse.Namespace) -> int:
+def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
     try:
+        if hasattr(args, "preset_section") and args.preset:
+            args = _with_preset(args, arguments)
         work: Work = args.prepare(args)
     except (ValueError, OSError) as error:
         print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
@@ -100,6 +110,18 @@ def prepare_data(args: argparse.Namespace) -> Work:
         print(f"\n{samples(data.train.take(SAMPLES))}\n\nwritten to {args.output}")
 
     return work
+
+
+def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Namespace:
+    """The arguments parsed again after those of the preset, which they override."""
+    no_settings = ("command", "prepare", "preset", "preset_section")
+    known = [
+        name
+        for name, value in vars(args).items()
+        if name not in no_settings and not isinstance(value, bool)
+    ]
+    preset = preset_arguments(args.preset, args.preset_section, sorted(known))
+    return _parser().parse_args([arguments[0], *preset, *arguments[1:]])
 
 
 def prepare_demo(args: argparse.Namespace) -> Work:
@@ -141,6 +163,20 @@ def prepare_train(args: argparse.Namespace) -> Work:
             job.test,
             job.joint,
         )
+
+    return work
+
+
+def prepare_search(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt search-outer-lr``: its input, checked."""
+    trainings = short_trainings(_train_options(args), args.grid, args.steps_per_rate)
+    if args.test_data is None:
+        raise ValueError("test_data: expected held-out triples to score the rates on, got none")
+    job = load_job(args, trainings[0])
+    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+
+    def work() -> None:
+        search_outer_lr(job, trainings, args.output)
 
     return work
 
@@ -223,8 +259,7 @@ def _train_options(args: argparse.Namespace) -> TrainOptions:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
-    free = ("device", "eval_batch_size", "output", "prepare", "resume", "teacher_cache")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
 
 
@@ -234,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_demo(commands)
     _add_train(commands)
+    _add_search(commands)
     _add_evaluate(commands)
     _add_plan(commands)
     _add_experiment(commands)
@@ -289,10 +325,28 @@ def _add_demo(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     what = "Meta-train a transformers model on triples of context, query and response."
-    parser = _command(commands, "train", what, prepare_train)
+    _add_training(_command(commands, "train", what, prepare_train))
+
+
+def _add_search(commands: Any) -> None:
+    what = (
+        "Find the outer rate for gdprompt train: a short training at each, scored on --test-data "
+        "by the NLL of the gold responses after an inner step, then by accuracy."
+    )
+    parser = _command(commands, "search-outer-lr", what, prepare_search)
+    parser.add_argument("--grid", type=float, nargs="+", default=GRID, help="rates to try")
+    parser.add_argument("--steps-per-rate", type=int, default=100, help="outer steps at each")
+    _add_training(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(preset_section="train")
     _add_device(parser)
     _add_model_and_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--preset", help="TOML file, or paper: its [train] sets defaults of these options"
+    )
     parser.add_argument("--test-data", type=Path, help="triples to evaluate on before and after")
     parser.add_argument(
         "--joint-data", type=Path, help="triples to fine-tune on, as usual, in the same steps"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +103,7 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
         test = TestSet(
             held_out.examples, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens
         )
+        warn_of_overlap(triples.examples, held_out.examples)
     joint = None
     if args.joint_data:
         ordinary = load_examples(args.joint_data, model, tokenizer, limits(args, positions(model)))
@@ -114,6 +117,22 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
         )
         check_cache(cache, key)
     return job
+
+
+def warn_of_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Says on stderr how many examples are tested on that are trained on too.
+
+    No error: the scores of training examples are worth knowing, and large data sets have a few
+    duplicates, as long as nobody takes them for unseen ones.
+    """
+    trained = {example.prompt.tobytes() for example in train}
+    count = sum(example.prompt.tobytes() in trained for example in test)
+    if count:
+        print(
+            f"warning: {count} of {len(test)} examples of --test-data (context and query) are in "
+            "--data too: their scores are not those of unseen examples",
+            file=sys.stderr,
+        )
 
 
 def limits(args: Namespace, room: int) -> Limits:

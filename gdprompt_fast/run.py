@@ -155,7 +155,7 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
     before, after = results["before"], results["after"]
     tried = ", ".join(before["inner_lr_tried"])
     lines = [
-        f"{len(test.examples)} examples that were not trained on, ± one standard error:",
+        f"{len(test.examples)} test examples, ± one standard error:",
         "",
         results_table(measured),
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -156,30 +157,25 @@ def train(
     if joint is not None:
         samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
     output.mkdir(parents=True, exist_ok=True)
-    start, tokens = load_checkpoint(output, model, optimizer, samplers), 0
+    start = load_checkpoint(output, model, optimizer, samplers)
+    began, tokens = time.perf_counter(), 0
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         for step in range(start, options.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate(step)
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
-            row = _row(step + 1, _meta_step(model, examples, drawn, options, teacher), options)
+            row = _row(step, _meta_step(model, examples, drawn, options, teacher), options)
             if joint is not None:
                 batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
                 with _compute_dtype(model, options):
                     row["joint_loss"] = fine_tuning_backward(model, batch)
-            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"meta-gradient: its norm is {float(norm)} at step {step}")
-            optimizer.step()
-            optimizer.zero_grad()
-            metrics.write({**row, "gradient_norm": float(norm)})
+            row["gradient_norm"] = _update(optimizer, trained, options, step)
+            metrics.write(row)
             tokens += _tokens(examples, drawn)
             bar.set_postfix_str(
                 f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}, "
-                f"{tokens / bar.format_dict['elapsed']:,.0f} tokens/s",
+                f"{tokens / (time.perf_counter() - began):,.0f} tokens/s",
                 refresh=False,
             )
             bar.update()
@@ -236,6 +232,24 @@ def _meta_step(
         )
 
 
+def _update(
+    optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], options: TrainOptions, step: int
+) -> float:
+    """A step of Adam on ``.grad``, which it clips and clears; the norm before that.
+
+    Raises:
+        FloatingPointError: if the norm is not finite; the weights are untouched.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, options.clip_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"meta-gradient: its norm is {norm} at step {step}")
+    for group in optimizer.param_groups:
+        group["lr"] = options.learning_rate(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def _compute_dtype(model: nn.Module, options: TrainOptions) -> torch.autocast:
     device: torch.device = next(model.parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16")
@@ -250,8 +264,8 @@ def _tokens(examples: Sequence[Example], units: Sequence[Sequence[int]]) -> int:
 
 def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, float]:
     return {
-        "step": step,
-        "learning_rate": options.learning_rate(step - 1),
+        "step": step + 1,
+        "learning_rate": options.learning_rate(step),
         "outer_loss": float(losses.outer_loss),
         "query_loss": float(losses.query_loss),
         "lm_loss": float(losses.lm_loss),

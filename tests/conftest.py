@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton, torch's own too
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from transformers import (
 )
 
 from gdprompt_fast import MetaBatch, backend
+from gdprompt_fast.data import write_triples
+from gdprompt_fast.data.people import make_people_data, people_tokenizer
 
 if importlib.util.find_spec("triton") is not None:
     import triton_interpreter
@@ -205,3 +208,32 @@ def small_llama() -> Callable[[int], torch.nn.Module]:
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny saved Llama with the people tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = people_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of nine passages about people."""
+    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
+    write_triples(make_people_data(9, 1, seed=0).train.to_list(), path)
+    return path

@@ -7,46 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gdprompt_fast.checkpoint import read_metrics
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import write_triples
-from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.evaluation import read_predictions
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]
 TRAIN = ["--steps", "4", "--batch-size", "2", "--inner-lr", "0.1", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny saved Llama with the people tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = people_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
-    write_triples(make_people_data(9, 1, seed=0).train.to_list(), path)
-    return path
 
 
 def test_the_demo_in_miniature_writes_everything_it_promises(
@@ -115,6 +86,38 @@ def test_train_then_evaluate(
     assert "Fine-Tuning: η = 0.1" in capsys.readouterr().out
     after = json.loads((output / "results.json").read_text())["after"]
     assert json.loads(results.read_text())["settings"] == after["settings"]
+
+
+def test_a_teachers_cache_serves_several_runs_but_no_other_settings(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    command += ["--teacher-cache", str(tmp_path / "teacher"), "--output"]
+    assert main([*command, str(tmp_path / "a"), "--answer-tokens", "3"]) == 0
+    assert not (tmp_path / "a" / "teacher").exists()
+    written = [path.stat().st_mtime_ns for path in (tmp_path / "teacher").glob("shard-*")]
+    assert main([*command, str(tmp_path / "b"), "--answer-tokens", "3", "--seed", "1"]) == 0
+    assert written == [path.stat().st_mtime_ns for path in (tmp_path / "teacher").glob("shard-*")]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "c"), "--answer-tokens", "4"]) == 2
+    assert "was made with another answer_tokens" in one_line(capsys)
+    assert not (tmp_path / "c").exists()
+
+
+def test_training_examples_among_the_test_data_are_counted(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "test.jsonl"
+    lines = triples.read_text().splitlines(keepends=True)
+    unseen = make_people_data(1, 4, seed=0).test.to_list()
+    write_triples(unseen, test)
+    command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
+    command += ["--objective", "gold", "--test-data", str(test), "--output"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    test.write_text(test.read_text() + lines[0] + lines[5])
+    assert main([*command, str(tmp_path / "b")]) == 0
+    assert "warning: 2 of 6 examples of --test-data" in capsys.readouterr().err
 
 
 def test_train_adapters_then_evaluate_them(
@@ -210,6 +213,8 @@ def test_evaluate_can_tune_the_inner_rate(
         (["--output", "full"], "output: expected a new or empty folder"),
         (["--dtype", "bfloat16"], "dtype: expected float32 to train all weights, got bfloat16"),
         (["--objective", "kl", "--answer-tokens", "5000"], "answer_tokens: expected fewer than"),
+        (["--teacher-cache", "full"], "teacher_cache: expected a cache or a new or empty folder"),
+        (["--preset", "no-such"], "preset: expected a TOML file or one of paper, got no-such"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
@@ -246,7 +251,9 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["plan"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["search-outer-lr"], ["evaluate"], ["plan"]], ids=str
+)
 def test_help_names_options_and_defaults(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import write_triples
-from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.teacher import cache
 
 EXAMPLES, SHARD_EXAMPLES = 60, 2
@@ -33,25 +31,11 @@ GROUPS = ["--batch-size", "1", "--contexts-per-group", "2", "--queries-per-conte
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> list[str]:
-    """Training of a tiny model with little to do in a step, on one thread."""
-    tokenizer = people_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def command(model_folder: Path, tmp_path: Path) -> list[str]:
+    """Training of a tiny model, with little to do in a step."""
     data = tmp_path / "triples.jsonl"
     write_triples(make_people_data(EXAMPLES, 1, seed=0).train.to_list(), data)
-    return ["train", "--model", str(tmp_path / "model"), "--data", str(data), "--device", "cpu"]
+    return ["train", "--model", str(model_folder), "--data", str(data), "--device", "cpu"]
 
 
 def kill_when(ready: Callable[[], bool], command: list[str]) -> None:

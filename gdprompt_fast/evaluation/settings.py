@@ -69,7 +69,8 @@ def evaluate(
         answer_tokens: the longest answer generated; 0 for none, which saves most of the time where
             the gold responses' NLL and accuracy are enough.
         contexts_per_group: so many consecutive examples share one θ', adapted to all of their
-            contexts: by an inner step on the mean of their losses.
+            contexts: by an inner step on the mean of their losses. A context that two examples of
+            a group have counts twice, so shuffle examples that come in order of their contexts.
         one_after_another: by an inner step on each context in turn instead; slower, a group at a
             time, and with a copy of the moved weights.
 

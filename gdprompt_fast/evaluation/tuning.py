@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..data import Example
-from .adapted import InnerStep
+from .adapted import InnerStep, check_inner_step
 from .scores import Summary
 from .settings import fine_tuning_scores, whole_groups
 
@@ -41,8 +41,10 @@ def tune_inner_lr(
         contexts_per_group, one_after_another: as in :func:`gdprompt_fast.evaluation.evaluate`.
 
     Raises:
+        ValueError: naming the argument, what was expected and what was given.
         FloatingPointError: if the inner loss is finite at no rate.
     """
+    check_inner_step(model, inner, one_after_another)
     examples = whole_groups(examples, contexts_per_group)
     tried = {}
     for lr in grid:

@@ -31,7 +31,7 @@ def results_table(evaluations: Mapping[str, Summaries]) -> str:
     rows = [["", *SETTINGS.values()]]
     for field, metric in METRICS.items():
         for name, summaries in evaluations.items():
-            cells = [_cell(summaries[setting], field) for setting in SETTINGS]
+            cells = [metric_cell(summaries[setting], field) for setting in SETTINGS]
             if any(cell != ABSENT for cell in cells):
                 rows.append([f"{metric} {name}".rstrip(), *cells])
     return markdown_table(rows)
@@ -43,17 +43,17 @@ def not_improved(before: Summaries, after: Summaries) -> list[str]:
     for setting, name in SETTINGS.items():
         old, new = before[setting], after[setting]
         failed = []
-        if not _differ(old, new, "accuracy", sign=1):
+        if not _improved(old, new, "accuracy", sign=1):
             failed.append(f"accuracy ({old.accuracy:.1%} before, {new.accuracy:.1%} after)")
-        if not _differ(old, new, "nll_per_token", sign=-1):
-            nlls = _number(old.nll_per_token, 2), _number(new.nll_per_token, 2)
-            failed.append("NLL ({} before, {} after)".format(*nlls))
+        if not _improved(old, new, "nll_per_token", sign=-1):
+            old_nll, new_nll = _number(old.nll_per_token, 2), _number(new.nll_per_token, 2)
+            failed.append(f"NLL ({old_nll} before, {new_nll} after)")
         if failed:
             sentences.append(f"{name} did not improve in {' and '.join(failed)}.")
     return sentences
 
 
-def _differ(old: Summary, new: Summary, field: str, sign: int) -> bool:
+def _improved(old: Summary, new: Summary, field: str, sign: int) -> bool:
     """Whether ``field`` rose (sign 1) or fell (−1) by more than two standard errors of the
     difference, as if the two were independent; no where one of the numbers is not known.
     """
@@ -64,7 +64,8 @@ def _differ(old: Summary, new: Summary, field: str, sign: int) -> bool:
     return bool(sign * (after - before) > 2 * math.hypot(before_se, after_se))
 
 
-def _cell(summary: Summary, field: str) -> str:
+def metric_cell(summary: Summary, field: str) -> str:
+    """A metric of ``METRICS``, ± one standard error."""
     value, error = getattr(summary, field), getattr(summary, f"{field}_se")
     if value is None:
         return ABSENT
