@@ -2,7 +2,8 @@
 
     python benchmarks/profile_step.py     # replaces results/profile.jsonl
 
-The model is a Llama of 63 M parameters, the batch 8 x (64 + 16) tokens, on the CPU.
+The model is a Llama of 63 M parameters, the batch 8 x (64 + 16) tokens, on the CPU, with the ops in
+PyTorch (before) and in C++ (after).
 Every kernel's own time is given to the innermost of our autograd functions around it, in their
 forward and backward passes, and split into matrix products and the rest. Bytes are what is
 allocated in all, not what is alive at once.
@@ -10,7 +11,7 @@ allocated in all, not what is alive at once.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gdprompt_fast import fast_meta_step
 
+BACKENDS = ("torch", "cpp")
 RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"}
 PRODUCTS |= {"aten::baddbmm"}
@@ -81,32 +83,28 @@ def measure(step: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--backend", default="auto")
-    arguments = parser.parse_args()
     case, cpu = CASES["llama-63m"], torch.device("cpu")
     model, batch = random_model(case, cpu, torch.float32), random_batch(case, cpu)
     teacher = self_teacher(model, batch)
-
-    def step() -> None:
-        fast_meta_step(model, batch, teacher=teacher, backend=arguments.backend)
-
-    rows = measure(step)
     common = {
-        "backend": arguments.backend,
         "revision": revision(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    RESULTS.write_text("".join(json.dumps(row | common) + "\n" for row in rows))
-    print("| op | time | of it matrix products | allocated |")
-    print("|---|---|---|---|")
+    rows = [
+        {**row, "backend": backend, **common}
+        for backend in BACKENDS
+        for row in measure(
+            functools.partial(fast_meta_step, model, batch, teacher=teacher, backend=backend)
+        )
+    ]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("| backend | op | time | of it matrix products | allocated |")
+    print("|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['op']} | {row['share']:.1%} | {row['share_products']:.1%} | "
-            f"{row['allocated_bytes'] / 1e6:,.0f} MB |"
+            f"| {row['backend']} | {row['op']} | {row['ms']:,.0f} ms, {row['share']:.1%} | "
+            f"{row['share_products']:.1%} | {row['allocated_bytes'] / 1e6:,.0f} MB |"
         )
 
 
