@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import write_json
+from .checkpoint import write_file, write_json
 from .data import SOURCES, Limits, make_data, tokenise_triples
 from .data.people import make_people_data, people_tokenizer
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
@@ -45,7 +45,7 @@ from .loading import (
 )
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .presets import preset_arguments
-from .report import results_table, write_page
+from .report import PAGE_FILE, results_page, results_table
 from .run import TestSet, as_results, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
@@ -244,8 +244,13 @@ def prepare_experiment_of(args: argparse.Namespace) -> Work:
 
 def prepare_report(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt report`` but for what it prints."""
-    page = write_page(args.folder)
-    return lambda: print(f"written to {page}")
+    page, path = results_page(args.folder), args.folder / PAGE_FILE
+
+    def work() -> None:
+        write_file(path, page)
+        print(f"written to {path}")
+
+    return work
 
 
 def _check_file(option: str, path: Path | None) -> None:

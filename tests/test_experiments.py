@@ -42,7 +42,7 @@ from gdprompt_fast.experiments.stages import run_stage
 from gdprompt_fast.experiments.table4 import classify
 from gdprompt_fast.experiments.table5 import mean_of_draws
 from gdprompt_fast.presets import load_preset
-from gdprompt_fast.report import write_page
+from gdprompt_fast.report import results_page
 
 CPU = torch.device("cpu")
 TINY = """
@@ -603,6 +603,6 @@ def test_the_page_is_well_formed_and_needs_nothing_else(done: Path, tmp_path: Pa
 def test_the_page_has_the_runs_of_the_demo_and_of_train(tmp_path: Path) -> None:
     demo = ["demo", "--steps", "1", "--test-examples", "2", "--device", "cpu"]
     assert main([*demo, "--output", str(tmp_path / "demo")]) == 0
-    text = write_page(tmp_path).read_text()
+    text = results_page(tmp_path)
     assert "Run: demo" in text and "accuracy before" in text
     assert text.count("data:image/png;base64,iVBOR") == 1

@@ -57,13 +57,10 @@ class Lab:
             StaleStage: if it was done with other settings.
         """
         full_name = f"seed-{self.seed}/{name}"
-        if full_name not in self.used:
-            self.used[full_name] = run_stage(
-                self.output / STAGES / full_name,
-                {**settings, "seed": self.seed},
-                _announced(full_name, work),
-            )
-        return self.used[full_name]
+        folder = self.output / STAGES / full_name
+        stage = run_stage(folder, {**settings, "seed": self.seed}, _announced(full_name, work))
+        self.used[full_name] = stage
+        return stage
 
     @property
     def in_bfloat16(self) -> bool:

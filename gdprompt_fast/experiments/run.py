@@ -40,6 +40,7 @@ def _circumstances(labs: Sequence[Lab]) -> dict[str, Any]:
     preset, stages = labs[0].preset, labs[0].used
     return {
         "settings": preset.sections,
+        "model": labs[0].fingerprint,
         "seeds": list(preset.seeds),
         "device": str(labs[0].device),
         "versions": versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from .by_task import Cells, chosen, table_by_task
 from .findings import close
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .preset import check_counts
+from .preset import Preset, check_counts
 from .results import Outcome
 
 TITLE = "Table 1: LoRA, accuracy after Fine-Tuning"
@@ -26,6 +27,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_counts(self, "lora_rank")
+
+
+def check(preset: Preset, settings: Settings) -> None:
+    """Raises a ValueError if PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("table1: expected PEFT to be installed (pip install peft), got none")
 
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint import MODEL_FOLDER, save_model, write_folder
-from ..data import Example, Limits, make_data, read_triples, tokenise_triples, write_triples
+from ..data import Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
 from ..loading import check_vocabulary, load_model
 from ..prepare import fine_tune
@@ -73,8 +73,8 @@ def examples(
     if irrelevant is not None:
         records = with_irrelevant_contexts(records, irrelevant)
         # Every context and every query is within the limits, but not every prompt of the two.
-        limits = Limits(**{**asdict(limits), "prompt_tokens": sum(asdict(limits).values())})
-    chosen = tokenise_triples(records, tokenizer, limits).examples[:count]
+        limits = replace(limits, prompt_tokens=limits.context_tokens + limits.query_tokens)
+    chosen = tokenise_triples(records.to_list()[:count], tokenizer, limits).examples
     check_vocabulary(chosen, model)
     return chosen
 

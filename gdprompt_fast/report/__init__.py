@@ -2,14 +2,15 @@
 
 from .experiment import draw_tables, experiment_markdown
 from .figure import draw_figure
-from .html import write_page
+from .html import PAGE_FILE, results_page
 from .table import not_improved, results_table
 
 __all__ = [
+    "PAGE_FILE",
     "draw_figure",
     "draw_tables",
     "experiment_markdown",
     "not_improved",
+    "results_page",
     "results_table",
-    "write_page",
 ]

@@ -13,7 +13,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_file
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"
@@ -42,8 +41,8 @@ class Section:
     body: str
 
 
-def write_page(folder: Path) -> Path:
-    """Writes ``report.html`` into ``folder`` from the results found there.
+def results_page(folder: Path) -> str:
+    """The page of the results found in ``folder``.
 
     Raises:
         ValueError: if there are none.
@@ -53,9 +52,7 @@ def write_page(folder: Path) -> Path:
         raise ValueError(
             f"folder: expected finished results of experiments or runs in {folder}, got none"
         )
-    page = folder / PAGE_FILE
-    write_file(page, _page(f"Results in {folder.resolve().name}", sections))
-    return page
+    return _page(f"Results in {folder.resolve().name}", sections)
 
 
 def _experiments(folder: Path) -> Iterator[Section]:
