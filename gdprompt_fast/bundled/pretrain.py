@@ -25,7 +25,7 @@ from ..data import Limits, tokenise_triples
 from ..data.characters import TRAIN_SIZE, characters_vocabulary, make_characters
 from ..data.people import make_people_articles, make_people_data, people_vocabulary
 from ..data.words import word_tokenizer
-from ..evaluation.settings import no_context_scores, prompt_scores
+from ..evaluation import InnerStep, evaluate
 from ..prepare import PrepareOptions, fine_tune
 
 POSITIONS = 128
@@ -114,9 +114,17 @@ def pretrain(
             seed=seed,
         )
         fine_tune(model, tokenise_triples(records, tokenizer, limits).examples, options)
-        for name, score in (("No Context", no_context_scores), ("Prompt", prompt_scores)):
-            accuracy = score(model, unseen.examples, batch_size=100).summary().accuracy
-            print(f"after {lesson}: {name} {accuracy:.1%} of {TEST_PASSAGES} unseen passages")
+        scores = evaluate(
+            model,
+            tokenizer,
+            unseen.examples,
+            InnerStep(0.0),
+            batch_size=100,
+            settings=("no_context", "prompt"),
+            answer_tokens=0,
+        )
+        for setting, of in scores.items():
+            print(f"after {lesson}: {setting} {of.summary().accuracy:.1%}")
     return model, tokenizer
 
 
