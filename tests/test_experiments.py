@@ -516,6 +516,7 @@ def test_the_presets_of_the_package_do_for_every_experiment(name: str) -> None:
         ("limits", "prompt_tokens", 126, "limits: expected prompt_tokens and answer_tokens within"),
         ("table2", "task", "squid", r"\[table2\]: task: expected among .*, got 'squid'"),
         ("table2", "contexts", [1], r"\[table2\]: contexts: expected integers >= 2"),
+        ("table2", "objective", "lc", r"\[table2\]: objective: expected one of"),
         ("tasks", "squad", {"source": "people"}, r"\[tasks.squad\]: expected the key 'label'"),
     ],
 )

@@ -15,7 +15,7 @@ from ..loading import add_lora, load_model
 from ..train import METRICS_FILE, TrainOptions, train
 from .lab import Lab
 from .stages import Result, Stage
-from .tasks import examples, fine_tuned, prepared, taught, teacher_cache
+from .tasks import data, examples, fine_tuned, prepared, taught, teacher_cache
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def meta_trained(lab: Lab, arm: Arm) -> Stage:
     wanted = {
         "base": prepared(lab, arm.task).key,
         "teacher": None if teacher is None else teacher.key,
-        "joint": prepared(lab, arm.joint).key if arm.joint else None,
+        "joint": data(lab, arm.joint).key if arm.joint else None,
         "arm": asdict(arm),
         "options": asdict(options),
     }

@@ -65,7 +65,7 @@ class Lab:
     @property
     def in_bfloat16(self) -> bool:
         """Whether training computes in bf16; everything else then does so too."""
-        return self.preset.sections["train"].get("compute_dtype") == "bfloat16"
+        return self.preset.train.get("compute_dtype") == "bfloat16"
 
     def autocast(self) -> AbstractContextManager[None]:
         """Computes in the type that training computes in."""

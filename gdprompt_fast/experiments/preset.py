@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from ..train import TrainOptions
 
 METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
 GENERATED = {"exact_match", "f1"}
+OBJECTIVES = ("kl", "gold")
 OF_ARMS = ("objective", "inner_params", "contexts_per_group", "seed")
 
 Settings = TypeVar("Settings")
@@ -44,9 +45,9 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_choice("source", self.source, SOURCES)
+        check_choice("source", self.source, SOURCES)
         for metric in self.metrics or [""]:
-            _check_choice("metrics", metric, METRICS)
+            check_choice("metrics", metric, METRICS)
         for name in ("train", "test"):
             if getattr(self, name) is not None:
                 check_counts(self, name)
@@ -106,6 +107,7 @@ class Preset:
         dtype: of the weights.
         seeds: every seed is a repetition of everything: data, preparation, training, evaluation.
         prepare_examples: how many training examples the preparation goes by.
+        train: the section ``[train]`` with its own ``[train.KIND]``; see :meth:`train_options`.
     """
 
     sections: dict[str, Any]
@@ -115,6 +117,7 @@ class Preset:
     limits: Limits
     prepare: PrepareOptions
     prepare_examples: int
+    train: dict[str, Any]
     evaluate: EvaluateOptions
     findings: FindingOptions
     tasks: dict[str, Task]
@@ -127,13 +130,15 @@ class Preset:
             ValueError: naming the section and what is wrong in it.
         """
         general = _read("model", _General, sections)
-        prepare = dict(sections.get("prepare", {}))
+        for name in ("prepare", "train", "tasks"):
+            if not isinstance(sections.get(name), dict) or not sections[name]:
+                raise ValueError(f"preset: expected a section [{name}], got {sections.get(name)!r}")
+        prepare, tasks = dict(sections["prepare"]), sections["tasks"]
         prepare_examples = prepare.pop("examples", None)
         if not isinstance(prepare_examples, int) or prepare_examples < 1:
             raise ValueError(
                 f"preset, [prepare]: examples: expected an integer >= 1, got {prepare_examples!r}"
             )
-        tasks = sections.get("tasks", {})
         preset = Preset(
             sections=dict(sections),
             model=general.name,
@@ -142,6 +147,7 @@ class Preset:
             limits=_read("limits", Limits, sections),
             prepare=_read("prepare", PrepareOptions, {"prepare": prepare}),
             prepare_examples=prepare_examples,
+            train=sections["train"],
             evaluate=_read("evaluate", EvaluateOptions, sections),
             findings=_read("findings", FindingOptions, sections),
             tasks={name: _read(name, Task, tasks, within="tasks.") for name in tasks},
@@ -189,9 +195,8 @@ class Preset:
         Raises:
             ValueError: naming the sections and what is wrong in them.
         """
-        train = self.sections.get("train", {})
-        common = {name: value for name, value in train.items() if not isinstance(value, dict)}
-        options = {**common, **self.tasks[task].options, **train.get(kind, {})}
+        common = {name: value for name, value in self.train.items() if not isinstance(value, dict)}
+        options = {**common, **self.tasks[task].options, **self.train.get(kind, {})}
         where = f"train, tasks.{task}.options, train.{kind}"
         for name in OF_ARMS:
             if name in options:
@@ -217,7 +222,7 @@ class _General:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected different integers, got {list(self.seeds)}")
 
@@ -230,7 +235,8 @@ def check_counts(settings: Any, *names: str) -> None:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
-def _check_choice(name: str, value: Any, choices: Mapping[str, Any]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """The value is one of these."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_file, write_json
+from ..checkpoint import write_file, write_json, write_whole
 from ..report import draw_tables, experiment_markdown
 from . import EXPERIMENTS
 from .lab import Lab
@@ -29,7 +30,7 @@ def run_experiment(name: str, labs: Sequence[Lab]) -> Path:
     outcome = experiment.run(labs, preset.section(name, experiment.settings))
     content = {"experiment": name, **outcome.to_json(), **_circumstances(labs)}
     write_json(output / f"{name}.json", content)
-    draw_tables(content["tables"], output / f"{name}.png")
+    write_whole(output / f"{name}.png", partial(draw_tables, content["tables"]))
     markdown = output / f"{name}.md"
     write_file(markdown, experiment_markdown(content, f"{name}.png"))
     return markdown

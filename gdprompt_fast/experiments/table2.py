@@ -11,7 +11,7 @@ from .cells import Cell
 from .findings import Finding, Named, larger
 from .lab import Lab
 from .measure import Question, measure, measure_at_best
-from .preset import METRICS, Preset
+from .preset import METRICS, OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table
 
 TITLE = "Table 2: several contexts in one model, accuracy after Fine-Tuning"
@@ -30,6 +30,7 @@ class Settings:
     contexts: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
         if not self.contexts or min(self.contexts) < 2:
             raise ValueError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
 

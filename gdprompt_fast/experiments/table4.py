@@ -21,7 +21,7 @@ from .arms import Arm
 from .cells import Cell
 from .lab import Lab
 from .measure import Question, Rows, predictions
-from .preset import Preset, check_counts
+from .preset import OBJECTIVES, Preset, check_choice, check_counts
 from .results import Outcome, PaperNumbers, Table, Texts
 
 TITLE = "Table 4: classes of examples by what the gradient step changes"
@@ -47,6 +47,7 @@ class Settings:
     samples: int
 
     def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
         check_counts(self, "train_examples", "samples")
 
 

@@ -110,7 +110,7 @@ def draw_tables(tables: Sequence[Content], path: Path) -> None:
         frameon=False,
         fontsize="small",
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _panel(axes: Axes, table: Content) -> None:

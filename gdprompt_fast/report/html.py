@@ -81,15 +81,15 @@ def _experiment(content: dict[str, Any], figure: Path) -> str:
 
 
 def _runs(folder: Path) -> Iterator[Section]:
-    """The runs of ``gdprompt demo`` and ``train`` in ``folder`` and in the folders in it."""
-    for path in sorted([*folder.glob("results.json"), *folder.glob("*/results.json")]):
-        run = path.parent
-        table, settings = run / "results.md", run / "run.json"
-        if table.is_file() and settings.is_file():
-            name = run.name if run != folder else folder.resolve().name
+    """The finished runs of ``gdprompt demo`` and ``train``: ``folder`` itself and those in it."""
+    for settings in sorted([*folder.glob("run.json"), *folder.glob("*/run.json")]):
+        run = settings.parent
+        name, figure, table = run.resolve().name, run / "figure.png", run / "results.md"
+        if figure.is_file():
+            text = table.read_text(encoding="utf-8") if table.is_file() else "not evaluated"
             body = [
-                _image(run / "figure.png", name),
-                f"<pre>{escape(table.read_text(encoding='utf-8'))}</pre>",
+                _image(figure, name),
+                f"<pre>{escape(text)}</pre>",
                 _details("Settings", json.loads(settings.read_text(encoding="utf-8"))),
             ]
             yield Section(f"Run: {name}", "\n".join(body))
