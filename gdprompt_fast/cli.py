@@ -12,18 +12,9 @@ from typing import Any, get_type_hints
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import write_file, write_json
-from .data import SOURCES, Limits, make_data, tokenise_triples
-from .data.people import make_people_data, people_tokenizer
+from .data import SOURCES, make_data
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
-from .demo import (
-    ANSWER_TOKENS,
-    INNER_LR_GRID,
-    OPTIONS,
-    POSITIONS,
-    TEST_EXAMPLES,
-    demo_model,
-    demo_options,
-)
+from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
 from .evaluation import (
     InnerStep,
     check_inner_step,
@@ -126,24 +117,19 @@ def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Nam
 
 def prepare_demo(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt demo``."""
-    device = choose_device(args.device)
-    options = demo_options(args.steps, args.seed)
-    if args.test_examples < 1:
-        raise ValueError(f"test_examples: expected an integer >= 1, got {args.test_examples}")
-    data = make_people_data(options.steps * options.batch_size, args.test_examples, args.seed)
-    tokenizer = people_tokenizer()
-    room = Limits(POSITIONS, POSITIONS, POSITIONS)
-    examples = tokenise_triples(data.train, tokenizer, room).examples
-    unseen = tokenise_triples(data.test, tokenizer, room).examples
-    test = TestSet(unseen, INNER_LR_GRID, args.eval_batch_size, ANSWER_TOKENS)
-    model = demo_model(tokenizer, args.seed).to(device)
-    claim_output(args.output, {**_settings(args), **asdict(options)}, args.resume)
-    print(
-        f"a Llama of {sum(weight.numel() for weight in model.parameters()):,} random weights, "
-        f"{len(examples)} passages to train on and {len(unseen)} to measure on, "
-        "with no person and no thing in common"
+    demo = make_demo(
+        choose_device(args.device),
+        args.steps,
+        args.seed,
+        args.test_examples,
+        args.eval_batch_size,
     )
-    return lambda: run(model, tokenizer, examples, options, args.output, test=test)
+    claim_output(args.output, {**_settings(args), **asdict(demo.options)}, args.resume)
+    print(
+        f"the bundled model, {len(demo.examples)} passages to train on and "
+        f"{len(demo.test.examples)} to measure on, with no person and no thing in common"
+    )
+    return lambda: run_demo(demo, args.output)
 
 
 def prepare_train(args: argparse.Namespace) -> Work:
@@ -316,12 +302,12 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    what = "Meta-train a small model from scratch on made-up facts; no download, minutes on a CPU."
+    what = "Meta-train the bundled model on made-up facts; no download, minutes on a CPU."
     parser = _command(commands, "demo", what, prepare_demo)
     _add_device(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write to")
     parser.add_argument("--steps", type=int, default=OPTIONS.steps, help="outer steps")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and its order")
     parser.add_argument(
         "--test-examples", type=int, default=TEST_EXAMPLES, help="passages to measure on"
     )

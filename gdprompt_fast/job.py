@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -70,6 +71,34 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
         ValueError: naming the option, what was expected and what was given.
     """
     device = choose_device(args.device)
+    model, tokenizer = _model_to_train(args, options, device)
+    teacher = _teacher_of(model, args, options, device)
+    cache = args.teacher_cache or args.output / "teacher"
+
+    def read(path: Path, room: int) -> list[Example]:
+        triples = load_examples(path, model, tokenizer, limits(args, room))
+        print(f"{path}: {triples}")
+        return triples.examples
+
+    answered_by = [] if teacher is None else [model, teacher]
+    rooms = [room_before_answer(each, options.answer_tokens) for each in answered_by]
+    examples = read(args.data, min(rooms, default=positions(model)))
+    test, joint = None, None
+    if args.test_data:
+        held_out = read(args.test_data, room_before_answer(model, options.answer_tokens))
+        test = TestSet(held_out, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens)
+        warn_of_overlap(examples, held_out)
+    if args.joint_data:
+        joint = read(args.joint_data, positions(model))
+    if teacher is not None and cache.exists():
+        answer = (options.answer_tokens, options.teacher_batch_size)
+        check_cache(cache, cache_key(teacher, tokenizer, examples, *answer))
+    return Job(model, tokenizer, examples, options, teacher, cache, test, joint)
+
+
+def _model_to_train(
+    args: Namespace, options: TrainOptions, device: torch.device
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     model, tokenizer = load_model(args.model, args.dtype, device)
     if args.dtype != "float32" and not args.lora_rank:
         raise ValueError(
@@ -80,43 +109,20 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
     if args.lora_rank:
         model = add_lora(model, args.lora_rank, options.seed)
     select_inner(model, options.inner_params)
-    teacher = None
-    if options.objective == "kl":
-        in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
-        dtype = "bfloat16" if in_bfloat16 else "float32"
-        teacher, _ = load_model(args.teacher or args.model, dtype, device)
-        check_same_vocabulary(teacher, model)
-    room = positions(model)
-    if teacher is not None:
-        room = min(room, positions(teacher)) - options.answer_tokens
-    if room < 2:
-        raise ValueError(
-            f"answer_tokens: expected fewer than the model's positions, got {options.answer_tokens}"
-        )
-    triples = load_examples(args.data, model, tokenizer, limits(args, room))
-    print(f"{args.data}: {triples}")
-    test = None
-    if args.test_data:
-        room_to_answer = room_before_answer(model, options.answer_tokens)
-        held_out = load_examples(args.test_data, model, tokenizer, limits(args, room_to_answer))
-        print(f"{args.test_data}: {held_out}")
-        test = TestSet(
-            held_out.examples, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens
-        )
-        warn_of_overlap(triples.examples, held_out.examples)
-    joint = None
-    if args.joint_data:
-        ordinary = load_examples(args.joint_data, model, tokenizer, limits(args, positions(model)))
-        print(f"{args.joint_data}: {ordinary}")
-        joint = ordinary.examples
-    cache = args.teacher_cache or args.output / "teacher"
-    job = Job(model, tokenizer, triples.examples, options, teacher, cache, test, joint)
-    if teacher is not None and cache.exists():
-        key = cache_key(
-            teacher, tokenizer, job.examples, options.answer_tokens, options.teacher_batch_size
-        )
-        check_cache(cache, key)
-    return job
+    return model, tokenizer
+
+
+def _teacher_of(
+    model: nn.Module, args: Namespace, options: TrainOptions, device: torch.device
+) -> nn.Module | None:
+    """The teacher of the KL objective, in the dtype that training computes in."""
+    if options.objective != "kl":
+        return None
+    in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
+    dtype = "bfloat16" if in_bfloat16 else "float32"
+    teacher, _ = load_model(args.teacher or args.model, dtype, device)
+    check_same_vocabulary(teacher, model)
+    return teacher
 
 
 def warn_of_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:

@@ -98,7 +98,7 @@ def run(
     path = output / RESULTS_FILE
     results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if test is not None and "before" not in results:
-        results["before"] = _measure_at_best(model, tokenizer, options, test)
+        results["before"] = measure_at_best(model, tokenizer, options, test)
         write_json(path, results)
     train(model, tokenizer, examples, options, output, teacher, joint)
     if test is not None:
@@ -131,7 +131,7 @@ def as_results(scores: Mapping[str, Scores], inner: InnerStep) -> dict[str, Any]
     }
 
 
-def _measure_at_best(
+def measure_at_best(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: TrainOptions, test: TestSet
 ) -> dict[str, Any]:
     """As :func:`measure`, at the best inner rate of the grid and of training."""
@@ -163,7 +163,19 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
         f"after: η = {after['inner']['lr']:g}, as trained.",
         *not_improved(measured["before"], measured["after"]),
     ]
+    lines += describe_samples(test, tokenizer, before, after)
+    return "\n".join(lines) + "\n"
+
+
+def describe_samples(
+    test: TestSet,
+    tokenizer: PreTrainedTokenizerBase,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> list[str]:
+    """The first few test examples with the answers after an inner step, a line each."""
     answers = before["fine_tuned_answers"], after["fine_tuned_answers"]
+    lines = []
     for example, answer_before, answer_after in zip(test.examples, *answers, strict=False):
         lines += [
             "",
@@ -173,4 +185,4 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
             f"before:  {answer_before}",
             f"after:   {answer_after}",
         ]
-    return "\n".join(lines) + "\n"
+    return lines

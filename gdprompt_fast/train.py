@@ -75,7 +75,7 @@ class TrainOptions:
     teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
     compute_dtype: str = option(
         "float32",
-        "bfloat16: activations and products in it, of float32 weights; float32: as the weights",
+        "bfloat16: activations, products and the teacher in it, beside float32 weights",
         ("float32", "bfloat16"),
     )
     recompute: str = option(

@@ -2,7 +2,12 @@
 
 from .characters import characters_vocabulary, make_characters
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
-from .people import make_people_articles, make_people_data, people_vocabulary
+from .people import (
+    make_people_articles,
+    make_people_data,
+    people_dialogue,
+    people_vocabulary,
+)
 from .sampler import ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import Example, Limits, TokenisedTriples, TripleTokeniser, batched, tokenise_triples
@@ -26,6 +31,7 @@ __all__ = [
     "make_people_data",
     "meta_batch",
     "pad",
+    "people_dialogue",
     "people_vocabulary",
     "prompt_rows",
     "query_rows",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 from datasets import Dataset
@@ -88,6 +89,16 @@ def make_people_articles(train_size: int, test_size: int, seed: int) -> tuple[li
     )
 
 
+def people_dialogue(rng: random.Random, facts: int) -> list[tuple[str, str]]:
+    """A passage about the training people, then all its questions in another order, in turns: what
+    is read, and the answer to it.
+    """
+    drawn = _worlds()[0].draw_facts(rng, facts)
+    turns = [(_question(noun, thing), name) for noun, thing, name in rng.sample(drawn, facts)]
+    (question, name), *rest = turns
+    return [(f"{_passage(drawn)} {question}", name), *rest]
+
+
 @dataclass(frozen=True)
 class _World:
     """The people and the things that texts are about."""
@@ -102,6 +113,7 @@ class _World:
         return list(zip(nouns, things, names, strict=True))
 
 
+@cache
 def _worlds() -> tuple[_World, _World]:
     """Two worlds that have no person and no thing in common: to train and to test on.
 
@@ -137,9 +149,13 @@ def _triple(rng: random.Random, world: _World, count: int) -> dict[str, str]:
     noun, thing, name = rng.choice(facts)
     return {
         "context": _passage(facts),
-        "query": QUESTIONS[noun].format(f"the {thing}"),
+        "query": _question(noun, thing),
         "response": name,
     }
+
+
+def _question(noun: str, thing: str) -> str:
+    return QUESTIONS[noun].format(f"the {thing}")
 
 
 def _passage(facts: Facts) -> str:
@@ -159,7 +175,7 @@ def _article(rng: random.Random, world: _World) -> str:
 
 def _statement(noun: str, thing: str, name: str) -> str:
     """The question's own words with the name for "who": "Ada Holm constructed the red mill."."""
-    return QUESTIONS[noun].format(f"the {thing}").replace("who", name, 1).replace("?", ".")
+    return _question(noun, thing).replace("who", name, 1).replace("?", ".")
 
 
 def people_vocabulary() -> list[str]:
