@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 SUBPACKAGES = [
     "data",
     "evaluation",
+    "experiments",
     "kernels",
     "meta",
     "ops",

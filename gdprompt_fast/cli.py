@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import write_json
+from .checkpoint import write_file, write_json
 from .data import SOURCES, make_data
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
@@ -23,6 +23,8 @@ from .evaluation import (
     whole_groups,
     write_predictions,
 )
+from .experiments import EXPERIMENTS, StaleStage
+from .experiments.command import OWN_PRESETS, prepare_experiment
 from .job import limits, load_job
 from .loading import (
     DTYPES,
@@ -34,7 +36,7 @@ from .loading import (
 )
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .presets import preset_arguments
-from .report import results_table
+from .report import PAGE_FILE, results_page, results_table
 from .run import TestSet, as_results, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _prepare_and_work(args, arguments)
     except KeyboardInterrupt:
         hint = "; --resume continues the run" if hasattr(args, "resume") else ""
+        hint = "; the same command continues it" if args.command == "experiment" else hint
         print(f"\ngdprompt {args.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
 
@@ -72,7 +75,7 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
         return BAD_INPUT
     try:
         work()
-    except FloatingPointError as error:
+    except (FloatingPointError, StaleStage) as error:
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
     return 0
@@ -218,6 +221,24 @@ def prepare_plan(args: argparse.Namespace) -> Work:
     return work
 
 
+def prepare_experiment_of(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt experiment``."""
+    return prepare_experiment(
+        args.name, args.preset, args.output, args.seeds, args.model, args.device
+    )
+
+
+def prepare_report(args: argparse.Namespace) -> Work:
+    """The whole of ``gdprompt report`` but for what it prints."""
+    page, path = results_page(args.folder), args.folder / PAGE_FILE
+
+    def work() -> None:
+        write_file(path, page)
+        print(f"written to {path}")
+
+    return work
+
+
 def _check_file(option: str, path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
@@ -242,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_search(commands)
     _add_evaluate(commands)
     _add_plan(commands)
+    _add_experiment(commands)
+    _add_report(commands)
     return parser
 
 
@@ -370,6 +393,30 @@ def _add_plan(commands: Any) -> None:
     _add_fields(parser, Setting)
     parser.add_argument("--memory", help="size of the card, as 80GB: finds the largest batch")
     parser.add_argument("--json", type=Path, help="JSON file to write the numbers to")
+
+
+def _add_experiment(commands: Any) -> None:
+    what = (
+        "One of the paper's experiments: JSON, a Markdown table beside the paper's numbers and a "
+        "figure. Stages that --output holds already, of any experiment, are not done again."
+    )
+    parser = _command(commands, "experiment", what, prepare_experiment_of)
+    parser.add_argument("name", choices=EXPERIMENTS, help="which one")
+    parser.add_argument(
+        "--preset",
+        default="small",
+        help=f"sizes and rates: {', '.join(OWN_PRESETS)} or a TOML file",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of results and stages")
+    parser.add_argument("--seeds", type=int, nargs="+", help="repetitions; None: the preset's")
+    parser.add_argument("--model", help="model folder or name on the hub; None: the preset's")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
+
+
+def _add_report(commands: Any) -> None:
+    what = "One self-contained HTML page of the experiments and runs in a folder."
+    parser = _command(commands, "report", what, prepare_report)
+    parser.add_argument("folder", type=Path, help="an --output folder, or one with such folders")
 
 
 def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:

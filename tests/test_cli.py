@@ -214,7 +214,7 @@ def test_evaluate_can_tune_the_inner_rate(
         (["--dtype", "bfloat16"], "dtype: expected float32 to train all weights, got bfloat16"),
         (["--objective", "kl", "--answer-tokens", "5000"], "answer_tokens: expected fewer than"),
         (["--teacher-cache", "full"], "teacher_cache: expected a cache or a new or empty folder"),
-        (["--preset", "no-such"], "preset: expected a TOML file or one of paper, got no-such"),
+        (["--preset", "no-such"], "preset: expected a TOML file or one of experiments-paper, "),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(

@@ -67,10 +67,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class TokenisedTriples:
-    """The examples kept and, by reason, how many records were dropped."""
+    """The examples kept and, by reason, how many records were dropped.
+
+    Attributes:
+        kept: for every example the index of its record.
+    """
 
     examples: list[Example]
     dropped: dict[str, int]
+    kept: list[int]
 
     def __str__(self) -> str:
         reasons = "".join(f"; dropped {count}: {why}" for why, count in self.dropped.items())
@@ -90,15 +95,18 @@ def tokenise_triples(
     """
     tokeniser = TripleTokeniser(tokenizer)
     examples: list[Example] = []
+    kept: list[int] = []
     dropped: Counter[str] = Counter()
-    for chunk in batched(records, RECORDS_AT_ONCE):
-        for example in tokeniser.examples(chunk):
-            reason = _reason_to_drop(example, limits)
-            if example is not None and reason is None:
-                examples.append(example)
-            else:
-                dropped[str(reason)] += 1
-    triples = TokenisedTriples(examples, dict(dropped))
+    chunks = batched(records, RECORDS_AT_ONCE)
+    tokenised = (example for chunk in chunks for example in tokeniser.examples(chunk))
+    for index, example in enumerate(tokenised):
+        reason = _reason_to_drop(example, limits)
+        if example is not None and reason is None:
+            examples.append(example)
+            kept.append(index)
+        else:
+            dropped[str(reason)] += 1
+    triples = TokenisedTriples(examples, dict(dropped), kept)
     if not examples:
         raise ValueError(f"data: expected at least one usable record, got none: {triples}")
     return triples

@@ -1,6 +1,16 @@
-"""What a run showed: a table, plain words on what did not improve, and a figure."""
+"""What a run or an experiment showed: tables, plain words on what did not show, figures, a page."""
 
+from .experiment import draw_tables, experiment_markdown
 from .figure import draw_figure
+from .html import PAGE_FILE, results_page
 from .table import not_improved, results_table
 
-__all__ = ["draw_figure", "not_improved", "results_table"]
+__all__ = [
+    "PAGE_FILE",
+    "draw_figure",
+    "draw_tables",
+    "experiment_markdown",
+    "not_improved",
+    "results_page",
+    "results_table",
+]

@@ -1,0 +1,40 @@
+"""The paper's experiments, each one command: stages that are kept, and a report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import figure2, table1, table2, table3, table4, table5
+from .lab import Lab, make_labs
+from .preset import Preset
+from .results import Outcome
+from .stages import StaleStage
+
+__all__ = ["EXPERIMENTS", "Experiment", "Lab", "Outcome", "Preset", "StaleStage", "make_labs"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment: what its section of a preset says, what else must hold, and what it does.
+
+    Attributes:
+        check: raises a ValueError before any work if the preset does not do.
+    """
+
+    settings: type
+    run: Callable[[Sequence[Lab], Any], Outcome]
+    check: Callable[[Preset, Any], None]
+
+
+def _nothing_else(preset: Preset, settings: Any) -> None:
+    """What most experiments ask of a preset beyond its sections."""
+
+
+EXPERIMENTS = {
+    module.__name__.rpartition(".")[2]: Experiment(
+        module.Settings, module.run, getattr(module, "check", _nothing_else)
+    )
+    for module in (figure2, table1, table2, table3, table4, table5)
+}

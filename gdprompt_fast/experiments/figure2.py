@@ -1,0 +1,108 @@
+"""Figure 2: the base model and the two kinds of meta-training, in three settings, on four tasks.
+
+- BM: the base model, prepared (§4.3) but not meta-trained;
+- LC: learning from conditioning, the KL to BM's own prompted predictions;
+- LG: learning from gold responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..evaluation import SETTINGS
+from . import paper
+from .arms import Arm
+from .cells import Cell
+from .findings import Finding, Named, close, larger
+from .lab import Lab
+from .measure import Question, measure, measure_at_best
+from .preset import METRICS
+from .results import Outcome, PaperNumbers, Table
+
+TITLE = "Figure 2: No Context, Prompt and Fine-Tuning before and after meta-training"
+MODELS = {"BM": "none", "LC": "kl", "LG": "gold"}
+BEST = "BM, best inner rate"
+FORWARD, REVERSED = "character-description", "reversal-curse"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The section ``[figure2]``: the names of the tasks."""
+
+    tasks: tuple[str, ...]
+
+
+def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
+    """Measures and compares; every seed is a lab."""
+    tasks = labs[0].preset.tasks
+    tables, findings, notes = [], [], []
+    measured = {}
+    for task in settings.tasks:
+        for metric in tasks[task].metrics:
+            rows, rates = _rows(labs, task, metric)
+            title = f"{tasks[task].label}, {METRICS[metric]}"
+            is_first = metric == tasks[task].metrics[0]
+            tables.append(Table(title, list(SETTINGS.values()), rows, _paper(task, is_first)))
+            if is_first:
+                measured[task] = {name: cells[-1] for name, cells in rows.items() if cells[-1]}
+                findings += _findings(labs, tasks[task].label, measured[task])
+                shown = ", ".join(f"{rate:g}" for rate in rates)
+                notes.append(f"{tasks[task].label}: BM's best inner rate: {shown}.")
+    findings += _reversed_is_harder(measured)
+    notes.append(
+        "BM: the base model; LC: meta-trained by KL to BM's own prompted predictions; LG: "
+        "meta-trained on gold responses. Fine-Tuning is one inner step on the context at the rate "
+        "of meta-training; of BM also at its best rate, chosen on the first test examples."
+    )
+    return Outcome(TITLE, tables, findings, notes)
+
+
+def _rows(
+    labs: Sequence[Lab], task: str, metric: str
+) -> tuple[dict[str, list[Cell | None]], list[float]]:
+    """For every model its cells in the three settings, and BM's best rates."""
+    best, rates = measure_at_best(labs, Question(Arm(task)), metric)
+    rows: dict[str, list[Cell | None]] = {"BM": [], BEST: [None, None, best]}
+    for name, objective in MODELS.items():
+        asked = [Question(Arm(task, objective), setting) for setting in SETTINGS]
+        rows[name] = [measure(labs, question, metric) for question in asked]
+    return rows, rates
+
+
+def _findings(labs: Sequence[Lab], label: str, fine_tuned: dict[str, Cell]) -> list[Finding]:
+    """What a task's Fine-Tuning cells say, by model."""
+    before = max((fine_tuned["BM"], fine_tuned[BEST]), key=lambda cell: cell.mean)
+    bm = Named("BM at its better rate", before)
+    lc, lg = Named("LC", fine_tuned["LC"]), Named("LG", fine_tuned["LG"])
+    claim = "Fine-Tuning is better after meta-training than before"
+    margin = labs[0].preset.findings.margin
+    return [
+        *(larger(claim, label, after, bm) for after in (lc, lg)),
+        close("kl does as well as gold in Fine-Tuning", label, lc, lg, margin),
+    ]
+
+
+def _reversed_is_harder(fine_tuned: dict[str, dict[str, Cell]]) -> list[Finding]:
+    if not {FORWARD, REVERSED} <= fine_tuned.keys():
+        return []
+    return [
+        larger(
+            "the reversed direction is harder in Fine-Tuning",
+            model,
+            Named(FORWARD, fine_tuned[FORWARD][model]),
+            Named(REVERSED, fine_tuned[REVERSED][model]),
+            independent=True,
+        )
+        for model in ("LC", "LG")
+    ]
+
+
+def _paper(task: str, is_first: bool) -> PaperNumbers:
+    if task != paper.SQUAD or not is_first:
+        return {}
+    return {
+        (model, SETTINGS[setting]): number
+        for model, numbers in paper.FIGURE2_SQUAD.items()
+        for setting, number in numbers.items()
+    }

@@ -1,0 +1,137 @@
+"""Where an experiment takes place: a preset, a folder, a device, and a seed at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..bundled import bundled_folder
+from ..checkpoint import is_empty
+from ..loading import load_config
+from .preset import Preset
+from .stages import Result, Stage, run_stage
+
+STAGES = "stages"
+BUNDLED = "bundled"
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
+READ_AT_ONCE = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One repetition of an experiment.
+
+    Attributes:
+        preset: the sizes and rates.
+        output: the folder of results and stages.
+        device: where models run.
+        model: the folder of the model that everything begins with.
+        fingerprint: of that model's files.
+        seed: of the data, the training and the evaluation.
+        used: the stages that this experiment asked for, by name; shared by its repetitions.
+    """
+
+    preset: Preset
+    output: Path
+    device: torch.device
+    model: Path
+    fingerprint: str
+    seed: int
+    used: dict[str, Stage] = field(default_factory=dict)
+
+    def stage(
+        self, name: str, settings: Mapping[str, Any], work: Callable[[Path], Result]
+    ) -> Stage:
+        """The stage of this name and seed, done now if it is not there.
+
+        Raises:
+            StaleStage: if it was done with other settings.
+        """
+        full_name = f"seed-{self.seed}/{name}"
+        folder = self.output / STAGES / full_name
+        stage = run_stage(folder, {**settings, "seed": self.seed}, _announced(full_name, work))
+        self.used[full_name] = stage
+        return stage
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether training computes in bf16; everything else then does so too."""
+        return self.preset.train.get("compute_dtype") == "bfloat16"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Computes in the type that training computes in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+
+
+def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
+    """A lab for every seed of the preset.
+
+    Raises:
+        ValueError: if the model is not there, or ``output`` is the folder of something else.
+    """
+    if not (output / STAGES).is_dir() and not is_empty(output):
+        raise ValueError(
+            f"output: expected a new or empty folder or one of experiments, got {output}"
+        )
+    model = find_model(preset.model)
+    room = load_config(str(model)).max_position_embeddings
+    needed = preset.limits.prompt_tokens + preset.longest_answer
+    if needed > room:
+        raise ValueError(
+            "limits: expected prompt_tokens and answer_tokens within the model's "
+            f"{room} positions, got {needed} together"
+        )
+    fingerprint, used = _fingerprint(model), dict[str, Stage]()
+    return [Lab(preset, output, device, model, fingerprint, seed, used) for seed in preset.seeds]
+
+
+def find_model(name: str) -> Path:
+    """The folder of ``"bundled"``, of a path, or of a model on the hub, downloaded if need be.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name == BUNDLED:
+        return bundled_folder()
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f'model: expected "{BUNDLED}", a model folder or a name on the hub, got {name!r} '
+            f"({reason})"
+        ) from None
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash of the model's files: another model under the same name makes stages stale."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(READ_AT_ONCE):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _announced(name: str, work: Callable[[Path], Result]) -> Callable[[Path], Result]:
+    def announced(folder: Path) -> Result:
+        print(f"{name} …", flush=True)
+        start = time.monotonic()
+        result = work(folder)
+        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+        return result
+
+    return announced

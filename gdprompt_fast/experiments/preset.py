@@ -1,0 +1,262 @@
+"""What a preset file says: the model, the tasks and every size and rate of the experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from ..data import SOURCES, Limits
+from ..loading import DTYPES
+from ..prepare import PrepareOptions
+from ..train import TrainOptions
+
+METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
+GENERATED = {"exact_match", "f1"}
+OBJECTIVES = ("kl", "gold")
+OF_ARMS = ("objective", "inner_params", "contexts_per_group", "seed")
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The section ``[tasks.NAME]``; the name is that of the paper's data set.
+
+    Attributes:
+        source: the name of the data, as in ``gdprompt data``.
+        label: how results name it; say here if the source stands in the place of the paper's.
+        metrics: what is reported, the one that findings go by first.
+        train: number of training examples; None for all.
+        test: number of test examples; None for all.
+        file: the file to read the training examples from, and the test examples if there is no
+            ``test_file``; None: generated, or from the hub.
+        test_file: the file to read the test examples from.
+        options: training options of this task's arms, over those of ``[train]``.
+    """
+
+    source: str
+    label: str
+    metrics: tuple[str, ...]
+    train: int | None = None
+    test: int | None = None
+    file: str | None = None
+    test_file: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("source", self.source, SOURCES)
+        for metric in self.metrics or [""]:
+            check_choice("metrics", metric, METRICS)
+        for name in ("train", "test"):
+            if getattr(self, name) is not None:
+                check_counts(self, name)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a metric asks for generated answers."""
+        return bool(GENERATED & set(self.metrics))
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The section ``[evaluate]``.
+
+    Attributes:
+        batch_size: examples evaluated at once.
+        answer_tokens: the longest answer generated.
+        inner_lr_grid: the inner rates of which a model that was not meta-trained gets its best.
+        tune_examples: the number of test examples that this choice goes by.
+    """
+
+    batch_size: int
+    answer_tokens: int
+    inner_lr_grid: tuple[float, ...]
+    tune_examples: int
+
+    def __post_init__(self) -> None:
+        check_counts(self, "batch_size", "answer_tokens", "tune_examples")
+        if not self.inner_lr_grid or min(self.inner_lr_grid) <= 0:
+            raise ValueError(
+                f"inner_lr_grid: expected rates > 0, at least one, got {list(self.inner_lr_grid)}"
+            )
+
+
+@dataclass(frozen=True)
+class FindingOptions:
+    """The section ``[findings]``.
+
+    Attributes:
+        margin: the largest difference, as a share, at which two scores still count as close.
+    """
+
+    margin: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin < 1:
+            raise ValueError(f"margin: expected a number between 0 and 1, got {self.margin!r}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset file, checked.
+
+    Attributes:
+        sections: the file itself, as nested dictionaries.
+        model: a model folder, a name on the Hugging Face hub, or ``"bundled"``.
+        dtype: of the weights.
+        seeds: every seed is a repetition of everything: data, preparation, training, evaluation.
+        prepare_examples: how many training examples the preparation goes by.
+        train: the section ``[train]`` with its own ``[train.KIND]``; see :meth:`train_options`.
+    """
+
+    sections: dict[str, Any]
+    model: str
+    dtype: str
+    seeds: tuple[int, ...]
+    limits: Limits
+    prepare: PrepareOptions
+    prepare_examples: int
+    train: dict[str, Any]
+    evaluate: EvaluateOptions
+    findings: FindingOptions
+    tasks: dict[str, Task]
+
+    @staticmethod
+    def read(sections: Mapping[str, Any]) -> Preset:
+        """The preset in nested dictionaries, as a TOML file gives them.
+
+        Raises:
+            ValueError: naming the section and what is wrong in it.
+        """
+        general = _read("model", _General, sections)
+        for name in ("prepare", "train", "tasks"):
+            if not isinstance(sections.get(name), dict) or not sections[name]:
+                raise ValueError(f"preset: expected a section [{name}], got {sections.get(name)!r}")
+        prepare, tasks = dict(sections["prepare"]), sections["tasks"]
+        prepare_examples = prepare.pop("examples", None)
+        if not isinstance(prepare_examples, int) or prepare_examples < 1:
+            raise ValueError(
+                f"preset, [prepare]: examples: expected an integer >= 1, got {prepare_examples!r}"
+            )
+        preset = Preset(
+            sections=dict(sections),
+            model=general.name,
+            dtype=general.dtype,
+            seeds=general.seeds,
+            limits=_read("limits", Limits, sections),
+            prepare=_read("prepare", PrepareOptions, {"prepare": prepare}),
+            prepare_examples=prepare_examples,
+            train=sections["train"],
+            evaluate=_read("evaluate", EvaluateOptions, sections),
+            findings=_read("findings", FindingOptions, sections),
+            tasks={name: _read(name, Task, tasks, within="tasks.") for name in tasks},
+        )
+        for task in preset.tasks:
+            for kind in ("full", "lora", "lora-inner"):
+                preset.train_options(task, kind)
+        return preset
+
+    @property
+    def longest_answer(self) -> int:
+        """The longest answer that is generated, by a teacher or in an evaluation."""
+        of_teachers = [self.train_options(task).answer_tokens for task in self.tasks]
+        return max(self.evaluate.answer_tokens, *of_teachers)
+
+    def section(self, name: str, settings: type[Settings]) -> Settings:
+        """An experiment's own section.
+
+        Raises:
+            ValueError: naming the section and what is wrong in it.
+        """
+        read = _read(name, settings, self.sections)
+        for key in ("task", "tasks", "source", "target"):
+            named = getattr(read, key, ())
+            for task in (named,) if isinstance(named, str) else named:
+                if task not in self.tasks:
+                    raise ValueError(
+                        f"preset, [{name}]: {key}: expected among {sorted(self.tasks)}, "
+                        f"got {task!r}"
+                    )
+        return read
+
+    def train_options(
+        self, task: str, kind: str = "full", contexts: int = 1, **of_arm: Any
+    ) -> TrainOptions:
+        """The training options of an arm.
+
+        Args:
+            task: whose ``[tasks.NAME.options]`` go over ``[train]``.
+            kind: ``full``, ``lora`` (adapters outside, full rank inside) or ``lora-inner``;
+                ``[train.KIND]`` goes over both.
+            contexts: as many share a θ'; an outer step has as many contexts as with 1.
+            of_arm: what the arm itself says, over all.
+
+        Raises:
+            ValueError: naming the sections and what is wrong in them.
+        """
+        common = {name: value for name, value in self.train.items() if not isinstance(value, dict)}
+        options = {**common, **self.tasks[task].options, **self.train.get(kind, {})}
+        where = f"train, tasks.{task}.options, train.{kind}"
+        for name in OF_ARMS:
+            if name in options:
+                raise ValueError(
+                    f"preset, [{where}]: {name}: expected to be left to the experiment"
+                )
+        one_each = _read(where, TrainOptions, {where: options | of_arm})
+        if one_each.batch_size % contexts:
+            raise ValueError(
+                f"preset, [{where}]: batch_size: expected a multiple of {contexts} contexts, "
+                f"got {one_each.batch_size}"
+            )
+        groups = one_each.batch_size // contexts
+        return replace(one_each, batch_size=groups, contexts_per_group=contexts)
+
+
+@dataclass(frozen=True)
+class _General:
+    """The section ``[model]``."""
+
+    name: str
+    seeds: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different integers, got {list(self.seeds)}")
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """The fields hold integers >= 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """The value is one of these."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
+
+
+def _read(
+    name: str, settings: type[Settings], sections: Mapping[str, Any], within: str = ""
+) -> Settings:
+    """A section as a dataclass: unknown and missing keys are errors, lists become tuples."""
+    section, where = sections.get(name), f"preset, [{within}{name}]"
+    if not isinstance(section, dict):
+        raise ValueError(f"{where}: expected such a section, got {section!r}")
+    known = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
+    for key in section:
+        if key not in known:
+            raise ValueError(f"{where}: expected keys among {sorted(known)}, got {key!r}")
+    for key, its in known.items():
+        if key not in section and its.default is MISSING and its.default_factory is MISSING:
+            raise ValueError(f"{where}: expected the key {key!r}, got only {sorted(section)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
+    try:
+        return settings(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -1,0 +1,59 @@
+"""An experiment from its stages to its JSON, Markdown and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_file, write_json, write_whole
+from ..report import draw_tables, experiment_markdown
+from . import EXPERIMENTS
+from .lab import Lab
+from .stages import versions
+
+
+def run_experiment(name: str, labs: Sequence[Lab]) -> Path:
+    """Does what is left to do of an experiment; writes its JSON, Markdown and figure.
+
+    Args:
+        name: a key of ``EXPERIMENTS``.
+        labs: one for every seed, from ``make_labs``.
+
+    Returns:
+        The Markdown file.
+    """
+    output, preset = labs[0].output, labs[0].preset
+    experiment = EXPERIMENTS[name]
+    outcome = experiment.run(labs, preset.section(name, experiment.settings))
+    content = {"experiment": name, **outcome.to_json(), **_circumstances(labs)}
+    write_json(output / f"{name}.json", content)
+    write_whole(output / f"{name}.png", partial(draw_tables, content["tables"]))
+    markdown = output / f"{name}.md"
+    write_file(markdown, experiment_markdown(content, f"{name}.png"))
+    return markdown
+
+
+def _circumstances(labs: Sequence[Lab]) -> dict[str, Any]:
+    """How the numbers came about."""
+    preset, stages = labs[0].preset, labs[0].used
+    return {
+        "settings": preset.sections,
+        "model": labs[0].fingerprint,
+        "seeds": list(preset.seeds),
+        "device": str(labs[0].device),
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": sum(stage.seconds for stage in stages.values()),
+        "stages": {
+            name: {"seconds": stage.seconds, "versions": stage.versions, **_counts(stage.result)}
+            for name, stage in stages.items()
+        },
+    }
+
+
+def _counts(result: dict[str, Any]) -> dict[str, Any]:
+    """What a stage says of numbers of examples and steps."""
+    return {name: result[name] for name in ("counts", "examples", "steps") if name in result}

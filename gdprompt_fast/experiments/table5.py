@@ -1,0 +1,86 @@
+"""Table 5: is it this context that helps, or any context? Fine-Tuning on another example's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from . import paper
+from .arms import Arm
+from .by_task import Cells, chosen, table_by_task
+from .cells import Cell
+from .findings import destroyed
+from .lab import Lab
+from .measure import Question, measure
+from .results import Outcome
+
+TITLE = "Table 5: the right context and an irrelevant one"
+OBJECTIVE = "gold"
+HEADS = {
+    "right": "Fine-Tuning, right context",
+    "irrelevant": "Fine-Tuning, irrelevant context",
+    "no_context": "No Context",
+    "base": "no meta-training: Fine-Tuning, right context",
+    "base, irrelevant": "no meta-training: Fine-Tuning, irrelevant context",
+    "base, no_context": "no meta-training: No Context",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The section ``[table5]``: the names of the tasks, and a seed for every draw of irrelevant
+    contexts.
+    """
+
+    tasks: tuple[str, ...]
+    irrelevant_seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.irrelevant_seeds:
+            raise ValueError("irrelevant_seeds: expected at least one integer, got none")
+
+
+def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
+    """Measures and compares; every seed is a lab."""
+
+    def irrelevant(arm: Arm, metric: str) -> Cell:
+        asked = [Question(arm, irrelevant=seed) for seed in settings.irrelevant_seeds]
+        return mean_of_draws([measure(labs, question, metric) for question in asked])
+
+    def cells(task: str, metric: str) -> Cells:
+        arm, base = Arm(task, OBJECTIVE), Arm(task)
+        return {
+            "right": measure(labs, Question(arm), metric),
+            "irrelevant": irrelevant(arm, metric),
+            "no_context": measure(labs, Question(arm, "no_context"), metric),
+            "base": measure(labs, Question(base), metric),
+            "base, irrelevant": irrelevant(base, metric),
+            "base, no_context": measure(labs, Question(base, "no_context"), metric),
+        }
+
+    tasks = chosen(labs[0].preset.tasks, settings.tasks)
+    table, named = table_by_task(TITLE, tasks, HEADS, cells, paper.TABLE5)
+    claim = "an irrelevant context destroys the gain"
+    findings = [
+        destroyed(
+            claim, tasks[task].label, kinds["right"], kinds["irrelevant"], kinds["no_context"]
+        )
+        for task, kinds in named.items()
+    ]
+    notes = [
+        "An irrelevant context is that of another example of the same test set; the mean of "
+        f"{len(settings.irrelevant_seeds)} draws. The first three rows are meta-trained with the "
+        "gold objective; all at the rate of meta-training."
+    ]
+    return Outcome(TITLE, [table], findings, notes)
+
+
+def mean_of_draws(draws: Sequence[Cell]) -> Cell:
+    """The mean over draws for every example, the same in each."""
+    return Cell(
+        tuple(
+            tuple(fmean(of_example) for of_example in zip(*of_seed, strict=True))
+            for of_seed in zip(*(draw.values for draw in draws), strict=True)
+        )
+    )
