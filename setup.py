@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SUBPACKAGES = [
+    "bundled",
     "data",
     "evaluation",
     "experiments",
@@ -67,6 +68,10 @@ def cpp_extension() -> list[Extension]:
 setup(
     packages=["gdprompt_fast", *(f"gdprompt_fast.{name}" for name in SUBPACKAGES)],
     package_dir={"gdprompt_fast": "gdprompt_fast", "gdprompt_fast.kernels": "kernels"},
-    package_data={"gdprompt_fast": ["py.typed"], "gdprompt_fast.presets": ["*.toml"]},
+    package_data={
+        "gdprompt_fast": ["py.typed"],
+        "gdprompt_fast.bundled": ["model/*"],
+        "gdprompt_fast.presets": ["*.toml"],
+    },
     ext_modules=cpp_extension(),
 )

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import write_file, write_json
+from .checkpoint import is_empty, save_model, write_file, write_folder, write_json
 from .data import SOURCES, make_data
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
@@ -32,9 +32,11 @@ from .loading import (
     load_config,
     load_examples,
     load_model,
+    positions,
     room_before_answer,
 )
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
+from .prepare import PrepareOptions, fine_tune
 from .presets import preset_arguments
 from .report import PAGE_FILE, results_page, results_table
 from .run import TestSet, as_results, claim_output, run, summaries
@@ -130,6 +132,26 @@ def prepare_demo(args: argparse.Namespace) -> Work:
         f"{len(demo.test.examples)} to measure on, with no person and no thing in common"
     )
     return lambda: run_demo(demo, args.output)
+
+
+def prepare_prepare(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt prepare``: its input, checked and loaded."""
+    options = PrepareOptions(**{f.name: getattr(args, f.name) for f in fields(PrepareOptions)})
+    if not is_empty(args.output):
+        raise ValueError(f"output: expected a new or empty folder, got {args.output}")
+    if args.examples < 1:
+        raise ValueError(f"examples: expected an integer >= 1, got {args.examples}")
+    model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
+    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
+    chosen = triples.examples[: args.examples]
+    print(f"{args.data}: {triples}; fine-tuning on {len(chosen)}")
+
+    def work() -> None:
+        fine_tune(model, chosen, options)
+        write_folder(args.output, lambda folder: save_model(model, tokenizer, folder))
+        print(f"model: {args.output}")
+
+    return work
 
 
 def prepare_train(args: argparse.Namespace) -> Work:
@@ -259,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data(commands)
     _add_demo(commands)
+    _add_prepare(commands)
     _add_train(commands)
     _add_search(commands)
     _add_evaluate(commands)
@@ -312,6 +335,23 @@ def _add_demo(commands: Any) -> None:
         "--test-examples", type=int, default=TEST_EXAMPLES, help="passages to measure on"
     )
     _add_resume(parser)
+
+
+def _add_prepare(commands: Any) -> None:
+    what = (
+        "Briefly fine-tune a model in the Prompt and No Context formats (§4.3): what gdprompt "
+        "train then starts from, and its teacher."
+    )
+    parser = _command(commands, "prepare", what, prepare_prepare)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
+    parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
+    parser.add_argument(
+        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--examples", type=int, default=1000, help="take the first so many records")
+    _add_limits(parser)
+    _add_fields(parser, PrepareOptions)
 
 
 def _add_train(commands: Any) -> None:
@@ -438,6 +478,10 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     for part, tokens in (("context", 256), ("query", 128), ("prompt", 384)):
         parser.add_argument(
             f"--max-{part}-tokens",

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gdprompt_fast import demo
 from gdprompt_fast.checkpoint import read_metrics
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import write_triples
@@ -26,21 +28,22 @@ def test_the_demo_in_miniature_writes_everything_it_promises(
     output = tmp_path / "demo"
     assert main([*DEMO, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    for words in ("No Context", "Prompt", "Fine-Tuning", "accuracy before", "NLL per token after"):
+    for words in ("No Context", "Prompt", "Fine-Tuning", "accuracy before", "gold answers"):
         assert words in printed
-    assert "Prompt did not improve in accuracy" in printed  # two steps teach nothing
     assert (output / "results.md").read_text() in printed
-    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
     results = json.loads((output / "results.json").read_text())
-    for name in ("before", "after"):
+    assert list(results) == ["before", *demo.ARMS.values()]
+    for result in results.values():
         for setting in ("no_context", "prompt", "fine_tuning"):
-            assert results[name]["settings"][setting]["examples"] == 6
+            assert result["settings"][setting]["examples"] == 6
     assert len(results["before"]["inner_lr_tried"]) > 4
     assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert (output / "model" / "model.safetensors").is_file()
-    model = AutoModelForCausalLM.from_pretrained(output / "model")
-    tokenizer = AutoTokenizer.from_pretrained(output / "model")
-    assert model.config.vocab_size == len(tokenizer)
+    for objective in demo.ARMS:
+        folder = output / objective
+        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        assert model.config.vocab_size == len(tokenizer)
 
 
 def test_a_folder_with_a_run_is_continued_only_on_request_and_with_the_same_settings(
@@ -48,14 +51,33 @@ def test_a_folder_with_a_run_is_continued_only_on_request_and_with_the_same_sett
 ) -> None:
     output = ["--output", str(tmp_path)]
     assert main([*DEMO, *output]) == 0
-    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    weights = (tmp_path / "kl" / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert main([*DEMO, *output]) == 2
     assert "add --resume" in one_line(capsys)
     assert main([*DEMO, *output, "--resume", "--seed", "1"]) == 2
     assert "seed: expected 0 as in the run" in one_line(capsys)
     assert main([*DEMO, *output, "--resume"]) == 0
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "kl" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_preparation_makes_a_model_folder_that_training_takes(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = tmp_path / "prepared"
+    command = ["prepare", "--data", str(triples), "--output", str(prepared), "--steps", "3"]
+    command += ["--examples", "4", "--lr", "1e-2", "--device", "cpu"]
+    assert main([*command, "--model", str(model_folder)]) == 0
+    assert "fine-tuning on 4" in capsys.readouterr().out
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+        for folder in (model_folder, prepared)
+    )
+    assert not torch.equal(before, after)
+    assert main([*command, "--model", str(model_folder)]) == 2
+    assert "output: expected a new or empty folder" in one_line(capsys)
+    train = ["train", "--model", str(prepared), "--data", str(triples), *TRAIN]
+    assert main([*train, "--answer-tokens", "3", "--output", str(tmp_path / "run")]) == 0
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
