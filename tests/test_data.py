@@ -205,7 +205,7 @@ def test_long_and_short_records_are_dropped_and_counted() -> None:
         },
     ]
     triples = tokenise_triples(records, tokenizer, Limits(10, 10, 14))
-    assert len(triples.examples) == 1
+    assert len(triples.examples) == 1 and triples.kept == [0]
     assert triples.dropped == {
         "context longer than 10 tokens": 1,
         "query and response longer than 10 tokens": 2,
