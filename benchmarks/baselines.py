@@ -49,6 +49,8 @@ class Task:
     Attributes:
         inner: the parameters the inner step moves; frozen ones as leaves of their own.
         outer: the parameters that get a gradient.
+        trained: the same without their names, for ``backward``: the frozen leaves of ``inner`` get
+            none, nor is any computed.
         positions: [J], those of a query that predict a response token in some row.
         examples: all of them, [N, …].
     """
@@ -72,6 +74,7 @@ class Task:
             for name, p in select_inner(model, inner_params).items()
         }
         self.outer: Parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = list(self.outer.values())
         self.positions = batch.response_mask[:, 1:].any(0).nonzero().flatten()
         self.examples = self._examples()
 
@@ -157,7 +160,7 @@ def sequential(task: Task) -> None:
     Holds one adapted copy of θ, its gradient, and one example's graph through both passes.
     """
     for example in task:
-        _sequential_loss(task, example).backward()
+        _sequential_loss(task, example).backward(inputs=task.trained)
 
 
 def all_alive(task: Task) -> None:
@@ -165,7 +168,8 @@ def all_alive(task: Task) -> None:
 
     Holds an adapted copy of θ and a graph per example.
     """
-    torch.stack([_sequential_loss(task, example) for example in task]).sum().backward()
+    losses = [_sequential_loss(task, example) for example in task]
+    torch.stack(losses).sum().backward(inputs=task.trained)
 
 
 def _sequential_loss(task: Task, example: Example) -> Tensor:
@@ -185,7 +189,7 @@ def sequential_first_order(task: Task) -> None:
     """
     for example in task:
         theta = task.adapted(_inner_gradient(task, example))
-        (task.outer_loss(theta, example) / len(task)).backward()
+        (task.outer_loss(theta, example) / len(task)).backward(inputs=task.trained)
 
 
 def _inner_gradient(task: Task, example: Example) -> Parameters:
@@ -204,7 +208,7 @@ def vmapped(task: Task) -> None:
         return task.outer_loss(task.adapted(gradient), example)
 
     with twice_differentiable_attention(task.model):
-        vmap(loss)(task.examples).mean().backward()
+        vmap(loss)(task.examples).mean().backward(inputs=task.trained)
 
 
 def forward_over_reverse(task: Task) -> None:

@@ -58,7 +58,7 @@ PRELOADED = [
     "gdprompt_fast",
 ]
 ALLOWED_ERROR = 1e-4  # of a meta-gradient in fp32; the first-order one is off by more than 1e-2
-MOST_ROUNDS = 20
+LEAST_ROUNDS, MOST_ROUNDS = 3, 20
 GOOD = ("measured", "passed", "out of memory")
 
 EMPTY: Row = {
@@ -195,7 +195,8 @@ def measure(case: Case, way: str, settings: Settings) -> Row:
 def in_turns(
     device: torch.device, task: Task, way: str, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of a way and of the ordinary step after it, as many rounds as fit; at least one.
+    """Milliseconds of a way and of the ordinary step after it, as many rounds as fit; at least
+    three, or one where there is no time.
 
     Where only the ordinary step runs out of memory, its list is empty.
     """
@@ -204,7 +205,8 @@ def in_turns(
     times: list[float] = []
     base_times: list[float] = []
     end = time.perf_counter() + seconds
-    while not times or (time.perf_counter() < end and len(times) < MOST_ROUNDS):
+    least = LEAST_ROUNDS if seconds else 1
+    while len(times) < least or (time.perf_counter() < end and len(times) < MOST_ROUNDS):
         times.append(1e3 * seconds_of(device, step))
         if way == "ordinary":
             base_times.append(times[-1])
@@ -441,7 +443,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--seconds", type=float, default=3, help="of timed rounds in a measurement; at least one")
+    add(
+        "--seconds",
+        type=float,
+        default=3,
+        help="of timed rounds in a measurement; at least three are done",
+    )
     add("--step-limit", type=float, default=5, help="seconds; a longer step ends a way's sweep")
     add("--limit", type=float, default=600, help="seconds; a longer measurement is ended")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9

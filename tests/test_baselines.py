@@ -106,6 +106,14 @@ def test_a_way_adds_to_the_gradients_that_are_there(task: Any) -> None:
             torch.testing.assert_close(parameter.grad, 2 * once[name])
 
 
+@pytest.mark.parametrize("task", ["lora-full"], indirect=True)
+def test_no_way_makes_a_gradient_of_a_frozen_weight(task: Any) -> None:
+    for step in baselines.WAYS.values():
+        step(task)
+        assert all(leaf.grad is None for n, leaf in task.inner.items() if n not in task.outer)
+        assert all(weight.grad is not None for weight in task.trained)
+
+
 def test_sequential_ways_hold_one_adapted_copy_and_the_others_all() -> None:
     cases = script("cases")
     case = cases.Case(cases.llama(64, 2, 4, 2, 192, 512), 6, 4, 6)

@@ -134,6 +134,7 @@ def reference_meta_step(
         for name, p in select_inner(model, inner_params).items()
     }
     teacher_logits = teacher.materialised_logits() if teacher is not None else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inner_loss, query_loss = [], []
     with clean_after_error(model), twice_differentiable_attention(model):
         for group in range(batch.groups):
@@ -152,7 +153,7 @@ def reference_meta_step(
                 losses = losses / lengths.repeat_interleave(lengths)
             loss = losses.sum() / len(batch.query_ids)
             query_loss.append(loss.detach())
-            loss.backward()
+            loss.backward(inputs=trained)
         ids, mask = lm_batch if lm_batch is not None else (batch.context_ids, batch.context_mask)
         lm = next_token_nll(logits_at(model, {}, ids), ids, mask).mean()
         (lm_weight * lm).backward()
