@@ -92,20 +92,21 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _look_back(model: nn.Module) -> None:
+def _look_back(model: LlamaForCausalLM) -> None:
     """Has head h of the first layer begin with its attention on the token h + 1 places before.
 
     Looking up needs such heads, and finding them takes most of a training from random weights. The
     biases alone do it: after rotation by its position, a key fits the query h + 1 places later best
     where the key's bias is the query's, rotated by as much. Fast frequencies tell places apart.
     """
-    config, attention = model.config, model.model.layers[0].self_attn  # type: ignore[union-attr]
-    half = config.head_dim // 2
+    config, attention = model.config, model.model.layers[0].self_attn
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    half = head_dim // 2
     query_HD, key_HD = (
-        projection.bias.zero_().view(config.num_attention_heads, config.head_dim)
+        projection.bias.zero_().view(heads, head_dim)
         for projection in (attention.q_proj, attention.k_proj)
     )
-    for head in range(config.num_attention_heads):
+    for head in range(heads):
         for frequency in range(LOOK_BACK_FREQUENCIES):
             angle = (head + 1) * ROPE_THETA ** (-frequency / half)
             query_HD[head, frequency] = LOOK_BACK
@@ -176,7 +177,8 @@ def _draw(rng: random.Random, lesson: Lesson, others: Sequence[Dialogue]) -> Dia
 
 def new_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, in a third of Adam's steps, and Adam for all else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.dim() == 2 and "layers" in name else rest).append(parameter)
     return [
