@@ -32,7 +32,7 @@ from gdprompt_fast.evaluation import (
 from gdprompt_fast.evaluation.adapted import adapted_one_after_another
 from gdprompt_fast.teacher import greedy_answers
 
-VOCABULARY = 134
+VOCABULARY = len(people_tokenizer())
 INNER = InnerStep(lr=0.5)
 
 
