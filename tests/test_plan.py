@@ -307,3 +307,25 @@ def test_bad_input_is_one_clear_line(
     assert main(["plan", "--model", str(config_file), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"num_attention_heads": 5},
+        {"hidden_size": "64"},
+        {"hidden_act": "nosuch"},
+        {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
+    ],
+    ids=lambda fault: next(iter(fault)),
+)
+def test_a_faulty_configuration_is_one_clear_line(
+    fault: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=64)
+    config = {"model_type": "llama", "num_attention_heads": 4, **sizes, **fault}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert main(["plan", "--model", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: model: expected" in error

@@ -115,8 +115,10 @@ def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
     """
     frozen = setting.outer == "lora"
     dtype = DTYPES[setting.dtype] if frozen else torch.float32
+    if getattr(config, "quantization_config", None):
+        raise ValueError("model: expected weights that are not quantised, got quantization_config")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = _built(config, dtype)
         causal_lm(model)
         for name in ("context", "query"):
             if getattr(setting, name) > positions(model):
@@ -125,6 +127,18 @@ def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
                     f"got {getattr(setting, name)}"
                 )
         return add_lora(model, setting.lora_rank, seed=0) if frozen else model
+
+
+def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model of a configuration, with the attention that the engine takes the place of."""
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    except Exception as error:  # transformers has errors of many types for a faulty configuration
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise ValueError(f"model: expected one that can be built, got {reason}") from error
+    return model.eval()
 
 
 def _take_shapes(model: nn.Module) -> None:
