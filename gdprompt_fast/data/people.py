@@ -16,7 +16,7 @@ from .triples import TrainTest
 from .words import word_tokenizer
 
 FACTS_PER_PASSAGE = 4
-TEST_SHARE = 10  # every tenth person and every tenth thing is kept for the test set
+TEST_ONE_IN = 10  # every tenth person and every tenth thing is kept for the test set
 
 # A fact names the relation by a noun ("the buyer of the red mill is …"), its question by a verb.
 QUESTIONS = {
@@ -59,18 +59,16 @@ Item = TypeVar("Item")
 Facts = list[tuple[str, str, str]]  # (noun, thing, name), as in "the buyer of the mill is Ada."
 
 
-def make_people_data(
-    train_size: int, test_size: int, seed: int, facts: int = FACTS_PER_PASSAGE
-) -> TrainTest:
-    """Seeded triples: a passage of facts, a question about one in other words, the answer.
+def make_people_data(train_size: int, test_size: int, seed: int) -> TrainTest:
+    """Seeded triples: a passage of four facts, a question about one in other words, the answer.
 
     A person (first and last name) and a thing (colour and place) belong to the training or to the
     test set, never to both. The single words are shared, so that no test word is untrained.
     """
     train, test = _worlds()
     return TrainTest(
-        Dataset.from_list(_triples(train, train_size, facts, f"{seed} train")),
-        Dataset.from_list(_triples(test, test_size, facts, f"{seed} test")),
+        Dataset.from_list(_triples(train, train_size, f"{seed} train")),
+        Dataset.from_list(_triples(test, test_size, f"{seed} test")),
         {"train": train_size, "test": test_size},
     )
 
@@ -125,8 +123,8 @@ def _worlds() -> tuple[_World, _World]:
 
 
 def apart(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """What is trained on and, about one item in ``TEST_SHARE``, what is tested on."""
-    test = len(items) // TEST_SHARE
+    """What is trained on and, one item in ``TEST_ONE_IN``, what is tested on."""
+    test = len(items) // TEST_ONE_IN
     return list(items[test:]), list(items[:test])
 
 
@@ -139,13 +137,13 @@ def shuffled_pairs(first_words: str, second_words: str) -> list[str]:
     return pairs
 
 
-def _triples(world: _World, size: int, count: int, seed: str) -> list[dict[str, str]]:
+def _triples(world: _World, size: int, seed: str) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    return [_triple(rng, world, count) for _ in range(size)]
+    return [_triple(rng, world) for _ in range(size)]
 
 
-def _triple(rng: random.Random, world: _World, count: int) -> dict[str, str]:
-    facts = world.draw_facts(rng, count)
+def _triple(rng: random.Random, world: _World) -> dict[str, str]:
+    facts = world.draw_facts(rng, FACTS_PER_PASSAGE)
     noun, thing, name = rng.choice(facts)
     return {
         "context": _passage(facts),

@@ -79,7 +79,7 @@ def fast_meta_step(
             ``"auto"``: Triton or C++ where it can run.
         recompute: ``"block"`` keeps of every transformer block its input and the factors of its
             update only, and computes the rest again where a pass needs it: about two thirds of the
-            memory for about 1.4 times the time, the same gradient. ``"none"`` keeps all.
+            memory for 1.4 to 1.7 times the time, the same gradient. ``"none"`` keeps all.
 
     Returns:
         Detached losses.
