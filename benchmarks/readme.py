@@ -70,10 +70,10 @@ def table(rows: list[Row], device: str) -> str:
 def footnote(rows: list[Row], device: str) -> str:
     shown = [row for case in CASES for row in newest(rows, device, case)]
     last = shown[-1]
-    least, most = (of(row["repeats"] or 1 for row in shown) for of in (min, max))
+    rounds = [row["repeats"] for row in shown if row["status"] == "measured"]
     text = (
         f"{last['dtype']}, {device}, {last['threads']} threads, torch {last['torch']}; medians "
-        f"of {least} to {most} rounds, "
+        f"of {min(rounds)} to {max(rounds)} rounds, "
         "each in turns with the ordinary step; rows in `benchmarks/results/compare.jsonl`."
     )
     backends = sorted({row["backend"] for row in shown if "fast" in row["provider"]} - {None})

@@ -36,7 +36,9 @@ def measured(sweep: str, case: str, way: str, **row: Any) -> dict[str, Any]:
     known = dict(kind="time", sweep=sweep, case=case, provider=way, status="measured", run="r")
     known |= dict(examples=8, context_tokens=64, query_tokens=16, parameters=63e6, rank=0)
     known |= dict(layers=2, hidden=8, vocabulary=9, device="CPU x", threads=2, dtype="float32")
-    known |= dict(p20_ms=1.0, median_ms=2.0, p80_ms=3.0, ratio_to_ordinary=2.5, torch="2")
+    known |= dict(
+        p20_ms=1.0, median_ms=2.0, p80_ms=3.0, ratio_to_ordinary=2.5, torch="2", repeats=7
+    )
     return known | dict(backend="torch", peak_bytes=4e6, process_peak_bytes=5e6) | row
 
 
@@ -187,7 +189,7 @@ def test_the_readme_shows_the_newest_rows_of_every_way(script: Callable[[str], A
     assert f"| {title} | ordinary step | 2.00 s | 1.00 | 4 MB | 1.00 |" in text
     assert f"| {title} | vmap | out of memory | – | – | – |" in text
     assert text.count(title) == 3
-    assert "float32, CPU x, 2 threads, torch 2" in text
+    assert "float32, CPU x, 2 threads, torch 2" in text and "medians of 7 to 7 rounds" in text
     assert "ran with backend torch" in text
 
 
