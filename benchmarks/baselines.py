@@ -204,11 +204,11 @@ def vmapped(task: Task) -> None:
     """
 
     def loss(example: Example) -> Tensor:
-        gradient = grad(task.inner_loss)(task.inner, example)
+        with twice_differentiable_attention(task.model):
+            gradient = grad(task.inner_loss)(task.inner, example)
         return task.outer_loss(task.adapted(gradient), example)
 
-    with twice_differentiable_attention(task.model):
-        vmap(loss)(task.examples).mean().backward(inputs=task.trained)
+    vmap(loss)(task.examples).mean().backward(inputs=task.trained)
 
 
 def forward_over_reverse(task: Task) -> None:

@@ -41,7 +41,17 @@ from typing import Any
 import figures
 import torch
 from baselines import FIRST_ORDER, WAYS, Task, ordinary
-from cases import CASES, RANGES, TINY, Case, points, random_batch, random_model, self_teacher
+from cases import (
+    CASES,
+    RANGES,
+    RESPONSE_TOKENS,
+    TINY,
+    Case,
+    points,
+    random_batch,
+    random_model,
+    self_teacher,
+)
 from measuring import Row, append, measure_memory, quantiles, release, revision, rows_of, seconds_of
 from tqdm import tqdm
 
@@ -240,20 +250,27 @@ def step_flops(case: Case, way: str, task: Task) -> float:
 
         12 P T_c + 6 P T_q        (LoRA outside: 8 P T_c + 4 P T_q)
 
-    where P counts the matrices, and causal attention to T tokens as hidden · T more a layer.
+    where P counts the matrices, the head only where there are logits to make (every token of a
+    context, the predicted ones of a query), and causal attention to T tokens as hidden · T more a
+    layer.
     """
     backward = 1 if case.rank else 2  # in forward passes: no gradients of frozen matrices
     context = {"ordinary": 1 + backward, **dict.fromkeys(FIRST_ORDER, 2)}
+    tokens, asked = case.context_tokens, case.query_tokens
     texts = [
-        (context.get(way, 2 + 2 * backward), case.context_tokens),
-        (1 + backward, case.query_tokens),
+        (context.get(way, 2 + 2 * backward), tokens, tokens),
+        (1 + backward, asked, RESPONSE_TOKENS),
     ]
     if way == "ordinary":
-        texts = [(1 + backward, case.context_tokens + case.query_tokens)]
+        texts = [(1 + backward, tokens + asked, tokens + asked)]
     matrices = sum(p.numel() for p in task.model.parameters() if p.dim() == 2)
+    head = case.config.vocab_size * case.config.hidden_size  # tied to the embedding
     width = case.config.num_hidden_layers * case.config.hidden_size
     return float(
-        sum(2 * n * case.examples * tokens * (matrices + width * tokens) for n, tokens in texts)
+        sum(
+            2 * n * case.examples * (text * (matrices - head + width * text) + predicted * head)
+            for n, text, predicted in texts
+        )
     )
 
 
