@@ -31,10 +31,12 @@ FIGURES = ("examples", "context")
 
 
 def newest(rows: list[Row], device: str, case: str) -> list[Row]:
-    """The newest row of every way of a case that came to a result, in the order of WAYS."""
+    """The newest row of every way of a case that came to a result, in the order of WAYS; all of
+    the run that measured the case last.
+    """
     of_case = [r for r in rows if (r["kind"], r["case"], r["device"]) == ("time", case, device)]
     results = [r for r in of_case if r["status"] in ("measured", "out of memory")]
-    by_way = {row["provider"]: row for row in results}
+    by_way = {row["provider"]: row for row in results if row["run"] == results[-1]["run"]}
     return [by_way[way] for way in WAYS if way in by_way]
 
 

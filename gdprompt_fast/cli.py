@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -262,8 +263,12 @@ def prepare_report(args: argparse.Namespace) -> Work:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file that can be written, got {path}")
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:

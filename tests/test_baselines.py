@@ -131,6 +131,27 @@ def test_sequential_ways_hold_one_adapted_copy_and_the_others_all() -> None:
         assert peaks[way] > case.examples * one, way
 
 
+@pytest.mark.parametrize("objective", ["kl", "gold"])
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("step", [baselines.sequential, baselines.all_alive])
+def test_what_a_plan_predicts_has_the_gradient_of_the_reference(
+    step: Any,
+    inner_steps: int,
+    objective: str,
+    tiny_model: Callable[..., nn.Module],
+    make_batch: Callable[[str], MetaBatch],
+) -> None:
+    model, batch = tiny_model(), make_batch("one-each")
+    teacher = teacher_of(model, batch) if objective == "kl" else None
+    options = dict(inner_lr=INNER_LR, inner_steps=inner_steps)
+    task = baselines.Task(model, batch, teacher, **options)
+    with without_upcasts(model):
+        _, got = gradients_of(lambda *_: step(task), model, batch)
+        options |= dict(objective=objective, teacher=teacher)
+        _, expected = gradients_of(reference_meta_step, model, batch, **options)
+    assert worst_error(got, expected)[0] < 1e-9
+
+
 def test_groups_of_several_are_refused(
     tiny_model: Callable[..., nn.Module], make_batch: Callable[[str], MetaBatch]
 ) -> None:

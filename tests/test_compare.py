@@ -52,7 +52,8 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in results.read_text().splitlines()]
 
-    fields = {*compare.EMPTY, "run", "dtype", "device", "threads", "revision", "dirty"}
+    fields = {*compare.EMPTY, "run", "dtype", "device", "threads", "seconds"}
+    fields |= {"revision", "dirty"}
     fields |= {"torch", "transformers", "triton", "peft", "gdprompt_fast"}
     gates = [row for row in rows if row["kind"] == "gate"]
     timed = [row for row in rows if row["kind"] == "time"]
@@ -76,6 +77,10 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     keys = [compare.key(row) for row in map(json.loads, results.read_text().splitlines())]
     assert keys == [compare.key(row) for row in rows]
 
+    command[command.index("--threads") + 1] = "2"
+    assert compare.main(command) == 0
+    assert len(results.read_text().splitlines()) == 2 * len(rows)
+
 
 def test_what_ends_a_process_becomes_a_status(compare: Any) -> None:
     context = compare.start_method("cpu")
@@ -90,12 +95,18 @@ def test_what_ends_a_process_becomes_a_status(compare: Any) -> None:
     assert status(60, 0, int, "x").startswith("error: ValueError: invalid literal")
 
 
-def run_sweep(compare: Any, path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: Any) -> Any:
+def run_sweep(
+    compare: Any,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: Any,
+    gates: Callable[[str], str] = lambda way: "passed",
+) -> Any:
     """The statuses of a sweep whose measurements come to ``outcomes(way, examples)``."""
 
     def in_a_process(*arguments: Any) -> dict[str, Any]:
         *_, kind, case, way, _ = arguments
-        return {"status": "passed"} if kind == "gate" else outcomes(way, case.examples)
+        return {"status": gates(way)} if kind == "gate" else outcomes(way, case.examples)
 
     monkeypatch.setattr(compare, "in_a_process", in_a_process)
     monkeypatch.setattr(compare, "points", lambda *_: [case(n) for n in (1, 2, 4)])
@@ -128,6 +139,19 @@ def test_a_way_stops_behind_a_point_that_fails_or_takes_too_long(
         assert status["ordinary", point] == "measured"
 
 
+def test_what_came_to_no_result_is_tried_again(
+    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    slow = lambda *_: {"status": "out of time: more than 1 s"}  # noqa: E731
+    assert run_sweep(compare, path, monkeypatch, slow)["fast", "examples 2"].startswith("not run")
+    quick = lambda *_: {"status": "measured", "median_ms": 1}  # noqa: E731
+    assert set(run_sweep(compare, path, monkeypatch, quick).values()) == {"measured"}
+    lines = len(path.read_text().splitlines())
+    run_sweep(compare, path, monkeypatch, quick)
+    assert len(path.read_text().splitlines()) == lines
+
+
 def test_a_way_with_a_wrong_gradient_is_not_timed(
     compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,11 +161,11 @@ def test_a_way_with_a_wrong_gradient_is_not_timed(
     assert row["error"] > 10 * compare.ALLOWED_ERROR
     assert row["status"].startswith("failed: wrong in model.")
 
-    path = tmp_path / "r.jsonl"
-    known = dict(kind="gate", sweep="", case="tiny", provider="sequential", run="r")
-    compare.append(path, {**compare.EMPTY, **known, **row})
+    gates = {"sequential": row["status"]}
     measured = lambda *_: {"status": "measured", "median_ms": 1}  # noqa: E731
-    status = run_sweep(compare, path, monkeypatch, measured)
+    status = run_sweep(
+        compare, tmp_path / "r.jsonl", monkeypatch, measured, lambda way: gates.get(way, "passed")
+    )
     assert status["sequential", "examples 1"] == "not run: gate not passed"
     assert status["fast", "examples 4"] == "measured"
 

@@ -1,10 +1,11 @@
 """The memory a meta step will need, predicted from shapes before anything is allocated."""
 
 from .plan import Plan, make_plan, parse_memory, plan_json, plan_table
-from .prediction import Prediction, predict, predict_materialised, predict_sequential
+from .prediction import Materialised, Prediction, predict, predict_materialised, predict_sequential
 from .setting import Setting
 
 __all__ = [
+    "Materialised",
     "Plan",
     "Prediction",
     "Setting",

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from ..progress import progress_bar
 from ..report.table import markdown_table
 from .prediction import (
-    ACTIVATIONS,
     PARTS,
+    Materialised,
     Prediction,
     predict,
     predict_materialised,
@@ -37,19 +37,19 @@ class Plan:
     setting: Setting
     fast: Prediction
     sequential: Prediction
-    materialised: Prediction
+    materialised: Materialised
     memory: int | None
     largest_batch: int | None
 
     @property
     def copy_bytes(self) -> int:
         """What one more example of the materialised way needs: θ' and its graph."""
-        return self.sequential.meta_step[ACTIVATIONS]
+        return sum(self.materialised.copy.values())
 
     @property
     def shared_bytes(self) -> int:
         """What the materialised way needs beside its copies."""
-        return sum(self.sequential.meta_step.values()) - self.copy_bytes
+        return sum(self.materialised.one.meta_step.values()) - self.copy_bytes
 
 
 def parse_memory(text: str) -> int:
@@ -71,7 +71,7 @@ def make_plan(config: PreTrainedConfig, setting: Setting, memory: int | None = N
         ValueError: if the setting does not fit the model, or the model is of an unknown
             architecture.
     """
-    runs = 2 if memory is None else 4  # two batches, the answer, and the sequential loop
+    runs = 3 if memory is None else 5  # two batches, the answer, and the other two ways
     with progress_bar(runs, "planning", "run", leave=False, delay=2.0) as bar:
 
         def run(batch: int) -> Prediction:
@@ -82,18 +82,13 @@ def make_plan(config: PreTrainedConfig, setting: Setting, memory: int | None = N
         fast = run(setting.batch)
         sequential = predict_sequential(config, setting)
         bar.update()
+        materialised = predict_materialised(config, setting)
+        bar.update()
         largest = None
         if memory is not None:
             peaks = {setting.batch: fast.peak_bytes}
             largest = largest_batch(lambda batch: run(batch).peak_bytes, peaks, memory)
-    return Plan(
-        setting,
-        fast,
-        sequential,
-        predict_materialised(sequential, setting.batch),
-        memory,
-        largest,
-    )
+    return Plan(setting, fast, sequential, materialised, memory, largest)
 
 
 def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: int) -> int:
@@ -138,12 +133,12 @@ def plan_table(name: str, plan: Plan) -> str:
     """The plan in words and two Markdown tables."""
     setting, fast = plan.setting, plan.fast
     compute = "float32" if setting.dtype == "fp32" else "bfloat16"
-    parts = [["GB at the peak of", "the meta step", "the optimizer's step"]]
+    parts = [["at the peak of", "the meta step", "the optimizer's step"]]
     for part in PARTS:
         cells = [fast.meta_step.get(part, 0), fast.optimizer_step.get(part, 0)]
-        parts.append([part, *map(_gigabytes, cells)])
+        parts.append([part, *map(_size, cells)])
     totals = [sum(fast.meta_step.values()), sum(fast.optimizer_step.values())]
-    parts.append(["**all**", *map(_gigabytes, totals)])
+    parts.append(["**all**", *map(_size, totals)])
     return "\n".join(
         [
             f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {setting.batch}, "
@@ -161,14 +156,15 @@ def plan_table(name: str, plan: Plan) -> str:
 
 
 def _ways(plan: Plan) -> list[list[str]]:
+    batch = plan.setting.batch
     ways = {
         "**`fast_meta_step`**": plan.fast,
         "sequential exact loop": plan.sequential,
-        "all adapted copies at once": plan.materialised,
+        "all adapted copies at once": plan.materialised.at(batch),
     }
     if plan.memory is None:
         return [["way", "predicted peak"]] + [
-            [way, f"{_gigabytes(prediction.peak_bytes)} GB"] for way, prediction in ways.items()
+            [way, _size(prediction.peak_bytes)] for way, prediction in ways.items()
         ]
     fits = plan.sequential.peak_bytes <= plan.memory
     largest = [
@@ -176,17 +172,17 @@ def _ways(plan: Plan) -> list[list[str]]:
         "any" if fits else "0",
         _at_most((plan.memory - plan.shared_bytes) // plan.copy_bytes if fits else 0),
     ]
-    return [["way", "predicted peak", f"largest batch in {_gigabytes(plan.memory)} GB"]] + [
-        [way, f"{_gigabytes(prediction.peak_bytes)} GB", batch]
-        for (way, prediction), batch in zip(ways.items(), largest, strict=True)
+    return [["way", "predicted peak", f"largest batch in {_size(plan.memory)}"]] + [
+        [way, _size(prediction.peak_bytes), most]
+        for (way, prediction), most in zip(ways.items(), largest, strict=True)
     ]
 
 
 def _notes(plan: Plan) -> list[str]:
     notes = [
-        "The sequential loop holds one example's θ' and graph at a time, in the dtype of the "
-        f"weights; all at once are {_gigabytes(plan.shared_bytes)} + batch × "
-        f"{_gigabytes(plan.copy_bytes)} GB."
+        "The other two are exact MAML by autograd's double backward, as lean as it can be written; "
+        f"all copies at once need {_size(plan.shared_bytes)} + batch × "
+        f"{_size(plan.copy_bytes)}."
     ]
     if plan.setting.objective == "kl":
         notes.append("The teacher's head and final states are counted, its other weights are not.")
@@ -199,7 +195,7 @@ def plan_json(name: str, plan: Plan) -> dict[str, Any]:
     ways = {
         "fast_meta_step": plan.fast,
         "sequential": plan.sequential,
-        "materialised": plan.materialised,
+        "materialised": plan.materialised.at(plan.setting.batch),
     }
     return {
         "model": name,
@@ -214,8 +210,10 @@ def plan_json(name: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f}" if size < 100e9 else f"{size / 1e9:,.0f}"
+def _size(size: int) -> str:
+    if size < 1e9:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size < 100e9 else f"{size / 1e9:,.0f} GB"
 
 
 def _at_most(batch: int) -> str:

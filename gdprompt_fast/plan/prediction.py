@@ -7,7 +7,7 @@ on top.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..batch import MetaBatch
 from ..loading import add_lora, positions
 from ..meta.step import fast_meta_step
 from ..ops.blocks import abridged_loops
-from ..reference.step import reference_meta_step
+from ..reference.frugal import Task, all_alive, sequential
 from ..targets import TeacherTargets
 from ..update.embedding import EmbeddingSite
 from ..update.linear import LinearSite
@@ -58,6 +58,24 @@ class Prediction:
         return max(sum(self.meta_step.values()), sum(self.optimizer_step.values()))
 
 
+@dataclass(frozen=True)
+class Materialised:
+    """The memory with all adapted copies alive at once.
+
+    Attributes:
+        one: for a single example.
+        copy: bytes by part that each further example adds: its θ' and its graph.
+    """
+
+    one: Prediction
+    copy: Parts
+
+    def at(self, batch: int) -> Prediction:
+        more = batch - 1
+        parts = {p: self.one.meta_step.get(p, 0) + more * size for p, size in self.copy.items()}
+        return replace(self.one, meta_step=parts)
+
+
 def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
     """The memory of ``fast_meta_step`` and of the optimizer after it.
 
@@ -79,34 +97,53 @@ def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
 
 
 def predict_sequential(config: PreTrainedConfig, setting: Setting) -> Prediction:
-    """The memory of exact MAML by autograd's own double backward, one example at a time.
-
-    It is that of ``reference_meta_step``, which computes in the dtype of the weights, on an example
-    after the first: the gradients are there.
+    """The memory of exact MAML by autograd's own double backward, one example at a time: that of
+    ``reference.frugal.sequential`` on an example after the first, when the gradients are there.
     """
-    setting = replace(setting, batch=1)
+    return _predict_autograd(config, replace(setting, batch=1), sequential, with_gradients=True)
+
+
+def predict_materialised(config: PreTrainedConfig, setting: Setting) -> Materialised:
+    """The memory with every example's θ' and its graph alive at once: that of
+    ``reference.frugal.all_alive``, run for one example and for two.
+    """
+    one, two = (
+        _predict_autograd(config, replace(setting, batch=batch), all_alive, with_gradients=False)
+        for batch in (1, 2)
+    )
+    return Materialised(
+        one, {part: two.meta_step[part] - size for part, size in one.meta_step.items()}
+    )
+
+
+def _predict_autograd(
+    config: PreTrainedConfig,
+    setting: Setting,
+    step: Callable[[Task], None],
+    with_gradients: bool,
+) -> Prediction:
     model, batch = _model_on_meta(config, setting), _batch(setting)
     with ShapesOnly():
         _take_shapes(model)
         optimizer = _optimizer(model, setting.optimizer)
         teacher = _teacher(config, setting)
+        if with_gradients:
+            for parameter in _trained(model):
+                parameter.grad = torch.empty_like(parameter)
         memory = PeakParts(ACTIVATIONS, _present(model, teacher, optimizer))
-        for parameter in _trained(model):
-            parameter.grad = torch.empty_like(parameter)
         memory.mark(GRADIENTS, _gradients(model))
-        with memory:
-            reference_meta_step(model, batch, **_options(setting, teacher))
-        after = _optimizer_step(model, optimizer)
-        return Prediction(_parameters(model), memory.at_peak(), after)
-
-
-def predict_materialised(sequential: Prediction, batch: int) -> Prediction:
-    """The memory with every example's θ' and its graph alive at once, as vmap has them: all but
-    the shared parts of the sequential loop, times the examples.
-    """
-    parts = dict(sequential.meta_step)
-    parts[ACTIVATIONS] *= batch
-    return replace(sequential, meta_step=parts)
+        with memory, _autocast(setting):
+            step(
+                Task(
+                    model,
+                    batch,
+                    teacher,
+                    inner_params=setting.inner,
+                    inner_steps=setting.inner_steps,
+                )
+            )
+        memory.mark(GRADIENTS, _gradients(model))
+        return Prediction(_parameters(model), memory.at_peak(), _optimizer_step(model, optimizer))
 
 
 def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
@@ -131,6 +168,12 @@ def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model of a configuration, with the attention that the engine takes the place of."""
+    heads = config.num_attention_heads
+    if heads % (getattr(config, "num_key_value_heads", None) or heads):
+        raise ValueError(
+            f"model: expected num_key_value_heads to divide the {heads} heads, "
+            f"got {config.num_key_value_heads}"
+        )
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
@@ -183,6 +226,10 @@ def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
     return optimizer
 
 
+def _autocast(setting: Setting) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
+
+
 def _options(setting: Setting, teacher: TeacherTargets | None) -> dict[str, Any]:
     return dict(
         inner_steps=setting.inner_steps,
@@ -211,8 +258,7 @@ def _meta_step(
         passes += 1
 
     hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
-    with memory, autocast:
+    with memory, _autocast(setting):
         fast_meta_step(model, batch, recompute=setting.recompute, **_options(setting, teacher))
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
