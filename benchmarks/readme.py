@@ -75,7 +75,7 @@ def footnote(rows: list[Row], device: str) -> str:
     rounds = [row["repeats"] for row in shown if row["status"] == "measured"]
     text = (
         f"{last['dtype']}, {device}, {last['threads']} threads, torch {last['torch']}; medians "
-        f"of {min(rounds)} to {max(rounds)} rounds, "
+        f"of at least {min(rounds)} rounds, "
         "each in turns with the ordinary step; rows in `benchmarks/results/compare.jsonl`."
     )
     backends = sorted({row["backend"] for row in shown if "fast" in row["provider"]} - {None})
