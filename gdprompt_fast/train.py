@@ -25,8 +25,9 @@ from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_co
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
-from .prepare import fine_tuning_backward
+from .prepare import fine_tuning_backward, row_loss
 from .progress import progress_bar
+from .targets import TeacherTargets
 from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,6 +72,12 @@ class TrainOptions:
         "texts of the next-token loss: contexts, or prompts with their gold responses, whole",
         ("contexts", "prompts"),
     )
+    prompt_weight: float = option(
+        0.0, "weight of the responses' NLL after context and query: keeps the use of a prompt"
+    )
+    prompt_from: int = option(
+        0, "outer step from which that counts: it is easily learnt again, and hard to learn beside"
+    )
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
     teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
     compute_dtype: str = option(
@@ -92,7 +99,7 @@ class TrainOptions:
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("steps", "warmup_steps", "lm_weight"):
+        for name in ("steps", "warmup_steps", "lm_weight", "prompt_weight", "prompt_from"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         for each in fields(self):
@@ -165,7 +172,11 @@ def train(
     ):
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
-            row = _row(step, _meta_step(model, examples, drawn, options, teacher), options)
+            answered, targets = _answered(examples, drawn, teacher)
+            losses = _meta_step(model, examples, drawn, answered, targets, options)
+            row = _row(step, losses, options)
+            if options.prompt_weight > 0 and step >= options.prompt_from:
+                row["prompt_loss"] = _prompt_backward(model, answered, options)
             if joint is not None:
                 batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
                 with _compute_dtype(model, options):
@@ -196,27 +207,34 @@ def _check_teacher(
         raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
+def _answered(
+    examples: Sequence[Example], units: Sequence[Sequence[int]], teacher: TeacherCache | None
+) -> tuple[list[Example], TeacherTargets | None]:
+    """The examples of a batch; with a teacher, with its answers in the place of the responses."""
+    indices = [index for unit in units for index in unit]
+    if teacher is None:
+        return [examples[index] for index in indices], None
+    return teacher.batch(indices)
+
+
 def _meta_step(
     model: nn.Module,
     examples: Sequence[Example],
     units: Sequence[Sequence[int]],
+    answered: Sequence[Example],
+    targets: TeacherTargets | None,
     options: TrainOptions,
-    teacher: TeacherCache | None,
 ) -> MetaStepOutput:
     """Adds the meta-gradient of a batch to ``.grad``: of examples in units with one context each,
     of which ``contexts_per_group`` neighbours share one θ'.
     """
     device: torch.device = next(model.parameters()).device
-    indices = [index for unit in units for index in unit]
-    drawn, targets = [examples[index] for index in indices], None
     lm_batch = None
     if options.lm_on == "prompts" and options.lm_weight > 0:
-        prompts = prompt_rows(drawn).to(device)
+        prompts = prompt_rows([examples[index] for unit in units for index in unit]).to(device)
         lm_batch = (prompts.ids, prompts.mask)
-    if teacher is not None:
-        drawn, targets = teacher.batch(indices)
     context_of = [number for number, unit in enumerate(units) for _ in unit]
-    batch = meta_batch(drawn, context_of, options.contexts_per_group)
+    batch = meta_batch(answered, context_of, options.contexts_per_group)
     with _compute_dtype(model, options):
         return fast_meta_step(
             model,
@@ -230,6 +248,17 @@ def _meta_step(
             lm_batch=lm_batch,
             recompute=options.recompute,
         )
+
+
+def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: TrainOptions) -> float:
+    """The mean NLL of the responses with the context in the prompt; adds the gradient of
+    ``prompt_weight`` times that to ``.grad``.
+    """
+    device: torch.device = next(model.parameters()).device
+    with _compute_dtype(model, options):
+        loss = row_loss(model, prompt_rows(answered).to(device))
+    (options.prompt_weight * loss).backward()
+    return float(loss.detach())
 
 
 def _update(

@@ -22,13 +22,14 @@ from gdprompt_fast.data import (
     ShuffledSampler,
     meta_batch,
     pad,
+    prompt_rows,
     query_rows,
     tokenise_triples,
     units_by_context,
 )
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
-from gdprompt_fast.prepare import fine_tuning_backward
+from gdprompt_fast.prepare import fine_tuning_backward, row_loss
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.train import TrainOptions, train
@@ -333,6 +334,41 @@ def test_joint_training_adds_the_fine_tuning_loss_to_the_meta_gradient(
     fast_meta_step(model, meta, inner_lr=0.3, objective="gold", lm_weight=0.1)
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     assert together["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [GOLD, KL], ids=["gold", "kl"])
+def test_the_loss_of_prompted_responses_counts_from_its_step(
+    options: TrainOptions, examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(options, steps=2, clip_norm=1e9, prompt_weight=0.7, prompt_from=1)
+    with_it = run(options, examples, tmp_path / "a")
+    without = run(dataclasses.replace(options, prompt_weight=0.0), examples, tmp_path / "b")
+    assert any(not torch.equal(with_it[name], without[name]) for name in with_it)
+    first, second = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    plain = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
+    assert {name: first[name] for name in plain} == plain and "prompt_loss" not in first
+    assert second["prompt_loss"] > 0
+
+
+def test_the_loss_of_prompted_responses_is_that_of_the_teachers_answers(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(KL, steps=1, clip_norm=1e9, batch_size=2, prompt_weight=0.7)
+    run(options, examples, tmp_path)
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    teacher = TeacherCache.build(
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+    )
+    answered, targets = teacher.batch(ShuffledSampler(5, options.seed).take(2))
+    model = tiny_llama().eval()
+    fast_meta_step(
+        model, meta_batch(answered), inner_lr=0.3, objective="kl", teacher=targets, lm_weight=0.1
+    )
+    loss = row_loss(model, prompt_rows(answered))
+    (0.7 * loss).backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert row["prompt_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
