@@ -39,13 +39,15 @@ TEST_EXAMPLES = 400
 TRAIN_EXAMPLES = 8000
 INNER_LR_GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 OPTIONS = TrainOptions(
-    steps=1200,
+    steps=600,
     batch_size=16,
+    queries_per_context=4,  # all that a passage is asked: what tells its facts apart in θ'
     outer_lr=1e-3,
     warmup_steps=50,
     inner_lr=0.5,
     lm_weight=0.1,
     lm_on="prompts",
+    prompt_weight=0.3,
     answer_tokens=8,  # a name has two, and EOS
     teacher_batch_size=64,
     checkpoint_every=200,
@@ -81,11 +83,11 @@ def make_demo(
         raise ValueError(f"test_examples: expected an integer >= 1, got {test_examples}")
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps}")
-    options = replace(OPTIONS, steps=steps, seed=seed)
+    options = replace(OPTIONS, steps=steps, prompt_from=steps // 2, seed=seed)
     model, tokenizer = load_model(bundled_folder(), "float32", device)
     room = positions(model) - options.answer_tokens
     limits = Limits(room, room, room)
-    size = min(TRAIN_EXAMPLES, steps * options.batch_size)
+    size = min(TRAIN_EXAMPLES, steps * options.batch_size * options.queries_per_context)
     data = make_people_data(size, test_examples, seed)
     unseen = tokenise_triples(data.test, tokenizer, limits).examples
     return Demo(

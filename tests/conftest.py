@@ -235,5 +235,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of nine passages about people."""
     path = tmp_path_factory.mktemp("data") / "triples.jsonl"
-    write_triples(make_people_data(9, 1, seed=0).train.to_list(), path)
+    write_triples(make_people_data(1, 9, seed=0).test.to_list(), path)
     return path

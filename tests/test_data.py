@@ -227,8 +227,8 @@ def test_a_tokenizer_without_an_end_marker_is_an_error() -> None:
 
 
 def test_batches_hold_the_examples_and_mark_their_responses() -> None:
-    data = make_people_data(8, 1, seed=0)
-    examples = tokenise_triples(data.train, people_tokenizer(), ROOMY).examples
+    data = make_people_data(1, 8, seed=0)
+    examples = tokenise_triples(data.test, people_tokenizer(), ROOMY).examples
     batch = meta_batch(examples)
     for rows, starts in (
         (query_rows(examples), [e.query for e in examples]),
@@ -244,8 +244,8 @@ def test_batches_hold_the_examples_and_mark_their_responses() -> None:
 
 
 def test_examples_share_contexts_and_contexts_share_groups() -> None:
-    data = make_people_data(5, 1, seed=0)
-    a, b, c, d, e = tokenise_triples(data.train, people_tokenizer(), ROOMY).examples
+    data = make_people_data(1, 5, seed=0)
+    a, b, c, d, e = tokenise_triples(data.test, people_tokenizer(), ROOMY).examples
     one_each, one_by_one = meta_batch([a, b, c]), meta_batch([a, b, c], [0, 1, 2], 1)
     for field in dataclasses.fields(one_each):
         assert torch.equal(getattr(one_each, field.name), getattr(one_by_one, field.name))
@@ -258,8 +258,8 @@ def test_examples_share_contexts_and_contexts_share_groups() -> None:
 
 
 def test_examples_with_the_same_context_come_in_units() -> None:
-    data = make_people_data(3, 1, seed=0)
-    a, b, c = tokenise_triples(data.train, people_tokenizer(), ROOMY).examples
+    data = make_people_data(1, 3, seed=0)
+    a, b, c = tokenise_triples(data.test, people_tokenizer(), ROOMY).examples
     examples = [a, b, a, c, a, b, a]
     assert units_by_context(examples, 1) == [[0], [1], [2], [3], [4], [5], [6]]
     assert units_by_context(examples, 2) == [[0, 2], [1, 5], [3], [4, 6]]
@@ -314,6 +314,17 @@ def test_a_passage_has_four_facts_and_the_query_asks_for_one_in_other_words() ->
         noun, thing = answers[0].split(" is ")[0].removeprefix("the ").split(" of ")
         assert record["query"] == QUESTIONS[noun].format(thing)
         assert noun not in record["query"] and record["response"] not in record["query"]
+
+
+def test_a_passage_to_train_on_has_a_question_on_each_of_its_facts() -> None:
+    data = make_people_data(10, 10, seed=1)
+    records = data.train.to_list()
+    for first in (0, 4):
+        passage = records[first : first + 4]
+        assert len({record["context"] for record in passage}) == 1
+        assert len({record["response"] for record in passage}) == 4
+    assert len({record["context"] for record in records}) == 3
+    assert len({record["context"] for record in data.test.to_list()}) == 10
 
 
 def test_people_data_follow_from_the_seed() -> None:

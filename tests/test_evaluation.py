@@ -73,7 +73,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def examples() -> list[Example]:
-    data = make_people_data(7, 1, seed=0).train.to_list()
+    data = make_people_data(1, 7, seed=0).test.to_list()
     data[2]["context"] = data[2]["context"].split(".")[0]  # rows of different lengths
     data[4]["response"] = "Ada"
     data[5]["query"] = "who?"

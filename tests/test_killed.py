@@ -34,7 +34,7 @@ GROUPS = ["--batch-size", "1", "--contexts-per-group", "2", "--queries-per-conte
 def command(model_folder: Path, tmp_path: Path) -> list[str]:
     """Training of a tiny model, with little to do in a step."""
     data = tmp_path / "triples.jsonl"
-    write_triples(make_people_data(EXAMPLES, 1, seed=0).train.to_list(), data)
+    write_triples(make_people_data(1, EXAMPLES, seed=0).test.to_list(), data)
     return ["train", "--model", str(model_folder), "--data", str(data), "--device", "cpu"]
 
 

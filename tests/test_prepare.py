@@ -17,7 +17,7 @@ TOKENIZER = people_tokenizer()
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    data = make_people_data(4, 1, seed=0).train
+    data = make_people_data(1, 4, seed=0).test
     return tokenise_triples(data, TOKENIZER, Limits(64, 64, 64)).examples
 
 

@@ -88,7 +88,7 @@ def test_decoding_ignores_sampling_and_penalties_of_the_generation_config(
 
 def test_targets_are_the_teachers_predictions_of_its_own_answers(teacher: torch.nn.Module) -> None:
     tokenizer = people_tokenizer()
-    data = make_people_data(5, 1, seed=0).train
+    data = make_people_data(1, 5, seed=0).test
     examples = tokenise_triples(data, tokenizer, Limits(64, 64, 64)).examples
     answered, targets = teach(teacher, examples, tokenizer.eos_token_id, max_tokens=3)
     answers = greedy_answers(

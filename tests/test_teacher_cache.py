@@ -41,7 +41,7 @@ def llama(seed: int, **config: Any) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    records = make_people_data(11, 1, seed=0).train.to_list()
+    records = make_people_data(1, 11, seed=0).test.to_list()
     for record in records[:4]:  # rows of different lengths
         record["context"] = record["context"].partition(".")[0]
     return tokenise_triples(records, TOKENIZER, Limits(64, 64, 64)).examples

@@ -1,4 +1,4 @@
-"""Passages of four facts about four invented people with a question on one; articles of facts."""
+"""Passages of four facts about four invented people with questions on them; articles of facts."""
 
 from __future__ import annotations
 
@@ -62,13 +62,16 @@ Facts = list[tuple[str, str, str]]  # (noun, thing, name), as in "the buyer of t
 def make_people_data(train_size: int, test_size: int, seed: int) -> TrainTest:
     """Seeded triples: a passage of four facts, a question about one in other words, the answer.
 
+    To train on, every passage is there four times in a row, with a question on each of its facts;
+    to test on, once, so that the scores of two triples are independent.
+
     A person (first and last name) and a thing (colour and place) belong to the training or to the
     test set, never to both. The single words are shared, so that no test word is untrained.
     """
     train, test = _worlds()
     return TrainTest(
-        Dataset.from_list(_triples(train, train_size, f"{seed} train")),
-        Dataset.from_list(_triples(test, test_size, f"{seed} test")),
+        Dataset.from_list(_triples(train, train_size, f"{seed} train", FACTS_PER_PASSAGE)),
+        Dataset.from_list(_triples(test, test_size, f"{seed} test", 1)),
         {"train": train_size, "test": test_size},
     )
 
@@ -137,19 +140,15 @@ def shuffled_pairs(first_words: str, second_words: str) -> list[str]:
     return pairs
 
 
-def _triples(world: _World, size: int, seed: str) -> list[dict[str, str]]:
+def _triples(world: _World, size: int, seed: str, questions: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    return [_triple(rng, world) for _ in range(size)]
-
-
-def _triple(rng: random.Random, world: _World) -> dict[str, str]:
-    facts = world.draw_facts(rng, FACTS_PER_PASSAGE)
-    noun, thing, name = rng.choice(facts)
-    return {
-        "context": _passage(facts),
-        "query": _question(noun, thing),
-        "response": name,
-    }
+    triples: list[dict[str, str]] = []
+    while len(triples) < size:
+        facts = world.draw_facts(rng, FACTS_PER_PASSAGE)
+        for noun, thing, name in rng.sample(facts, questions):
+            question = _question(noun, thing)
+            triples.append({"context": _passage(facts), "query": question, "response": name})
+    return triples[:size]
 
 
 def _question(noun: str, thing: str) -> str:
