@@ -32,6 +32,8 @@ def draw_figure(
         _bars(axes[0], evaluations, "accuracy", "accuracy")
         axes[0].set_ylim(0, 1.05)
         _bars(axes[1], evaluations, "nll_per_token", "NLL per token")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=len(names), frameon=False)
     _curve(axes[-1], metrics)
     figure.savefig(path, dpi=150)
 
@@ -51,7 +53,6 @@ def _bars(axes: Axes, evaluations: Mapping[str, Summaries], field: str, label: s
         )
     axes.set_xticks(range(len(SETTINGS)), SETTINGS.values())
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
