@@ -76,7 +76,8 @@ def evaluate(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
-        FloatingPointError: if an inner loss is not finite.
+        FloatingPointError: if an inner loss is not finite; contexts one after another may diverge,
+            and are then answered wrong.
     """
     settings = list(settings)
     examples = whole_groups(examples, contexts_per_group)
