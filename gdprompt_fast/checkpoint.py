@@ -22,6 +22,16 @@ MODEL_FOLDER = "model"
 EVENTS_FOLDER = "tensorboard"
 
 
+def check_replaceable(folder: Path) -> None:
+    """That :func:`write_folder` can put another folder in the place of this one.
+
+    Raises:
+        ValueError: if it is the current one.
+    """
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"output: expected another folder than the current one, got {folder}")
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Has ``write`` fill a temporary folder beside ``folder`` and puts that in its place.
 

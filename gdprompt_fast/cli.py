@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -12,7 +13,14 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import is_empty, save_model, write_file, write_folder, write_json
+from .checkpoint import (
+    check_replaceable,
+    is_empty,
+    save_model,
+    write_file,
+    write_folder,
+    write_json,
+)
 from .data import SOURCES, make_data
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
@@ -24,7 +32,7 @@ from .evaluation import (
     whole_groups,
     write_predictions,
 )
-from .experiments import EXPERIMENTS, StaleStage
+from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
 from .job import limits, load_job
 from .loading import (
@@ -78,7 +86,10 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
         return BAD_INPUT
     try:
         work()
-    except (FloatingPointError, StaleStage) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
+        # A ValueError that does not say what was expected is a fault of the code.
+        if isinstance(error, ValueError) and ": expected " not in str(error):
+            raise
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
     return 0
@@ -129,7 +140,7 @@ def prepare_demo(args: argparse.Namespace) -> Work:
     )
     claim_output(args.output, {**_settings(args), **asdict(demo.options)}, args.resume)
     print(
-        f"the bundled model, {len(demo.examples)} passages to train on and "
+        f"the bundled model, {len(demo.examples)} questions on passages to train on and "
         f"{len(demo.test.examples)} to measure on, with no person and no thing in common"
     )
     return lambda: run_demo(demo, args.output)
@@ -138,13 +149,16 @@ def prepare_demo(args: argparse.Namespace) -> Work:
 def prepare_prepare(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt prepare``: its input, checked and loaded."""
     options = PrepareOptions(**{f.name: getattr(args, f.name) for f in fields(PrepareOptions)})
+    check_replaceable(args.output)
     if not is_empty(args.output):
         raise ValueError(f"output: expected a new or empty folder, got {args.output}")
     if args.examples < 1:
         raise ValueError(f"examples: expected an integer >= 1, got {args.examples}")
     model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
     triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
-    chosen = triples.examples[: args.examples]
+    chosen = list(triples.examples)
+    random.Random(options.seed).shuffle(chosen)  # a file comes in order of its articles
+    chosen = chosen[: args.examples]
     print(f"{args.data}: {triples}; fine-tuning on {len(chosen)}")
 
     def work() -> None:

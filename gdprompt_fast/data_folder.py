@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_folder, write_json
+from .checkpoint import check_replaceable, write_folder, write_json
 from .data import SOURCES, TrainTest, write_triples
 
 TRAIN_FILE, TEST_FILE, ABOUT_FILE = "train.jsonl", "test.jsonl", "data.json"
@@ -22,6 +22,7 @@ def check_data_folder(folder: Path) -> None:
     Raises:
         ValueError: if it is a file or holds anything else.
     """
+    check_replaceable(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: expected a folder, got the file {folder}")
     others = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()

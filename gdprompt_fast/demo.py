@@ -60,7 +60,7 @@ class Demo:
     """What the demo works on.
 
     Attributes:
-        examples: passages to train on.
+        examples: questions on passages, to train on.
         test: passages to measure on.
         options: of the KL arm; the gold arm has the other objective.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,18 @@ LMBatch = tuple[Tensor, Tensor]
 def option(default: Any, what: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field that is also a command-line option, with its help text."""
     return field(default=default, metadata={"help": what, "choices": choices})
+
+
+def check_integers(options: Any) -> None:
+    """That every field of a dataclass that is an integer has one.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if each.type == "int" and not isinstance(value, int):
+            raise ValueError(f"{each.name}: expected an integer, got {value!r}")
 
 
 def warmup_then_cosine(step: int, steps: int, warmup_steps: int, peak: float) -> float:

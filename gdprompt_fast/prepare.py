@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
 from .data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
-from .options import option, warmup_then_cosine
+from .options import check_integers, option, warmup_then_cosine
 from .progress import progress_bar
 
 
@@ -38,6 +38,7 @@ class PrepareOptions:
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
+        check_integers(self)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")

@@ -24,7 +24,7 @@ from .checkpoint import (
 from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
-from .options import MetaStepOutput, check_inner, option, warmup_then_cosine
+from .options import MetaStepOutput, check_inner, check_integers, option, warmup_then_cosine
 from .prepare import fine_tuning_backward, row_loss
 from .progress import progress_bar
 from .targets import TeacherTargets
@@ -92,6 +92,7 @@ class TrainOptions:
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
+        check_integers(self)
         check_inner(self.inner_lr, self.inner_steps)
         for name in COUNTS:
             if getattr(self, name) < 1:
@@ -102,6 +103,11 @@ class TrainOptions:
         for name in ("steps", "warmup_steps", "lm_weight", "prompt_weight", "prompt_from"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.prompt_weight > 0 and 0 < self.steps <= self.prompt_from:
+            raise ValueError(
+                f"prompt_from: expected one of the {self.steps} steps, counted from 0, "
+                f"got {self.prompt_from}"
+            )
         for each in fields(self):
             choices, given = each.metadata["choices"], getattr(self, each.name)
             if choices is not None and given not in choices:
@@ -160,6 +166,7 @@ def train(
     options = options.counted(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
+    optimizer.zero_grad()  # what a training that diverged has left in .grad
     samplers = {"contexts": ShuffledSampler(len(units), options.seed)}
     if joint is not None:
         samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")

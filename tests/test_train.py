@@ -371,6 +371,21 @@ def test_the_loss_of_prompted_responses_is_that_of_the_teachers_answers(
     assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
+def test_the_step_that_prompted_responses_count_from_is_one_of_the_training() -> None:
+    with pytest.raises(ValueError, match=r"prompt_from: expected one of the 7 steps.*got 7"):
+        dataclasses.replace(GOLD, prompt_weight=0.3, prompt_from=7)
+
+
+def test_what_a_training_that_diverged_left_in_the_gradients_is_not_added_to(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    train(model, TOKENIZER, examples, dataclasses.replace(GOLD, steps=1), tmp_path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: Path) -> None:
     kept = run(GOLD, examples, tmp_path / "a")
     again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
@@ -382,6 +397,9 @@ def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: 
     ("name", "value"),
     [
         ("lm_on", "queries"),
+        ("steps", 8e2),
+        ("prompt_weight", -0.1),
+        ("prompt_from", 1.5),
         ("compute_dtype", "float16"),
         ("recompute", "all"),
         ("steps", -1),

@@ -33,6 +33,7 @@ class Source:
         generate: train size, test size and seed to triples.
         read_file: file and seed to triples.
         read_hub: ``train`` or ``test`` and seed to triples.
+        revision: another one once the same settings make other triples.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Source:
     generate: Callable[[int, int, int], TrainTest] | None = None
     read_file: Callable[[Path, int], Corpus] | None = None
     read_hub: Callable[[str, int], Corpus] | None = None
+    revision: int = 1
 
 
 def make_people_text(train_size: int, test_size: int, seed: int) -> TrainTest:
@@ -76,9 +78,10 @@ SOURCES = {
         generate=partial(make_characters, "reversal-curse"),
     ),
     "people": Source(
-        "passages of four facts about invented people, and a question on one",
+        "passages of four facts about invented people, and questions on them",
         {},
         generate=make_people_data,
+        revision=2,
     ),
     "people-text": Source(
         "articles of facts about invented people, cut as WikiText is",

@@ -83,7 +83,10 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
             f"output: expected a new or empty folder or one of experiments, got {output}"
         )
     model = find_model(preset.model)
-    room = load_config(str(model)).max_position_embeddings
+    config = load_config(str(model))
+    room = getattr(config, "max_position_embeddings", None)
+    if room is None:
+        raise ValueError(f"model: expected a causal LM, got one of type {config.model_type}")
     needed = preset.limits.prompt_tokens + preset.longest_answer
     if needed > room:
         raise ValueError(

@@ -56,8 +56,8 @@ def results_page(folder: Path) -> str:
 
 
 def _experiments(folder: Path) -> Iterator[Section]:
-    """The experiments finished in ``folder``."""
-    for path in sorted(folder.glob("*.json")):
+    """The experiments finished in ``folder`` and in those in it."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("experiment") == path.stem:
             yield Section(content["title"], _experiment(content, path.with_suffix(".png")))
