@@ -253,10 +253,11 @@ def test_the_next_token_loss_can_be_on_whole_prompts(
 def test_in_bfloat16_a_step_is_near_the_float32_one_and_trains_float32_weights(
     examples: list[Example], tmp_path: Path
 ) -> None:
-    exact = first_step(GOLD, examples, tmp_path / "a")
-    rounded = first_step(GOLD, examples, tmp_path / "b", compute_dtype="bfloat16")
+    options = dataclasses.replace(GOLD, inner_lr=0.05)  # at 0.3 θ' amplifies every rounding
+    exact = first_step(options, examples, tmp_path / "a")
+    rounded = first_step(options, examples, tmp_path / "b", compute_dtype="bfloat16")
     for name in ("query_loss", "lm_loss", "inner_loss", "gradient_norm"):
-        assert rounded[name] == pytest.approx(exact[name], rel=0.05)
+        assert rounded[name] == pytest.approx(exact[name], rel=0.02)
         assert rounded[name] != exact[name]
     model = LlamaForCausalLM.from_pretrained(tmp_path / "b" / "model", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
