@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -20,6 +21,12 @@ CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
 MODEL_FOLDER = "model"
 EVENTS_FOLDER = "tensorboard"
+
+
+def hash_of_file(path: Path) -> str:
+    """The SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_replaceable(folder: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import (
     check_replaceable,
+    hash_of_file,
     is_empty,
     save_model,
     write_file,
@@ -172,7 +173,7 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
 def prepare_train(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
     job = load_job(args, _train_options(args))
-    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
 
     def work() -> None:
         teacher = job.build_teacher_cache()
@@ -196,7 +197,7 @@ def prepare_search(args: argparse.Namespace) -> Work:
     if args.test_data is None:
         raise ValueError("test_data: expected held-out triples to score the rates on, got none")
     job = load_job(args, trainings[0])
-    claim_output(args.output, {**_settings(args), "examples": len(job.examples)}, args.resume)
+    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
 
     def work() -> None:
         search_outer_lr(job, trainings, args.output)
@@ -293,6 +294,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must have in common with the one that it continues."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
+
+
+def _contents(args: argparse.Namespace) -> dict[str, str]:
+    """What the files of triples hold, of which ``_settings`` has the names."""
+    files = {name: getattr(args, name) for name in ("data", "test_data", "joint_data")}
+    return {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,7 @@ def test_training_examples_among_the_test_data_are_counted(
 ) -> None:
     test = tmp_path / "test.jsonl"
     lines = triples.read_text().splitlines(keepends=True)
-    unseen = make_people_data(1, 4, seed=0).test.to_list()
+    unseen = make_people_data(1, 4, seed=1).test.to_list()
     write_triples(unseen, test)
     command = ["train", "--model", str(model_folder), "--data", str(triples), *TRAIN]
     command += ["--objective", "gold", "--test-data", str(test), "--output"]
@@ -314,3 +314,17 @@ def test_train_and_evaluate_a_real_checkpoint_on_real_questions(
     trained = ["--model", str(tmp_path / "run" / "model")]
     assert main(["evaluate", *files, *limits, *trained]) == 0
     assert "Fine-Tuning" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_triples_under_the_same_name(
+    model_folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = triples.read_text().splitlines()
+    data.write_text("\n".join(lines) + "\n")
+    command = ["train", "--model", str(model_folder), "--data", str(data)]
+    command += ["--output", str(tmp_path / "run"), "--objective", "gold", "--steps", "1"]
+    assert main(command) == 0
+    data.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    assert main([*command, "--resume"]) == 2
+    assert "error: data_sha256: expected " in capsys.readouterr().err

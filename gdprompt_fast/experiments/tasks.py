@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint import MODEL_FOLDER, save_model, write_folder
+from ..checkpoint import MODEL_FOLDER, hash_of_file, save_model, write_folder
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
 from ..loading import check_vocabulary, load_model
@@ -49,16 +48,11 @@ def data(lab: Lab, task: str) -> Stage:
     wanted = {
         **{name: getattr(its, name) for name in ("source", "train", "test", "file", "test_file")},
         "revision": SOURCES[its.source].revision,
-        "content": [None if f is None else _hash_of(Path(f)) for f in (its.file, its.test_file)],
+        "content": [hash_of_file(Path(file)) for file in (its.file, its.test_file) if file],
         "limits": asdict(limits),
         "model": lab.fingerprint,
     }
     return lab.stage(f"data/{task}", wanted, work)
-
-
-def _hash_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def examples(
