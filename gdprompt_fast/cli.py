@@ -347,7 +347,9 @@ def _add_data(commands: Any) -> None:
         help="file of squad, wikitext or jsonl; divided in two unless --test-source is given",
     )
     parser.add_argument("--test-source", type=Path, help="file to take the test triples from")
-    parser.add_argument("--max-characters", type=int, help="drop a record with longer texts")
+    parser.add_argument(
+        "--max-characters", type=int, help="drop a record with longer texts (squad: 1500)"
+    )
 
 
 def _add_demo(commands: Any) -> None:

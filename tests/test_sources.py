@@ -338,7 +338,11 @@ def test_real_squad() -> None:
     if not SQUAD_SUBSET.is_file():
         pytest.skip("the SQuAD subset is not in ../shared/data")
     data = make_data("squad", source=SQUAD_SUBSET)
-    assert data.counts == {"train": 7715, "test": 1018, "dropped: question repeated": 30}
+    too_long = {"dropped: more than 1500 characters": 400}
+    dropped = {"dropped: question repeated": 30, **too_long}
+    assert data.counts == {"train": 7347, "test": 986, **dropped}
+    whole = make_data("squad", source=SQUAD_SUBSET, max_characters=100_000)
+    assert whole.counts["train"] + whole.counts["test"] == 7347 + 986 + 400
     assert unlike(data)
     for record in data.test:
         assert record["response"] == record["answers"][0]
