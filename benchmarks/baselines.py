@@ -52,7 +52,9 @@ def _fast(task: Task, **options: Any) -> None:
         task.model,
         task.batch,
         inner_lr=task.inner_lr,
+        inner_steps=task.inner_steps,
         inner_params=task.inner_params,
+        objective="gold" if task.teacher is None else "kl",
         teacher=task.teacher,
         **options,
     )
@@ -69,8 +71,14 @@ def sequential_first_order(task: Task) -> None:
 
 
 def _inner_gradient(task: Task, example: Example) -> Parameters:
+    _one_inner_step(task)
     loss = task.inner_loss(task.inner, example)
     return dict(zip(task.inner, torch.autograd.grad(loss, list(task.inner.values())), strict=True))
+
+
+def _one_inner_step(task: Task) -> None:
+    if task.inner_steps != 1:
+        raise ValueError(f"inner_steps: expected 1 for this way, got {task.inner_steps}")
 
 
 def vmapped(task: Task) -> None:
@@ -78,6 +86,8 @@ def vmapped(task: Task) -> None:
 
     Holds an adapted copy of θ, its gradient and a graph per example.
     """
+
+    _one_inner_step(task)
 
     def loss(example: Example) -> Tensor:
         with twice_differentiable_attention(task.model):

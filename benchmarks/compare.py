@@ -112,7 +112,7 @@ class Measurement:
 
 def same_way(row: Row, common: Row) -> bool:
     """Whether a row was measured as these will be."""
-    names = ("device", "dtype", "threads", "seconds")
+    names = ("device", "dtype", "threads", "seconds", "memory_limit_bytes")
     return all(row.get(name) == common.get(name) for name in names)
 
 
@@ -485,6 +485,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--revision", default=revision(), help="git's, where there is no git")
     add("--run", help="goes on with the run of this name; the revision's own by default")
     arguments = parser.parse_args(argv)
+    if arguments.tiny and arguments.results == RESULTS:
+        parser.error("--tiny: expected --results of another file, for rows that mean nothing")
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "all" in arguments.sweep:
@@ -515,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
         device=device_name(arguments.device),
         threads=settings.threads,
         seconds=settings.seconds,
+        memory_limit_bytes=settings.memory_limit_bytes,
         **packages(),
         revision=arguments.revision,
         dirty=arguments.revision.endswith("-dirty"),

@@ -71,8 +71,10 @@ def table(rows: list[Row], device: str) -> str:
 
 def footnote(rows: list[Row], device: str) -> str:
     shown = [row for case in CASES for row in newest(rows, device, case)]
-    last = shown[-1]
     rounds = [row["repeats"] for row in shown if row["status"] == "measured"]
+    if not rounds:
+        return ""
+    last = shown[-1]
     text = (
         f"{last['dtype']}, {device}, {last['threads']} threads, torch {last['torch']}; medians "
         f"of at least {min(rounds)} rounds, "

@@ -86,7 +86,9 @@ class TrainOptions:
         ("float32", "bfloat16"),
     )
     recompute: str = option(
-        "none", "block: two thirds of the memory, 1.4 to 1.7 times the time", ("none", "block")
+        "none",
+        "block: half to four fifths of the memory, 1.4 to 1.6 times the time",
+        ("none", "block"),
     )
     checkpoint_every: int = option(200, "steps between checkpoints")
     seed: int = option(0, "seed of the order of the examples")

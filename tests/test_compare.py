@@ -52,7 +52,7 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in results.read_text().splitlines()]
 
-    fields = {*compare.EMPTY, "run", "dtype", "device", "threads", "seconds"}
+    fields = {*compare.EMPTY, "run", "dtype", "device", "threads", "seconds", "memory_limit_bytes"}
     fields |= {"revision", "dirty"}
     fields |= {"torch", "transformers", "triton", "peft", "gdprompt_fast"}
     gates = [row for row in rows if row["kind"] == "gate"]

@@ -213,6 +213,7 @@ AUTOGRAD_CASES = [
     "lora outside",
     "lora inside and outside",
     "attention in blocks",
+    "a vocabulary in blocks",
     "gpt2 in bf16",
 ]
 
@@ -269,6 +270,11 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     assert largest_batch(peak_at, peaks, memory) == 13
     assert largest_batch(peak_at, peaks, memory - 1) == 12
     assert peaks[12] < peaks[13] == memory
+
+
+def test_a_batch_that_is_larger_than_any_looked_for_and_fits_is_the_answer() -> None:
+    peaks = {LARGEST_BATCH + 1: 10}
+    assert largest_batch(lambda batch: 10, peaks, memory=11) == LARGEST_BATCH + 1
 
 
 def test_a_batch_of_very_many_tokens_is_planned() -> None:

@@ -78,8 +78,8 @@ def fast_meta_step(
         backend: ``"torch"``, ``"cpp"`` (a CPU; no fp16), ``"triton"`` (a GPU; no fp64), or
             ``"auto"``: Triton or C++ where it can run.
         recompute: ``"block"`` keeps of every transformer block its input and the factors of its
-            update only, and computes the rest again where a pass needs it: about two thirds of the
-            memory for 1.4 to 1.7 times the time, the same gradient. ``"none"`` keeps all.
+            update only, and computes the rest again where a pass needs it: half to four fifths of
+            the memory, mostly 1.4 to 1.6 times the time, the same gradient. ``"none"`` keeps all.
 
     Returns:
         Detached losses.

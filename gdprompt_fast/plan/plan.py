@@ -49,7 +49,7 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """What the materialised way needs beside its copies."""
-        return sum(self.materialised.one.meta_step.values()) - self.copy_bytes
+        return sum(self.materialised.two.meta_step.values()) - 2 * self.copy_bytes
 
 
 def parse_memory(text: str) -> int:
@@ -94,8 +94,9 @@ def make_plan(config: PreTrainedConfig, setting: Setting, memory: int | None = N
 def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: int) -> int:
     """The largest batch whose peak is at most ``memory``; 0 if none is.
 
-    A peak is the largest of those of some moments, each affine in the batch, so it is convex: the
-    line through two batches that fit is below it beyond them. The answer is itself predicted.
+    A peak is the largest of those of some moments, each about affine in the batch (but for blocks
+    whose size depends on it, which shows in tiny models), so it is taken for convex: the line
+    through two batches that fit is below it beyond them. The answer is itself predicted.
 
     Args:
         peak_at: predicts the peak of a batch.
@@ -106,6 +107,8 @@ def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: 
         known = sorted(peaks.items())
         fitting = [(batch, peak) for batch, peak in known if peak <= memory]
         fits = fitting[-1][0] if fitting else 0
+        if fits >= LARGEST_BATCH:
+            return fits
         over = known[len(fitting)][0] if len(fitting) < len(known) else LARGEST_BATCH + 1
         if over == fits + 1:
             return fits
@@ -166,11 +169,12 @@ def _ways(plan: Plan) -> list[list[str]]:
         return [["way", "predicted peak"]] + [
             [way, _size(prediction.peak_bytes)] for way, prediction in ways.items()
         ]
-    fits = plan.sequential.peak_bytes <= plan.memory
+    one_copy = plan.materialised.one.peak_bytes <= plan.memory
+    copies = (plan.memory - plan.shared_bytes) // plan.copy_bytes
     largest = [
         _at_most(plan.largest_batch or 0),
-        "any" if fits else "0",
-        _at_most((plan.memory - plan.shared_bytes) // plan.copy_bytes if fits else 0),
+        "any" if plan.sequential.peak_bytes <= plan.memory else "0",
+        _at_most(max(1, copies)) if one_copy else "0",
     ]
     return [["way", "predicted peak", f"largest batch in {_size(plan.memory)}"]] + [
         [way, _size(prediction.peak_bytes), most]
@@ -180,7 +184,7 @@ def _ways(plan: Plan) -> list[list[str]]:
 
 def _notes(plan: Plan) -> list[str]:
     notes = [
-        "The other two are exact MAML by autograd's double backward, as lean as it can be written; "
+        "The other two are exact MAML by autograd's double backward, written to be lean; "
         f"all copies at once need {_size(plan.shared_bytes)} + batch × "
         f"{_size(plan.copy_bytes)}."
     ]

@@ -64,16 +64,21 @@ class Materialised:
 
     Attributes:
         one: for a single example.
-        copy: bytes by part that each further example adds: its θ' and its graph.
+        two: for two.
+        copy: bytes by part that each further example adds: its θ' and its graph. The second may add
+            other than that, where its arrival moves the peak to another moment.
     """
 
     one: Prediction
+    two: Prediction
     copy: Parts
 
     def at(self, batch: int) -> Prediction:
-        more = batch - 1
-        parts = {p: self.one.meta_step.get(p, 0) + more * size for p, size in self.copy.items()}
-        return replace(self.one, meta_step=parts)
+        if batch == 1:
+            return self.one
+        more = batch - 2
+        parts = {p: self.two.meta_step.get(p, 0) + more * size for p, size in self.copy.items()}
+        return replace(self.two, meta_step=parts)
 
 
 def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
@@ -105,15 +110,14 @@ def predict_sequential(config: PreTrainedConfig, setting: Setting) -> Prediction
 
 def predict_materialised(config: PreTrainedConfig, setting: Setting) -> Materialised:
     """The memory with every example's θ' and its graph alive at once: that of
-    ``reference.frugal.all_alive``, run for one example and for two.
+    ``reference.frugal.all_alive``, run for one, two and three examples.
     """
-    one, two = (
+    one, two, three = (
         _predict_autograd(config, replace(setting, batch=batch), all_alive, with_gradients=False)
-        for batch in (1, 2)
+        for batch in (1, 2, 3)
     )
-    return Materialised(
-        one, {part: two.meta_step[part] - size for part, size in one.meta_step.items()}
-    )
+    copy = {part: three.meta_step.get(part, 0) - two.meta_step.get(part, 0) for part in PARTS}
+    return Materialised(one, two, copy)
 
 
 def _predict_autograd(

@@ -1,5 +1,5 @@
-"""Exact MAML by autograd's double backward, as lean as it can be written: what the engine is
-measured against, and what a memory plan predicts beside it.
+"""Exact MAML by autograd's double backward, written to be lean: what the engine is measured
+against, and what a memory plan predicts beside it.
 
 With θ the inner parameters, the meta-gradient is the mean over examples i of
 
@@ -49,9 +49,9 @@ class Task:
     Attributes:
         inner: the parameters the inner step moves; frozen ones as leaves of their own.
         outer: the parameters that get a gradient.
-        head: the teacher's, [V, d]; [0, 0] without one.
         trained: the same without their names, for ``backward``: the frozen leaves of ``inner`` get
             none, nor is any computed.
+        head: the teacher's, [V, d]; [0, 0] without one.
         positions: [J], those of a query that predict a response token in some row.
         examples: all of them, [N, …].
     """
