@@ -86,7 +86,6 @@ def vmapped(task: Task) -> None:
 
     Holds an adapted copy of θ, its gradient and a graph per example.
     """
-
     _one_inner_step(task)
 
     def loss(example: Example) -> Tensor:

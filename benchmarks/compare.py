@@ -12,7 +12,7 @@ it was spared are rows as well.
 
 Rows are appended to results/compare.jsonl as they come. Starting the same revision again, or the
 same ``--run``, goes on where it stopped: what came to no result is tried again, and so is what was
-measured in another way (``--threads``, ``--seconds``).
+measured in another way (``--threads``, ``--seconds``, ``--memory-limit``).
 """
 
 from __future__ import annotations

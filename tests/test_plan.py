@@ -352,6 +352,7 @@ def test_the_command_prints_a_plan_and_writes_its_numbers(
         (["--memory", "0GB"], "memory: expected a size in MB, GB"),
         (["--json", "no/such/folder/plan.json"], "json: expected a file in an existing folder"),
         (["--model", "bert.json"], "model: expected a transformers causal LM"),
+        (["--model", "mamba.json"], "model: expected one that can be built, got Mamba"),
         (["--model", "broken.json"], "model: expected a configuration at broken.json"),
     ],
 )
@@ -364,6 +365,7 @@ def test_bad_input_is_one_clear_line(
 ) -> None:
     monkeypatch.chdir(config_file.parent)
     Path("bert.json").write_text('{"model_type": "bert"}')
+    Path("mamba.json").write_text('{"model_type": "mamba", "hidden_size": 8, "vocab_size": 16}')
     Path("broken.json").write_text("{")
     assert main(["plan", "--model", str(config_file), *arguments]) == 2
     error = capsys.readouterr().err

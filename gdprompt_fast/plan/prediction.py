@@ -172,12 +172,6 @@ def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model of a configuration, with the attention that the engine takes the place of."""
-    heads = config.num_attention_heads
-    if heads % (getattr(config, "num_key_value_heads", None) or heads):
-        raise ValueError(
-            f"model: expected num_key_value_heads to divide the {heads} heads, "
-            f"got {config.num_key_value_heads}"
-        )
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
@@ -185,6 +179,13 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     except Exception as error:  # transformers has errors of many types for a faulty configuration
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(f"model: expected one that can be built, got {reason}") from error
+    heads = getattr(config, "num_attention_heads", None)
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    if heads and key_value_heads and heads % key_value_heads:
+        raise ValueError(
+            f"model: expected num_key_value_heads to divide the {heads} heads, "
+            f"got {key_value_heads}"
+        )
     return model.eval()
 
 
