@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
 # Causal decoders whose logits are head(backbone(ids)), whose attention is causal (or
 # sliding-window) softmax attention, and whose equality with the reference the test suite proves.
 # Exactly these classes: a subclass may compute something else.
@@ -42,7 +44,7 @@ def causal_lm(model: nn.Module) -> Any:
         inner = inner.get_base_model()
     if type_name(inner) not in SUPPORTED_MODELS:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in SUPPORTED_MODELS))
-        raise ValueError(
+        raise UserError(
             f"model: expected a transformers causal LM ({known}) or a PEFT LoRA model around one, "
             f"got {type_name(inner)}"
         )
@@ -54,13 +56,13 @@ def check_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type_name(module)
         if kind.startswith("peft.tuners.") and kind not in SUPPORTED_TUNERS:
-            raise ValueError(
+            raise UserError(
                 "model: expected PEFT adapters to be plain LoRA on linear layers, "
                 f"got {kind} at {name}"
             )
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning:
-            raise ValueError(f"model: expected PEFT LoRA adapters, got {config.peft_type.value}")
+            raise UserError(f"model: expected PEFT LoRA adapters, got {config.peft_type.value}")
 
 
 def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
@@ -70,12 +72,12 @@ def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
     inner = causal_lm(model)
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError(
+        raise UserError(
             "model: expected a head of type nn.Linear without a bias or adapters, "
             f"got {type(head).__name__}"
         )
     if head._forward_hooks or head._forward_pre_hooks:
-        raise ValueError("model: expected no forward hooks on the head, which the losses replace")
+        raise UserError("model: expected no forward hooks on the head, which the losses replace")
     return inner.base_model, head
 
 
@@ -107,7 +109,7 @@ def check_deterministic(model: nn.Module) -> None:
             else getattr(module, "attention_dropout", 0.0)
         )
         if module.training and isinstance(rate, float) and rate > 0:
-            raise ValueError(
+            raise UserError(
                 f"model: expected no active dropout, got {rate} in "
                 f"{name or type(module).__name__}; "
                 "call model.eval() or set the rate to 0"
@@ -120,9 +122,9 @@ def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:
     vocabulary, config = len(inner.get_input_embeddings().weight), inner.config
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"{name}: expected token ids in [0, {vocabulary}), got [{low}, {high}]")
+        raise UserError(f"{name}: expected token ids in [0, {vocabulary}), got [{low}, {high}]")
     if config.model_type == "gpt2" and ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{name}: expected at most {config.max_position_embeddings} tokens in a row, "
             f"got {ids.shape[1]}"
         )
@@ -140,11 +142,11 @@ def check_model(model: nn.Module) -> None:
     backbone_and_head(model)
     check_deterministic(model)
     if torch.is_inference_mode_enabled():
-        raise ValueError(
+        raise UserError(
             "model: expected no torch.inference_mode around the step, got an active one"
         )
     if any(vars(module).get("gradient_checkpointing", False) for module in inner.modules()):
-        raise ValueError(
+        raise UserError(
             "model: gradient checkpointing is on; it recomputes with the wrong weights "
             "inside a meta step. "
             "Call model.gradient_checkpointing_disable() first"
@@ -163,5 +165,5 @@ def compute_dtype(model: nn.Module) -> torch.dtype | None:
         return None
     dtype = torch.get_autocast_dtype(device)
     if dtype != torch.bfloat16:
-        raise ValueError(f"model: expected autocast to torch.bfloat16 or none, got {dtype}")
+        raise UserError(f"model: expected autocast to torch.bfloat16 or none, got {dtype}")
     return dtype

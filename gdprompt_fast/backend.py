@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 BACKENDS = ("auto", "torch", "cpp", "triton")
 # The ops that have one.
 KERNELS = frozenset(
@@ -71,20 +73,20 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype | Non
             ``dtype``.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        raise UserError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "triton" and not triton_runs(device):
-        raise ValueError(
+        raise UserError(
             f'backend: expected Triton and a GPU for "triton", got device {device} '
             f"and {'a' if importlib.util.find_spec('triton') else 'no'} triton package"
         )
     if backend == "cpp" and not (device.type == "cpu" and load_cpp()):
-        raise ValueError(
+        raise UserError(
             f'backend: expected a CPU and the C++ ops for "cpp", got device {device} and '
             f"{'' if load_cpp() else 'no '}C++ ops; they are built with {BUILD_CPP}"
         )
     if backend in DTYPES and not _has_dtype(backend, dtype):
         names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES[backend])
-        raise ValueError(
+        raise UserError(
             f'backend: expected a step in one of {names} for "{backend}", got one in '
             f"{str(dtype).removeprefix('torch.')}"
         )

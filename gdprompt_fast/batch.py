@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 def describe(value: Any) -> str:
     """``value`` as error messages name it: ``float32 [4, 7]`` for a tensor, its repr otherwise."""
@@ -19,13 +21,11 @@ def describe(value: Any) -> str:
 def check_tokens(name: str, ids: Any, mask: Any, shape: str) -> None:
     """Checks a right-padded pair of token ids [N, T] (int64) and mask [N, T] (bool)."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.long or ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(
-            f"{name}_ids: expected a non-empty LongTensor {shape}, got {describe(ids)}"
-        )
+        raise UserError(f"{name}_ids: expected a non-empty LongTensor {shape}, got {describe(ids)}")
     check_mask(f"{name}_mask", mask, ids, shape)
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         row = int((mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0])
-        raise ValueError(
+        raise UserError(
             f"{name}_mask: expected right padding (True on real tokens, then False), "
             f"got a real token after padding in row {row}"
         )
@@ -33,11 +33,11 @@ def check_tokens(name: str, ids: Any, mask: Any, shape: str) -> None:
 
 def check_mask(name: str, mask: Any, ids: Tensor, shape: str) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
-        raise ValueError(
+        raise UserError(
             f"{name}: expected a BoolTensor {shape} = {list(ids.shape)}, got {describe(mask)}"
         )
     if mask.device != ids.device:
-        raise ValueError(f"{name}: expected device {ids.device} as the ids, got {mask.device}")
+        raise UserError(f"{name}: expected device {ids.device} as the ids, got {mask.device}")
 
 
 def check_contexts(context_ids: Any, context_mask: Any) -> None:
@@ -46,7 +46,7 @@ def check_contexts(context_ids: Any, context_mask: Any) -> None:
     lengths = context_mask.sum(1)
     if (lengths < 2).any():
         row = int((lengths < 2).nonzero()[0])
-        raise ValueError(
+        raise UserError(
             f"context_mask: expected at least 2 real tokens in every row, "
             f"got {int(lengths[row])} in row {row}"
         )
@@ -59,11 +59,11 @@ def check_group(name: str, group: Any, rows: int, like: Tensor) -> Tensor:
     if group is None:
         return torch.arange(rows, device=like.device)
     if not isinstance(group, Tensor) or group.dtype != torch.long or group.shape != (rows,):
-        raise ValueError(f"{name}: expected a LongTensor [{rows}], got {describe(group)}")
+        raise UserError(f"{name}: expected a LongTensor [{rows}], got {describe(group)}")
     if group.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} as the ids, got {group.device}")
+        raise UserError(f"{name}: expected device {like.device} as the ids, got {group.device}")
     if (group < 0).any():
-        raise ValueError(f"{name}: expected indices of groups from 0, got {int(group.min())}")
+        raise UserError(f"{name}: expected indices of groups from 0, got {int(group.min())}")
     return group
 
 
@@ -73,7 +73,7 @@ def check_context_group(context_group: Any, context_ids: Tensor) -> Tensor:
     present = group.unique()
     gap = present != torch.arange(len(present), device=group.device)
     if gap.any():
-        raise ValueError(f"context_group: group {int(gap.nonzero()[0])} has no context")
+        raise UserError(f"context_group: group {int(gap.nonzero()[0])} has no context")
     return group
 
 
@@ -113,13 +113,13 @@ class MetaBatch:
         check_tokens("query", self.query_ids, self.query_mask, "[Q, Tq]")
         check_response(self.response_mask, self.query_ids, self.query_mask, "[Q, Tq]")
         if self.query_ids.device != self.context_ids.device:
-            raise ValueError(
+            raise UserError(
                 f"query_ids: expected device {self.context_ids.device} as context_ids, "
                 f"got {self.query_ids.device}"
             )
         contexts, queries = len(self.context_ids), len(self.query_ids)
         if self.context_group is None and self.query_group is None and contexts != queries:
-            raise ValueError(
+            raise UserError(
                 "context_group, query_group: expected both when the numbers of contexts and "
                 "queries differ, "
                 f"got None with {contexts} contexts and {queries} queries"
@@ -128,7 +128,7 @@ class MetaBatch:
         query_group = check_group("query_group", self.query_group, queries, self.query_ids)
         groups = int(context_group.max()) + 1
         if int(query_group.max()) >= groups:
-            raise ValueError(
+            raise UserError(
                 f"query_group: group {int(query_group.max())} has no context (context_group "
                 f"has {groups} groups)"
             )
@@ -152,18 +152,18 @@ def check_response(response_mask: Any, ids: Tensor, mask: Tensor, shape: str) ->
     check_mask("response_mask", response_mask, ids, shape)
     if (response_mask & ~mask).any():
         row = int((response_mask & ~mask).any(1).nonzero()[0])
-        raise ValueError(
+        raise UserError(
             f"response_mask: expected response tokens to be real tokens, got padding in row {row}"
         )
     if not response_mask.any(1).all():
         row = int((~response_mask.any(1)).nonzero()[0])
-        raise ValueError(
+        raise UserError(
             "response_mask: expected at least one response token in every row, got none in "
             f"row {row}"
         )
     if response_mask[:, 0].any():
         row = int(response_mask[:, 0].nonzero()[0])
-        raise ValueError(
+        raise UserError(
             f"response_mask: expected something before the response to predict it from, "
             f"got a response token at position 0 of row {row}"
         )

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import ShuffledSampler
+from .errors import UserError
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
@@ -36,7 +37,7 @@ def check_replaceable(folder: Path) -> None:
         ValueError: if it is the current one.
     """
     if folder.resolve() == Path.cwd():
-        raise ValueError(f"output: expected another folder than the current one, got {folder}")
+        raise UserError(f"output: expected another folder than the current one, got {folder}")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

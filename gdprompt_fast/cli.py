@@ -25,6 +25,7 @@ from .checkpoint import (
 from .data import SOURCES, make_data
 from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
+from .errors import UserError
 from .evaluation import (
     InnerStep,
     check_inner_step,
@@ -54,6 +55,7 @@ from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
     *("device", "eval_batch_size", "grid", "output"),
@@ -66,10 +68,12 @@ Work = Callable[[], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 (failed on the way), 2 (bad input) or 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = DEBUG in arguments
+    arguments = [each for each in arguments if each != DEBUG]
     args = _parser().parse_args(arguments)
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
     try:
-        return _prepare_and_work(args, arguments)
+        return _prepare_and_work(args, arguments, debug)
     except KeyboardInterrupt:
         hint = "; --resume continues the run" if hasattr(args, "resume") else ""
         hint = "; the same command continues it" if args.command == "experiment" else hint
@@ -77,19 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _prepare_and_work(args: argparse.Namespace, arguments: list[str]) -> int:
+def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: bool) -> int:
     try:
         if hasattr(args, "preset_section") and args.preset:
             args = _with_preset(args, arguments)
         work: Work = args.prepare(args)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
+        if debug:
+            raise
         print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     try:
         work()
-    except (FloatingPointError, OSError, ValueError) as error:
-        # A ValueError that does not say what was expected is a fault of the code.
-        if isinstance(error, ValueError) and ": expected " not in str(error):
+    except (FloatingPointError, OSError, UserError) as error:
+        if debug:
             raise
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
@@ -152,9 +157,9 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
     options = PrepareOptions(**{f.name: getattr(args, f.name) for f in fields(PrepareOptions)})
     check_replaceable(args.output)
     if not is_empty(args.output):
-        raise ValueError(f"output: expected a new or empty folder, got {args.output}")
+        raise UserError(f"output: expected a new or empty folder, got {args.output}")
     if args.examples < 1:
-        raise ValueError(f"examples: expected an integer >= 1, got {args.examples}")
+        raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
     model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
     triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
     chosen = list(triples.examples)
@@ -195,7 +200,7 @@ def prepare_search(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt search-outer-lr``: its input, checked."""
     trainings = short_trainings(_train_options(args), args.grid, args.steps_per_rate)
     if args.test_data is None:
-        raise ValueError("test_data: expected held-out triples to score the rates on, got none")
+        raise UserError("test_data: expected held-out triples to score the rates on, got none")
     job = load_job(args, trainings[0])
     claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
 
@@ -281,9 +286,9 @@ def _check_file(option: str, path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
+        raise UserError(f"{option}: expected a file in an existing folder, got {path}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option}: expected a file that can be written, got {path}")
+        raise UserError(f"{option}: expected a file that can be written, got {path}")
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:
@@ -303,7 +308,11 @@ def _contents(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gdprompt", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="gdprompt",
+        description=__doc__,
+        epilog=f"{DEBUG} after any command shows the traceback of an error.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_data(commands)
     _add_demo(commands)

@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoint import check_replaceable, write_folder, write_json
 from .data import SOURCES, TrainTest, write_triples
+from .errors import UserError
 
 TRAIN_FILE, TEST_FILE, ABOUT_FILE = "train.jsonl", "test.jsonl", "data.json"
 FILES = {TRAIN_FILE, TEST_FILE, ABOUT_FILE}
@@ -24,10 +25,10 @@ def check_data_folder(folder: Path) -> None:
     """
     check_replaceable(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {folder}")
+        raise UserError(f"output: expected a folder, got the file {folder}")
     others = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()
     if others:
-        raise ValueError(
+        raise UserError(
             f"output: expected a new folder or one with {', '.join(sorted(FILES))} only, got "
             f"{folder} with {sorted(others)[0]}"
         )

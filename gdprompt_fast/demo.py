@@ -18,6 +18,7 @@ import torch
 from .bundled import bundled_folder
 from .checkpoint import read_metrics, write_file, write_json
 from .data import Example, Limits, make_people_data, tokenise_triples
+from .errors import UserError
 from .evaluation import Summary
 from .loading import load_model, positions
 from .report import draw_figure, results_table
@@ -80,9 +81,9 @@ def make_demo(
         ValueError: naming the option, what was expected and what was given.
     """
     if test_examples < 1:
-        raise ValueError(f"test_examples: expected an integer >= 1, got {test_examples}")
+        raise UserError(f"test_examples: expected an integer >= 1, got {test_examples}")
     if steps < 1:
-        raise ValueError(f"steps: expected an integer >= 1, got {steps}")
+        raise UserError(f"steps: expected an integer >= 1, got {steps}")
     options = replace(OPTIONS, steps=steps, prompt_from=steps // 2, seed=seed)
     model, tokenizer = load_model(bundled_folder(), "float32", device)
     room = positions(model) - options.answer_tokens

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import Example, Limits
+from .errors import UserError
 from .loading import (
     add_lora,
     check_same_vocabulary,
@@ -101,7 +102,7 @@ def _model_to_train(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     model, tokenizer = load_model(args.model, args.dtype, device)
     if args.dtype != "float32" and not args.lora_rank:
-        raise ValueError(
+        raise UserError(
             f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
             "smaller than its rounding; --compute-dtype computes in it beside float32 weights, "
             "--lora-rank trains float32 adapters beside frozen weights of it"

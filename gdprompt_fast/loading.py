@@ -19,6 +19,7 @@ from transformers import (
 
 from .architecture import check_model
 from .data import Example, Limits, TokenisedTriples, read_triples, tokenise_triples
+from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that is there, got {name!r} ({error})") from None
+        raise UserError(f"device: expected one that is there, got {name!r} ({error})") from None
 
 
 def load_model(
@@ -47,13 +48,13 @@ def load_model(
     """
     adapters = (folder / "adapter_config.json").is_file()
     if not adapters and not (folder / "config.json").is_file():
-        raise ValueError(f"model: expected a folder with a config.json, got {folder}")
+        raise UserError(f"model: expected a folder with a config.json, got {folder}")
     try:
         model = _load_adapters(folder, dtype) if adapters else _load_base(folder, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model: expected a model to load in {folder}, got {reason}") from error
+        raise UserError(f"model: expected a model to load in {folder}, got {reason}") from error
     check_model(model.eval())
     return model.to(device), tokenizer
 
@@ -67,7 +68,7 @@ def load_config(name: str) -> PreTrainedConfig:
     path = Path(name)
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and path.suffix != ".json"
     if not (path.is_file() or (path / "config.json").is_file() or on_hub):
-        raise ValueError(
+        raise UserError(
             "model: expected a config.json, a folder with one or the name of a model on the hub, "
             f"got {name}"
         )
@@ -75,7 +76,7 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers has errors of many types for a faulty configuration
         reason = str(error).strip().partition("\n")[0][:300]
-        raise ValueError(f"model: expected a configuration at {name}, got {reason}") from error
+        raise UserError(f"model: expected a configuration at {name}, got {reason}") from error
 
 
 def _load_base(folder: Path, dtype: str) -> nn.Module:
@@ -95,13 +96,13 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
         ValueError: if the rank is not positive, or PEFT is not installed.
     """
     if rank < 1:
-        raise ValueError(f"lora_rank: expected an integer >= 0, got {rank}")
+        raise UserError(f"lora_rank: expected an integer >= 0, got {rank}")
     if hasattr(model, "peft_config"):
-        raise ValueError("lora_rank: expected 0 with a model that has adapters already")
+        raise UserError("lora_rank: expected 0 with a model that has adapters already")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ValueError("lora_rank: expected PEFT to be installed (pip install peft)") from None
+        raise UserError("lora_rank: expected PEFT to be installed (pip install peft)") from None
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
@@ -125,7 +126,7 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
     vocabulary = vocabulary_size(model)
     largest = max(max(*e.context, *e.prompt, *e.response) for e in examples)
     if largest >= vocabulary:
-        raise ValueError(
+        raise UserError(
             f"tokenizer: expected ids below the model's vocabulary of {vocabulary}, got {largest}"
         )
 
@@ -133,7 +134,7 @@ def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
 def check_same_vocabulary(teacher: nn.Module, model: nn.Module) -> None:
     """The teacher's predictions are over the model's own tokens."""
     if vocabulary_size(teacher) != vocabulary_size(model):
-        raise ValueError(
+        raise UserError(
             f"teacher: expected the model's vocabulary of {vocabulary_size(model)}, "
             f"got {vocabulary_size(teacher)}"
         )
@@ -157,7 +158,7 @@ def room_before_answer(model: nn.Module, answer_tokens: int) -> int:
     """
     room = positions(model) - answer_tokens
     if room < 2:
-        raise ValueError(
+        raise UserError(
             f"answer_tokens: expected fewer than the model's positions, got {answer_tokens}"
         )
     return room

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .architecture import causal_lm, check_ids, check_model, compute_dtype
 from .backend import resolve_backend
 from .batch import MetaBatch, check_tokens, describe
+from .errors import UserError
 from .targets import TeacherTargets, check_teacher
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
@@ -34,7 +35,7 @@ def check_integers(options: Any) -> None:
     for each in fields(options):
         value = getattr(options, each.name)
         if each.type == "int" and not isinstance(value, int):
-            raise ValueError(f"{each.name}: expected an integer, got {value!r}")
+            raise UserError(f"{each.name}: expected an integer, got {value!r}")
 
 
 def warmup_then_cosine(step: int, steps: int, warmup_steps: int, peak: float) -> float:
@@ -83,13 +84,13 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
             return (".lora_" in name) == (inner_params == "lora") and not frozen_copy
 
     else:
-        raise ValueError(
+        raise UserError(
             'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, '
             f"got {inner_params!r}"
         )
     selected = {name: p for name, p in model.named_parameters() if chosen(name, p)}
     if not selected:
-        raise ValueError(
+        raise UserError(
             f"inner_params: expected to select some parameters, got none with {inner_params!r}"
         )
     return selected
@@ -97,9 +98,9 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
 
 def check_inner(inner_lr: Any, inner_steps: Any) -> None:
     if not isinstance(inner_lr, int | float) or not math.isfinite(inner_lr) or inner_lr < 0:
-        raise ValueError(f"inner_lr: expected a finite number >= 0, got {inner_lr!r}")
+        raise UserError(f"inner_lr: expected a finite number >= 0, got {inner_lr!r}")
     if not isinstance(inner_steps, int) or isinstance(inner_steps, bool) or inner_steps < 1:
-        raise ValueError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
+        raise UserError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
 
 
 def check_step(
@@ -126,10 +127,10 @@ def check_step(
     """
     check_model(model)
     if not isinstance(batch, MetaBatch):
-        raise ValueError(f"batch: expected a MetaBatch, got {describe(batch)}")
+        raise UserError(f"batch: expected a MetaBatch, got {describe(batch)}")
     embedding = causal_lm(model).get_input_embeddings().weight
     if batch.context_ids.device != embedding.device:
-        raise ValueError(
+        raise UserError(
             f"batch: expected device {embedding.device} as the model, got "
             f"{batch.context_ids.device}"
         )
@@ -140,28 +141,28 @@ def check_step(
         objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device
     )
     if outer_reduction not in ("sum", "mean"):
-        raise ValueError(f'outer_reduction: expected "sum" or "mean", got {outer_reduction!r}')
+        raise UserError(f'outer_reduction: expected "sum" or "mean", got {outer_reduction!r}')
     if not isinstance(lm_weight, int | float) or not math.isfinite(lm_weight) or lm_weight < 0:
-        raise ValueError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
+        raise UserError(f"lm_weight: expected a finite number >= 0, got {lm_weight!r}")
     if not isinstance(first_order, bool):
-        raise ValueError(f"first_order: expected a bool, got {first_order!r}")
+        raise UserError(f"first_order: expected a bool, got {first_order!r}")
     if recompute not in ("none", "block"):
-        raise ValueError(f'recompute: expected "none" or "block", got {recompute!r}')
+        raise UserError(f'recompute: expected "none" or "block", got {recompute!r}')
     if lm_batch is not None:
         check_lm_batch(lm_batch, model)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model: expected at least one parameter with requires_grad, got none")
+        raise UserError("model: expected at least one parameter with requires_grad, got none")
     return resolve_backend(backend, embedding.device, compute_dtype(model) or embedding.dtype)
 
 
 def check_lm_batch(lm_batch: Any, model: nn.Module) -> None:
     if not isinstance(lm_batch, tuple) or len(lm_batch) != 2:
-        raise ValueError(f"lm_batch: expected a pair (ids, mask), got {describe(lm_batch)}")
+        raise UserError(f"lm_batch: expected a pair (ids, mask), got {describe(lm_batch)}")
     ids, mask = lm_batch
     check_tokens("lm_batch", ids, mask, "[N, T]")
     check_ids("lm_batch", ids, model)
     if (mask.sum(1) < 2).any():
-        raise ValueError("lm_batch: expected at least 2 real tokens in every row")
+        raise UserError("lm_batch: expected at least 2 real tokens in every row")
 
 
 @contextmanager

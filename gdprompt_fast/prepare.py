@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
 from .data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
+from .errors import UserError
 from .options import check_integers, option, warmup_then_cosine
 from .progress import progress_bar
 
@@ -41,13 +42,13 @@ class PrepareOptions:
         check_integers(self)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         for name in ("warmup_steps", "text_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""

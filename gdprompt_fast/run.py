@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import is_empty, read_metrics, write_file, write_json
 from .data import Example
+from .errors import UserError
 from .evaluation import InnerStep, Scores, Summary, decode, evaluate, tune_inner_lr
 from .options import check_inner
 from .report import draw_figure, not_improved, results_table
@@ -46,9 +47,9 @@ class TestSet:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"eval_batch_size: expected an integer >= 1, got {self.batch_size}")
+            raise UserError(f"eval_batch_size: expected an integer >= 1, got {self.batch_size}")
         if self.answer_tokens < 0:
-            raise ValueError(f"answer_tokens: expected an integer >= 0, got {self.answer_tokens}")
+            raise UserError(f"answer_tokens: expected an integer >= 0, got {self.answer_tokens}")
         for inner_lr in self.inner_lr_grid:
             check_inner(inner_lr, inner_steps=1)
 
@@ -63,19 +64,19 @@ def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> Non
     known = json.loads(json.dumps(settings))
     if path.exists():
         if not resume:
-            raise ValueError(
+            raise UserError(
                 f"output: expected a folder without a run, got {output}; "
                 "add --resume to continue it or give another --output"
             )
         old = json.loads(path.read_text(encoding="utf-8"))
         for name in sorted(old.keys() | known.keys()):
             if old.get(name) != known.get(name):
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected {old.get(name)!r} as in the run in {output}, "
                     f"got {known.get(name)!r}"
                 )
     elif not is_empty(output):
-        raise ValueError(f"output: expected a new or empty folder, got {output}")
+        raise UserError(f"output: expected a new or empty folder, got {output}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .checkpoint import CHECKPOINTS, MODEL_FOLDER, write_file, write_json
+from .errors import UserError
 from .job import Job
 from .report.table import markdown_table, metric_cell
 from .run import measure, summaries
@@ -37,10 +38,10 @@ def short_trainings(options: TrainOptions, grid: Sequence[float], steps: int) ->
         ValueError: if a rate or the number of steps is not positive.
     """
     if steps < 1:
-        raise ValueError(f"steps_per_rate: expected an integer >= 1, got {steps}")
+        raise UserError(f"steps_per_rate: expected an integer >= 1, got {steps}")
     for rate in grid:
         if not 0 < rate < math.inf:
-            raise ValueError(f"grid: expected numbers > 0, got {rate}")
+            raise UserError(f"grid: expected numbers > 0, got {rate}")
     return [replace(options, outer_lr=rate, steps=steps) for rate in sorted(set(grid))]
 
 

@@ -16,6 +16,7 @@ from .architecture import (
     predicting_states,
 )
 from .batch import check_response, check_tokens, describe
+from .errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TeacherTargets:
     def __post_init__(self) -> None:
         given = [name for name in ("logits", "hidden", "head") if getattr(self, name) is not None]
         if given not in (["logits"], ["hidden", "head"]):
-            raise ValueError(f"TeacherTargets: expected logits, or hidden and head, got {given}")
+            raise UserError(f"TeacherTargets: expected logits, or hidden and head, got {given}")
 
     @staticmethod
     def from_logits(logits: Tensor) -> TeacherTargets:
@@ -45,7 +46,7 @@ class TeacherTargets:
             ValueError: if the shape or dtype is another.
         """
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-            raise ValueError(f"logits: expected a floating tensor [R, V], got {describe(logits)}")
+            raise UserError(f"logits: expected a floating tensor [R, V], got {describe(logits)}")
         return TeacherTargets(logits=logits.detach())
 
     @staticmethod
@@ -110,22 +111,22 @@ def check_teacher(
     vocabulary.
     """
     if objective not in ("kl", "gold"):
-        raise ValueError(f'objective: expected "kl" or "gold", got {objective!r}')
+        raise UserError(f'objective: expected "kl" or "gold", got {objective!r}')
     if objective == "gold":
         if teacher is not None:
-            raise ValueError(
+            raise UserError(
                 f'teacher: expected None with objective="gold", got {describe(teacher)}'
             )
         return
     if not isinstance(teacher, TeacherTargets):
-        raise ValueError(
+        raise UserError(
             f'teacher: expected TeacherTargets with objective="kl", got {describe(teacher)}'
         )
     if teacher.tokens != response_tokens or teacher.vocabulary != vocabulary:
-        raise ValueError(
+        raise UserError(
             f"teacher: expected targets for R = {response_tokens} response tokens and V = "
             f"{vocabulary}, "
             f"got R = {teacher.tokens} and V = {teacher.vocabulary}"
         )
     if teacher.device != device:
-        raise ValueError(f"teacher: expected device {device}, got {teacher.device}")
+        raise UserError(f"teacher: expected device {device}, got {teacher.device}")

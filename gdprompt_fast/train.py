@@ -22,6 +22,7 @@ from .checkpoint import (
     write_folder,
 )
 from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
+from .errors import UserError
 from .evaluation import InnerStep
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, check_integers, option, warmup_then_cosine
@@ -98,22 +99,22 @@ class TrainOptions:
         check_inner(self.inner_lr, self.inner_steps)
         for name in COUNTS:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         for name in ("steps", "warmup_steps", "lm_weight", "prompt_weight", "prompt_from"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+                raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if self.prompt_weight > 0 and 0 < self.steps <= self.prompt_from:
-            raise ValueError(
+            raise UserError(
                 f"prompt_from: expected one of the {self.steps} steps, counted from 0, "
                 f"got {self.prompt_from}"
             )
         for each in fields(self):
             choices, given = each.metadata["choices"], getattr(self, each.name)
             if choices is not None and given not in choices:
-                raise ValueError(f"{each.name}: expected one of {choices}, got {given!r}")
+                raise UserError(f"{each.name}: expected one of {choices}, got {given!r}")
 
     @property
     def inner(self) -> InnerStep:
@@ -208,12 +209,12 @@ def _check_teacher(
     teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
 ) -> None:
     if (teacher is not None) != (options.objective == "kl"):
-        raise ValueError(
+        raise UserError(
             f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
             f'{type(teacher).__name__} with "{options.objective}"'
         )
     if teacher is not None and teacher.examples != list(examples):
-        raise ValueError("teacher: expected a TeacherCache of the examples, got one of others")
+        raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
 def _answered(

@@ -20,6 +20,7 @@ from typing import TypeVar
 from datasets import Dataset
 from tokenizers.pre_tokenizers import Whitespace
 
+from ..errors import UserError
 from .people import FIRST_NAMES, LAST_NAMES, apart, shuffled_pairs
 from .triples import TrainTest
 
@@ -166,12 +167,12 @@ def make_characters(
         ValueError: if there is no such task, or if there are not as many names.
     """
     if task not in TASKS:
-        raise ValueError(f"task: expected one of {sorted(TASKS)}, got {task!r}")
+        raise UserError(f"task: expected one of {sorted(TASKS)}, got {task!r}")
     names = apart(shuffled_pairs(FIRST_NAMES, LAST_NAMES))
     descriptions = apart(_shuffled(list(product(ADJECTIVES, ROLES, DEEDS)), seed=0))
     for part, size, known in zip(("train", "test"), (train, test), names, strict=True):
         if not 1 <= size <= len(known):
-            raise ValueError(
+            raise UserError(
                 f"{part}: expected 1 to {len(known)} examples, each with a name of its own, "
                 f"got {size}"
             )

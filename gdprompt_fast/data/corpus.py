@@ -10,6 +10,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from ..errors import UserError
+
 Record = dict[str, Any]
 
 TEST_SHARE = 0.1  # of the records, where nothing else is asked for
@@ -58,7 +60,7 @@ class Corpus:
             drawn.add(index)
             size += len(self.groups[index])
         if len(drawn) == len(self.groups):
-            raise ValueError(
+            raise UserError(
                 f"test: expected to leave records to train on, got {wanted} of {total} records in "
                 f"{len(self.groups)} groups that stay together"
             )
@@ -76,7 +78,7 @@ def load_hub(path: str, name: str | None, split: str) -> Dataset:
     try:
         return load_dataset(path, name, split=split)
     except (OSError, DatasetsError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected to load it from the Hugging Face hub, got: {error}; "
             "--source takes a file instead"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ..errors import UserError
 from .tokenise import Example
 
 
@@ -35,7 +36,7 @@ class ShuffledSampler:
 
     def __init__(self, size: int, seed: int | str, position: int = 0) -> None:
         if size < 1:
-            raise ValueError(f"size: expected at least 1 example, got {size}")
+            raise UserError(f"size: expected at least 1 example, got {size}")
         self.size = size
         self.seed = seed
         self.position = position

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..errors import UserError
 from .characters import TEST_SIZE, TRAIN_SIZE, make_characters
 from .corpus import Corpus, Record
 from .people import make_people_articles, make_people_data
@@ -140,10 +141,10 @@ def make_data(
             cannot be reached.
     """
     if name not in SOURCES:
-        raise ValueError(f"name: expected one of {', '.join(SOURCES)}, got {name!r}")
+        raise UserError(f"name: expected one of {', '.join(SOURCES)}, got {name!r}")
     for option, size in (("train", train), ("test", test), ("max_characters", max_characters)):
         if size is not None and size < 1:
-            raise ValueError(f"{option}: expected an integer >= 1, got {size}")
+            raise UserError(f"{option}: expected an integer >= 1, got {size}")
     generate = SOURCES[name].generate
     if generate is None:
         corpora = _read(name, source, test_source, seed)
@@ -155,7 +156,7 @@ def make_data(
     options = {"source": source, "test_source": test_source, "max_characters": max_characters}
     for option, value in options.items():
         if value is not None:
-            raise ValueError(f"{option}: expected none for {name}, which is made up, got {value}")
+            raise UserError(f"{option}: expected none for {name}, which is made up, got {value}")
     return generate(train or TRAIN_SIZE, test or TEST_SIZE, seed)
 
 
@@ -165,10 +166,10 @@ def _read(name: str, source: Path | None, test_source: Path | None, seed: int) -
     if source is None and test_source is None and read_hub is not None:
         return [read_hub("train", seed), read_hub("test", seed)]
     if source is None or read_file is None:
-        raise ValueError(f"source: expected a file for {name}, got none")
+        raise UserError(f"source: expected a file for {name}, got none")
     for option, path in (("source", source), ("test_source", test_source)):
         if path is not None and not path.is_file():
-            raise ValueError(f"{option}: expected a file, got {path}")
+            raise UserError(f"{option}: expected a file, got {path}")
     return [read_file(path, seed) for path in (source, test_source) if path is not None]
 
 
@@ -197,7 +198,7 @@ def _draw(part: str, records: list[Record], size: int | None, seed: int) -> list
     """``size`` records drawn at random, in the order they were in; None: all."""
     wanted = len(records) if size is None else size
     if not 1 <= wanted <= len(records):
-        raise ValueError(
+        raise UserError(
             f"{part}: expected 1 to {len(records)}, all records there are, got {wanted}"
         )
     drawn = random.Random(seed).sample(range(len(records)), wanted)

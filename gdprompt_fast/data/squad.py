@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import UserError
 from .corpus import Corpus, Record, load_hub
 
 HUB = "rajpurkar/squad"
@@ -62,12 +63,12 @@ def read_squad_file(path: Path) -> Corpus:
     try:
         corpus = squad_corpus(_rows(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected SQuAD's official JSON layout (data, paragraphs, qas, answers), got "
             f"{type(error).__name__}: {error}"
         ) from None
     if not corpus.groups:
-        raise ValueError(f"{path}: expected at least one usable question, got {corpus.dropped}")
+        raise UserError(f"{path}: expected at least one usable question, got {corpus.dropped}")
     return corpus
 
 

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UserError
+
 RECORDS_AT_ONCE = 1000  # a fast tokenizer works through a list of texts in parallel
 OPENING_WORDS = ["In", "Once", "The", "When", "Who"]  # how do texts that begin so begin in tokens?
 
@@ -108,7 +110,7 @@ def tokenise_triples(
             dropped[str(reason)] += 1
     triples = TokenisedTriples(examples, dict(dropped), kept)
     if not examples:
-        raise ValueError(f"data: expected at least one usable record, got none: {triples}")
+        raise UserError(f"data: expected at least one usable record, got none: {triples}")
     return triples
 
 
@@ -140,7 +142,7 @@ class TripleTokeniser:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: expected an eos_token to end a response with, got none")
+            raise UserError("tokenizer: expected an eos_token to end a response with, got none")
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._bos_ids, self._bos_text = _opening(tokenizer)

@@ -15,6 +15,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..errors import UserError
+
 FIELDS = ("context", "query", "response")
 ANSWERS = "answers"
 
@@ -45,14 +47,14 @@ def read_triples(path: str | Path) -> Dataset:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected a JSONL file of triples, got no such file")
+        raise UserError(f"{path}: expected a JSONL file of triples, got no such file")
     records = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 records.append(_parse(line, f"{path}, line {number}"))
     if not records:
-        raise ValueError(f"{path}: expected at least one record, got none")
+        raise UserError(f"{path}: expected at least one record, got none")
     if any(ANSWERS in record for record in records):
         for record in records:
             record.setdefault(ANSWERS, [record["response"]])
@@ -75,17 +77,17 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, got invalid JSON ({error})") from None
+        raise UserError(f"{where}: expected a JSON object, got invalid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
     for field in FIELDS:
         if field not in record:
-            raise ValueError(f'{where}: expected the field "{field}", got only {sorted(record)}')
+            raise UserError(f'{where}: expected the field "{field}", got only {sorted(record)}')
         value = record[field]
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: expected "{field}" to be a non-empty string, got {value!r}')
+            raise UserError(f'{where}: expected "{field}" to be a non-empty string, got {value!r}')
     if ANSWERS in record and not _are_texts(record[ANSWERS]):
-        raise ValueError(
+        raise UserError(
             f'{where}: expected "{ANSWERS}" to be a list of non-empty strings, '
             f"got {record[ANSWERS]!r}"
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from ..errors import UserError
 from ..progress import progress_bar
 from .corpus import Corpus, Record, load_hub
 
@@ -41,12 +42,12 @@ class Cut:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_context_words <= self.max_context_words or self.response_words < 1:
-            raise ValueError(
+            raise UserError(
                 "cut: expected 1 <= min_context_words <= max_context_words and response_words >= "
                 f"1, got {self}"
             )
         if self.min_words <= self.min_context_words + self.response_words:
-            raise ValueError(
+            raise UserError(
                 f"cut: expected min_words to have room for context, query and response, got {self}"
             )
 
@@ -112,7 +113,7 @@ def read_wikitext_file(path: Path, seed: int) -> Corpus:
     with path.open(encoding="utf-8") as lines:
         corpus = cut_articles(articles_of(lines), PARAGRAPHS, seed)
     if not corpus.groups:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected paragraphs of at least {PARAGRAPHS.min_words} words, a line each, "
             "got none"
         )

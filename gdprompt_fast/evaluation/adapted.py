@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Example, pad
+from ..errors import UserError
 from ..meta.inner import inner_step
 from ..options import check_inner, select_inner
 
@@ -34,7 +35,7 @@ def check_inner_step(model: nn.Module, inner: InnerStep, one_after_another: bool
     check_inner(inner.lr, inner.steps)
     for name, parameter in select_inner(model, inner.params).items():
         if one_after_another and parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
+            raise UserError(
                 "one_after_another: expected float32 weights, into which steps are rounded, "
                 f"got {parameter.dtype} in {name}"
             )

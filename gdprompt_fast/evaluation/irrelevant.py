@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
+from ..errors import UserError
+
 
 def with_irrelevant_contexts(records: Dataset, seed: int) -> Dataset:
     """Triples in which every query has the context of another: a seeded permutation of the
@@ -40,7 +42,7 @@ def _derangement(contexts: Sequence[str], seed: int) -> list[int]:
         blocks[context].append(index)
     longest = max(map(len, blocks.values()))
     if 2 * longest > len(contexts):
-        raise ValueError(
+        raise UserError(
             "records: expected no context in more than half of them, "
             f"got one in {longest} of {len(contexts)}"
         )

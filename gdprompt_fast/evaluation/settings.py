@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Example, batched, response_rows
+from ..errors import UserError
 from ..loading import positions
 from ..progress import progress_bar
 from ..teacher import greedy_answers
@@ -103,9 +104,9 @@ def whole_groups(examples: Sequence[Example], contexts_per_group: int) -> Sequen
         ValueError: if there is not one whole group.
     """
     if contexts_per_group < 1:
-        raise ValueError(f"contexts_per_group: expected an integer >= 1, got {contexts_per_group}")
+        raise UserError(f"contexts_per_group: expected an integer >= 1, got {contexts_per_group}")
     if len(examples) < contexts_per_group:
-        raise ValueError(
+        raise UserError(
             f"contexts_per_group: expected at most the number of examples, {len(examples)}, "
             f"got {contexts_per_group}"
         )
@@ -188,21 +189,21 @@ def _check_evaluation(
 ) -> None:
     unknown = [setting for setting in settings if setting not in SETTINGS]
     if unknown or not settings:
-        raise ValueError(f"settings: expected some of {list(SETTINGS)}, got {settings}")
+        raise UserError(f"settings: expected some of {list(SETTINGS)}, got {settings}")
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
+        raise UserError(f"batch_size: expected an integer >= 1, got {batch_size}")
     if answer_tokens < 0:
-        raise ValueError(f"answer_tokens: expected an integer >= 0, got {answer_tokens}")
+        raise UserError(f"answer_tokens: expected an integer >= 0, got {answer_tokens}")
     if not answer_tokens:
         return
     if not all(example.answers for example in examples):
-        raise ValueError(
+        raise UserError(
             "examples: expected gold answers to compare generated ones with, got an example "
             "without; tokenise_triples keeps them, answer_tokens=0 does without"
         )
     longest = max(len(start) for setting in settings for start in _starts(examples, setting))
     if longest + answer_tokens > positions(model):
-        raise ValueError(
+        raise UserError(
             f"answer_tokens: expected at most {positions(model) - longest} after a row of "
             f"{longest} tokens, with the model's {positions(model)} positions, got {answer_tokens}"
         )

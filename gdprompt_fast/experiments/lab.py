@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..bundled import bundled_folder
 from ..checkpoint import is_empty
+from ..errors import UserError
 from ..loading import load_config
 from .preset import Preset
 from .stages import Result, Stage, run_stage
@@ -79,17 +80,17 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
         ValueError: if the model is not there, or ``output`` is the folder of something else.
     """
     if not (output / STAGES).is_dir() and not is_empty(output):
-        raise ValueError(
+        raise UserError(
             f"output: expected a new or empty folder or one of experiments, got {output}"
         )
     model = find_model(preset.model)
     config = load_config(str(model))
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
-        raise ValueError(f"model: expected a causal LM, got one of type {config.model_type}")
+        raise UserError(f"model: expected a causal LM, got one of type {config.model_type}")
     needed = preset.limits.prompt_tokens + preset.longest_answer
     if needed > room:
-        raise ValueError(
+        raise UserError(
             "limits: expected prompt_tokens and answer_tokens within the model's "
             f"{room} positions, got {needed} together"
         )
@@ -111,7 +112,7 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f'model: expected "{BUNDLED}", a model folder or a name on the hub, got {name!r} '
             f"({reason})"
         ) from None

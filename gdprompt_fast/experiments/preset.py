@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..data import SOURCES, Limits
+from ..errors import UserError
 from ..loading import DTYPES
 from ..prepare import PrepareOptions
 from ..train import TrainOptions
@@ -77,7 +78,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         check_counts(self, "batch_size", "answer_tokens", "tune_examples")
         if not self.inner_lr_grid or min(self.inner_lr_grid) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"inner_lr_grid: expected rates > 0, at least one, got {list(self.inner_lr_grid)}"
             )
 
@@ -94,7 +95,7 @@ class FindingOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.margin < 1:
-            raise ValueError(f"margin: expected a number between 0 and 1, got {self.margin!r}")
+            raise UserError(f"margin: expected a number between 0 and 1, got {self.margin!r}")
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ class Preset:
         general = _read("model", _General, sections)
         for name in ("prepare", "train", "tasks"):
             if not isinstance(sections.get(name), dict) or not sections[name]:
-                raise ValueError(f"preset: expected a section [{name}], got {sections.get(name)!r}")
+                raise UserError(f"preset: expected a section [{name}], got {sections.get(name)!r}")
         prepare, tasks = dict(sections["prepare"]), sections["tasks"]
         prepare_examples = prepare.pop("examples", None)
         if not isinstance(prepare_examples, int) or prepare_examples < 1:
-            raise ValueError(
+            raise UserError(
                 f"preset, [prepare]: examples: expected an integer >= 1, got {prepare_examples!r}"
             )
         preset = Preset(
@@ -174,7 +175,7 @@ class Preset:
             named = getattr(read, key, ())
             for task in (named,) if isinstance(named, str) else named:
                 if task not in self.tasks:
-                    raise ValueError(
+                    raise UserError(
                         f"preset, [{name}]: {key}: expected among {sorted(self.tasks)}, "
                         f"got {task!r}"
                     )
@@ -200,12 +201,10 @@ class Preset:
         where = f"train, tasks.{task}.options, train.{kind}"
         for name in OF_ARMS:
             if name in options:
-                raise ValueError(
-                    f"preset, [{where}]: {name}: expected to be left to the experiment"
-                )
+                raise UserError(f"preset, [{where}]: {name}: expected to be left to the experiment")
         one_each = _read(where, TrainOptions, {where: options | of_arm})
         if one_each.batch_size % contexts:
-            raise ValueError(
+            raise UserError(
                 f"preset, [{where}]: batch_size: expected a multiple of {contexts} contexts, "
                 f"got {one_each.batch_size}"
             )
@@ -224,7 +223,7 @@ class _General:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: expected different integers, got {list(self.seeds)}")
+            raise UserError(f"seeds: expected different integers, got {list(self.seeds)}")
 
 
 def check_counts(settings: Any, *names: str) -> None:
@@ -232,13 +231,13 @@ def check_counts(settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            raise UserError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """The value is one of these."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
+        raise UserError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
 
 
 def _read(
@@ -247,16 +246,16 @@ def _read(
     """A section as a dataclass: unknown and missing keys are errors, lists become tuples."""
     section, where = sections.get(name), f"preset, [{within}{name}]"
     if not isinstance(section, dict):
-        raise ValueError(f"{where}: expected such a section, got {section!r}")
+        raise UserError(f"{where}: expected such a section, got {section!r}")
     known = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
     for key in section:
         if key not in known:
-            raise ValueError(f"{where}: expected keys among {sorted(known)}, got {key!r}")
+            raise UserError(f"{where}: expected keys among {sorted(known)}, got {key!r}")
     for key, its in known.items():
         if key not in section and its.default is MISSING and its.default_factory is MISSING:
-            raise ValueError(f"{where}: expected the key {key!r}, got only {sorted(section)}")
+            raise UserError(f"{where}: expected the key {key!r}, got only {sorted(section)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
     try:
         return settings(**values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None

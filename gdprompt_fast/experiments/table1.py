@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import UserError
 from . import paper
 from .arms import Arm
 from .by_task import Cells, chosen, table_by_task
@@ -32,7 +33,7 @@ class Settings:
 def check(preset: Preset, settings: Settings) -> None:
     """Raises a ValueError if PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("table1: expected PEFT to be installed (pip install peft), got none")
+        raise UserError("table1: expected PEFT to be installed (pip install peft), got none")
 
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:

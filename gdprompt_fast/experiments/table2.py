@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import UserError
 from . import paper
 from .arms import Arm
 from .cells import Cell
@@ -32,7 +33,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
         if not self.contexts or min(self.contexts) < 2:
-            raise ValueError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
+            raise UserError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
 
 
 def check(preset: Preset, settings: Settings) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
 from . import paper
 from .arms import Arm
 from .cells import Cell
@@ -54,7 +55,7 @@ class Settings:
 def check(preset: Preset, settings: Settings) -> None:
     """Raises a ValueError if answers to the task are not generated."""
     if not preset.tasks[settings.task].has_answers:
-        raise ValueError(
+        raise UserError(
             "preset, [table4]: task: expected one with a metric of generated answers, "
             f"got {settings.task}"
         )

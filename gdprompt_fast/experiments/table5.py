@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ..errors import UserError
 from . import paper
 from .arms import Arm
 from .by_task import Cells, chosen, table_by_task
@@ -38,7 +39,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.irrelevant_seeds:
-            raise ValueError("irrelevant_seeds: expected at least one integer, got none")
+            raise UserError("irrelevant_seeds: expected at least one integer, got none")
 
 
 def run(labs: Sequence[Lab], settings: Settings) -> Outcome:

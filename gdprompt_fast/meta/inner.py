@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..architecture import check_ids, check_model, compute_dtype
 from ..batch import check_context_group, check_contexts, describe
+from ..errors import UserError
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..options import (
@@ -82,16 +83,16 @@ class InnerUpdate:
                 of rows.
         """
         if model is not self._adapted.model:
-            raise ValueError("model: expected the one the inner step was taken on, got another")
+            raise UserError("model: expected the one the inner step was taken on, got another")
         if (
             not isinstance(groups, Tensor)
             or groups.dtype != torch.long
             or groups.dim() != 1
             or not len(groups)
         ):
-            raise ValueError(f"groups: expected a LongTensor [B], got {describe(groups)}")
+            raise UserError(f"groups: expected a LongTensor [B], got {describe(groups)}")
         if int(groups.min()) < 0 or int(groups.max()) >= self.groups:
-            raise ValueError(
+            raise UserError(
                 f"groups: expected indices in [0, {self.groups}), got [{int(groups.min())}, "
                 f"{int(groups.max())}]"
             )

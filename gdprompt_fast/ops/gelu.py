@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backend import implementation
+from ..errors import UserError
 from .guard import differentiable_no_further
 
 
@@ -22,7 +23,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         ValueError: for another form.
     """
     if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate: expected "none" or "tanh", got {approximate!r}')
+        raise UserError(f'approximate: expected "none" or "tanh", got {approximate!r}')
     return _GELU.apply(x, approximate)
 
 

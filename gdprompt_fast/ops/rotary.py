@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backend import implementation
+from ..errors import UserError
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         ValueError: for cos or sin that require a gradient.
     """
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("cos, sin: expected constants, got one that requires a gradient")
+        raise UserError("cos, sin: expected constants, got one that requires a gradient")
     return _Rotary.apply(q, k, cos, sin, False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
 from ..progress import progress_bar
 from ..report.table import markdown_table
 from .prediction import (
@@ -60,7 +61,7 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise ValueError(f"memory: expected a size in {', '.join(_UNITS)} as 80GB, got {text!r}")
+        raise UserError(f"memory: expected a size in {', '.join(_UNITS)} as 80GB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..architecture import causal_lm
 from ..batch import MetaBatch
+from ..errors import UserError
 from ..loading import add_lora, positions
 from ..meta.step import fast_meta_step
 from ..ops.blocks import abridged_loops
@@ -157,13 +158,13 @@ def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
     frozen = setting.outer == "lora"
     dtype = DTYPES[setting.dtype] if frozen else torch.float32
     if getattr(config, "quantization_config", None):
-        raise ValueError("model: expected weights that are not quantised, got quantization_config")
+        raise UserError("model: expected weights that are not quantised, got quantization_config")
     with torch.device("meta"):
         model = _built(config, dtype)
         causal_lm(model)
         for name in ("context", "query"):
             if getattr(setting, name) > positions(model):
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected at most the model's {positions(model)} positions, "
                     f"got {getattr(setting, name)}"
                 )
@@ -178,11 +179,11 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
         )
     except Exception as error:  # transformers has errors of many types for a faulty configuration
         reason = str(error).strip().partition("\n")[0][:300]
-        raise ValueError(f"model: expected one that can be built, got {reason}") from error
+        raise UserError(f"model: expected one that can be built, got {reason}") from error
     heads = getattr(config, "num_attention_heads", None)
     key_value_heads = getattr(config, "num_key_value_heads", None)
     if heads and key_value_heads and heads % key_value_heads:
-        raise ValueError(
+        raise UserError(
             f"model: expected num_key_value_heads to divide the {heads} heads, "
             f"got {key_value_heads}"
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from ..options import option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,13 +38,13 @@ class Setting:
         least = dict(batch=1, context=2, query=2, response=1, lora_rank=1, inner_steps=1)
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
-                raise ValueError(
+                raise UserError(
                     f"{name}: expected an integer >= {smallest}, got {getattr(self, name)}"
                 )
         if self.response >= self.query:
-            raise ValueError(
+            raise UserError(
                 f"response: expected fewer tokens than the query's {self.query}, which include "
                 f"it, got {self.response}"
             )
         if self.inner == "lora" and self.outer != "lora":
-            raise ValueError('inner: expected "full" without adapters (outer "full"), got "lora"')
+            raise UserError('inner: expected "full" without adapters (outer "full"), got "lora"')

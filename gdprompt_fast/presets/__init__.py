@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 FOLDER = Path(__file__).parent
 
 
@@ -19,11 +21,11 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
     path = own if own.is_file() else Path(name_or_path)
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
-        raise ValueError(f"preset: expected a TOML file or one of {names}, got {name_or_path}")
+        raise UserError(f"preset: expected a TOML file or one of {names}, got {name_or_path}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"preset: expected TOML in {path}, got {error}") from None
+        raise UserError(f"preset: expected TOML in {path}, got {error}") from None
 
 
 def preset_arguments(name_or_path: str, section: str, known: list[str]) -> list[str]:
@@ -37,11 +39,11 @@ def preset_arguments(name_or_path: str, section: str, known: list[str]) -> list[
     """
     settings = load_preset(name_or_path).get(section)
     if not isinstance(settings, dict):
-        raise ValueError(f"preset: expected a section [{section}] in {name_or_path}, got none")
+        raise UserError(f"preset: expected a section [{section}] in {name_or_path}, got none")
     arguments = []
     for name, value in settings.items():
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"preset: expected in [{section}] of {name_or_path} only {', '.join(known)}, "
                 f"got {name}"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
+from ..errors import UserError
 from ..options import MetaStepOutput
 
 Gradients = dict[str, Tensor]
@@ -36,7 +37,7 @@ def relative_errors(got: Gradients, expected: Gradients) -> dict[str, float]:
         ValueError: if the two do not have gradients for the same parameters.
     """
     if got.keys() != expected.keys():
-        raise ValueError(
+        raise UserError(
             f"gradients: expected them for the same parameters, got {got.keys() ^ expected.keys()}"
         )
     whole = torch.stack([g.double().norm() for g in expected.values()]).norm()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..batch import MetaBatch
+from ..errors import UserError
 from ..options import InnerParams, select_inner
 from ..targets import TeacherTargets
 from .step import Parameters, twice_differentiable_attention
@@ -68,7 +69,7 @@ class Task:
         rows = torch.arange(batch.groups, device=batch.context_ids.device)
         for group in (batch.context_group, batch.query_group):
             if not torch.equal(group, rows):
-                raise ValueError(f"batch: expected one context and query per group, got {group}")
+                raise UserError(f"batch: expected one context and query per group, got {group}")
         self.model, self.batch, self.teacher = model, batch, teacher
         self.inner_lr, self.inner_params = inner_lr, inner_params
         self.inner_steps = inner_steps

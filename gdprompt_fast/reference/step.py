@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..architecture import causal_lm, compute_dtype
 from ..batch import MetaBatch
+from ..errors import UserError
 from ..options import (
     InnerParams,
     LMBatch,
@@ -128,7 +129,7 @@ def reference_meta_step(
         recompute,
     )
     if compute_dtype(model) is not None:
-        raise ValueError("model: expected no autocast around the reference, got an active one")
+        raise UserError("model: expected no autocast around the reference, got an active one")
     inner = {
         name: p if p.requires_grad else p.detach().requires_grad_()
         for name, p in select_inner(model, inner_params).items()

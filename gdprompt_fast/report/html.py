@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"
@@ -49,7 +50,7 @@ def results_page(folder: Path) -> str:
     """
     sections = [*_experiments(folder), *_runs(folder)]
     if not sections:
-        raise ValueError(
+        raise UserError(
             f"folder: expected finished results of experiments or runs in {folder}, got none"
         )
     return _page(f"Results in {folder.resolve().name}", sections)

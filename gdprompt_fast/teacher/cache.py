@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..architecture import backbone_and_head, causal_lm
 from ..checkpoint import is_empty, write_json, write_whole
 from ..data import Example, batched, with_responses
+from ..errors import UserError
 from ..progress import progress_bar
 from ..targets import TeacherTargets
 from .targets import teach
@@ -135,12 +136,12 @@ def check_cache(folder: Path, key: Key) -> None:
         parts = [name for name in key if old.get(name) != key[name]]
         if parts:
             there, here = ({part: of.get(part) for part in parts} for of in (old, key))
-            raise ValueError(
+            raise UserError(
                 f"teacher_cache: {folder} was made with another {' and '.join(parts)}: "
                 f"expected {there}, got {here}"
             )
     elif not is_empty(folder):
-        raise ValueError(f"teacher_cache: expected a cache or a new or empty folder, got {folder}")
+        raise UserError(f"teacher_cache: expected a cache or a new or empty folder, got {folder}")
 
 
 def _fill(

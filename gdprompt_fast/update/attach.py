@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..architecture import backbone_and_head, causal_lm
+from ..errors import UserError
 from ..ops.rows import GroupedRows
 
 # Importing a rule's module registers it.
@@ -139,7 +140,7 @@ class AdaptedModel:
         for name, module in self.model.named_modules():
             site = self.sites.get(module)
             if site is not None and any(id(tensor) in unused for tensor in site.moved):
-                raise ValueError(
+                raise UserError(
                     "inner_params: expected parameters that the inner loss depends on, "
                     f"got those of {name}, on which it does not"
                 )
@@ -152,7 +153,7 @@ def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -
         for key, parameter in module.named_parameters(recurse=False):
             owner = owners.setdefault(id(parameter), f"{name}.{key}")
             if owner != f"{name}.{key}" and id(parameter) in moved and module not in tied:
-                raise ValueError(
+                raise UserError(
                     "inner_params: expected parameters of one layer each, "
                     f"got one shared by {owner} and {name}.{key}"
                 )
@@ -168,7 +169,7 @@ def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Si
         return rule(module, inner, state)
     if any(inner.values()):
         key = next(key for key, moves in inner.items() if moves)
-        raise ValueError(
+        raise UserError(
             f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}"
         )
     return None
@@ -179,7 +180,7 @@ def _replaced(model: nn.Module, forwards: dict[nn.Module, Callable[..., Any]]) -
     """Runs modules with other forwards, and afterwards with their own again."""
     for name, module in model.named_modules():
         if module in forwards and "forward" in vars(module):
-            raise ValueError(f"model: expected the own forward of {name}, got a replaced one")
+            raise UserError(f"model: expected the own forward of {name}, got a replaced one")
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -196,7 +197,7 @@ def _checked(site: Site, rows: GroupedRows) -> Callable[..., Tensor]:
     def checked(x: Tensor) -> Tensor:
         shared = isinstance(site, EmbeddingSite) and len(x) == 1  # positions, the same for all rows
         if len(x) != len(rows) and not shared:
-            raise ValueError(
+            raise UserError(
                 f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
             )
         return forward(x)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.phase import weight_handle
 from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
@@ -15,7 +16,7 @@ def check_embedding(module: Any) -> None:
     """Only the plain lookup has the gradient of our rules."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
-            raise ValueError(f"model: expected embeddings without {option}, got {module}")
+            raise UserError(f"model: expected embeddings without {option}, got {module}")
 
 
 def rows_of_ids(ids: Tensor, rows: int) -> Tensor:

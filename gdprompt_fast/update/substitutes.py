@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..architecture import type_name
+from ..errors import UserError
 from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary
@@ -36,7 +37,7 @@ def _attention(
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """Attention is causal in all models of the allowlist, and right padding needs no mask."""
     if attention_mask is not None:
-        raise ValueError("attention_mask: expected None inside a meta step")
+        raise UserError("attention_mask: expected None inside a meta step")
 
 
 AttentionInterface.register(ATTENTION, _attention)
