@@ -18,7 +18,8 @@ from torch.func import grad, jvp, vjp, vmap
 
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.reference.frugal import Example, Task, all_alive, sequential
-from gdprompt_fast.reference.step import Parameters, twice_differentiable_attention
+from gdprompt_fast.reference.step import Parameters
+from gdprompt_fast.update.masks import attention_by
 
 Way = Callable[[Task], object]
 
@@ -89,7 +90,7 @@ def vmapped(task: Task) -> None:
     _one_inner_step(task)
 
     def loss(example: Example) -> Tensor:
-        with twice_differentiable_attention(task.model):
+        with attention_by(task.model, None):
             gradient = grad(task.inner_loss)(task.inner, example)
         return task.outer_loss(task.adapted(gradient), example)
 
@@ -141,7 +142,7 @@ def _hessian_vector_product(task: Task, v: Parameters, example: Example) -> Para
         with torch.no_grad():  # no graph of the backward pass: the derivative is a forward one
             return backward(torch.ones_like(loss))[0]
 
-    with twice_differentiable_attention(task.model), forward_differentiable_silu():
+    with attention_by(task.model, None), forward_differentiable_silu():
         return jvp(outer_gradient, (everything,), (tangent,))[1]
 
 

@@ -1,49 +1,42 @@
-"""What the engine knows of a transformers causal LM: its backbone, its head, and what it
-refuses.
-"""
+"""What the engine asks of a transformers causal LM: its backbone, its head, and what it refuses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .errors import UserError
+from .families import FAMILIES, family_of, type_name
+from .intact import autocast_of_forward, check_modules, check_never_run, check_parameters, is_intact
 
-# Causal decoders whose logits are head(backbone(ids)), whose attention is causal (or
-# sliding-window) softmax attention, and whose equality with the reference the test suite proves.
-# Exactly these classes: a subclass may compute something else.
-SUPPORTED_MODELS = frozenset(
-    f"transformers.models.{name}"
-    for name in (
-        "llama.modeling_llama.LlamaForCausalLM",
-        "qwen2.modeling_qwen2.Qwen2ForCausalLM",
-        "qwen3.modeling_qwen3.Qwen3ForCausalLM",
-        "mistral.modeling_mistral.MistralForCausalLM",
-        "gpt2.modeling_gpt2.GPT2LMHeadModel",
-        "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
-    )
-)
 SUPPORTED_TUNERS = frozenset({"peft.tuners.lora.model.LoraModel", "peft.tuners.lora.layer.Linear"})
-
-
-def type_name(module: nn.Module) -> str:
-    """``package.module.Class``."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+# What a LoraConfig may set: the rest changes what an adapter computes, or may in a later PEFT.
+LORA_OPTIONS = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "lora_bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("ensure_weight_tying", "megatron_core", "qalora_group_size"),
+}
 
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers causal LM in ``model``, unwrapped from a PEFT model.
 
     Raises:
-        ValueError: if it is none, or of an architecture the engine does not know.
+        UserError: if it is none, or of an architecture the engine does not know.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    if type_name(inner) not in SUPPORTED_MODELS:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in SUPPORTED_MODELS))
+    if family_of(inner) is None:
+        known = ", ".join(sorted(family.causal_lm for family in FAMILIES))
         raise UserError(
             f"model: expected a transformers causal LM ({known}) or a PEFT LoRA model around one, "
             f"got {type_name(inner)}"
@@ -52,7 +45,11 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Other PEFT methods than plain LoRA on linear layers use the weights in other ways."""
+    """Adapters are plain LoRA on linear layers, in use, and not written into the weights.
+
+    Raises:
+        UserError: naming the adapter, layer or option that is something else.
+    """
     for name, module in model.named_modules():
         kind = type_name(module)
         if kind.startswith("peft.tuners.") and kind not in SUPPORTED_TUNERS:
@@ -60,25 +57,83 @@ def check_adapters(model: nn.Module) -> None:
                 "model: expected PEFT adapters to be plain LoRA on linear layers, "
                 f"got {kind} at {name}"
             )
-    for config in getattr(model, "peft_config", {}).values():
+        if hasattr(module, "lora_A"):
+            _check_lora_layer(name, module)
+    for name, config in getattr(model, "peft_config", {}).items():
         if config.is_prompt_learning:
             raise UserError(f"model: expected PEFT LoRA adapters, got {config.peft_type.value}")
+        _check_lora_options(name, config)
+
+
+def _check_lora_layer(name: str, layer: Any) -> None:
+    if layer.merged:
+        raise UserError(
+            f"model: expected adapters beside the weights, got some merged into those of {name}; "
+            "call model.unmerge_adapter() first"
+        )
+    trained = any(p.requires_grad for key, p in layer.named_parameters() if "lora_" in key)
+    if layer.disable_adapters and trained:
+        raise UserError(
+            f"model: expected adapters that are trained to be in use, got {name} with disabled ones"
+        )
+    variants = getattr(layer, "lora_variant", {})
+    for adapter in layer.active_adapters:
+        if adapter in variants:
+            raise UserError(
+                "model: expected PEFT adapters to be plain LoRA, got "
+                f"{type(variants[adapter]).__name__} at {name}"
+            )
+
+
+def _check_lora_options(adapter: str, config: Any) -> None:
+    default = type(config)()
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name not in LORA_OPTIONS and value != getattr(default, option.name):
+            raise UserError(
+                f"model: expected PEFT adapters to be plain LoRA, got adapter {adapter!r} with "
+                f"{option.name}={value!r}"
+            )
 
 
 def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
     """The module that turns ids into final hidden states, and the head that turns those into
     logits.
+
+    Raises:
+        UserError: if the model makes its logits in another way, or its head has adapters.
     """
     inner = causal_lm(model)
-    head = inner.get_output_embeddings()
+    for name, module in _wrappers(model, inner):
+        check_never_run(module, name, "whose forward the losses replace")
+    tokens, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise UserError(
-            "model: expected a head of type nn.Linear without a bias or adapters, "
-            f"got {type(head).__name__}"
+            "model: expected a head of type nn.Linear without a bias, adapters or "
+            f"modules_to_save, got {type(head).__name__}"
         )
-    if head._forward_hooks or head._forward_pre_hooks:
-        raise UserError("model: expected no forward hooks on the head, which the losses replace")
+    if not is_intact(head):
+        check_never_run(head, "the head", "which the losses replace")
+    if type(tokens) is not nn.Embedding:
+        raise UserError(
+            "model: expected token embeddings of type nn.Embedding without adapters or "
+            f"modules_to_save, got {type(tokens).__name__}"
+        )
+    for part, module in (("head", head), ("token embeddings", tokens)):
+        if not isinstance(module.weight, nn.Parameter):
+            raise UserError(
+                f"model: expected the weight of the {part} to be a parameter, got a tensor "
+                "computed from others"
+            )
     return inner.base_model, head
+
+
+def _wrappers(model: nn.Module, inner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules around the backbone, which a step does not call: the causal LM, PEFT's."""
+    yield type(inner).__name__, inner
+    for module in (model, getattr(model, "base_model", None)):
+        if isinstance(module, nn.Module) and type_name(module).startswith("peft."):
+            yield type(module).__name__, module
 
 
 def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
@@ -88,7 +143,8 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
     right.
     """
     backbone, _ = backbone_and_head(model)
-    return backbone(input_ids=ids, use_cache=False).last_hidden_state
+    torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
+    return backbone(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
 
 
 def predicting_states(hidden_BTd: Tensor, response_mask: Tensor) -> Tensor:
@@ -105,7 +161,7 @@ def check_deterministic(model: nn.Module) -> None:
     for name, module in model.named_modules():
         rate = (
             module.p
-            if isinstance(module, nn.Dropout)
+            if isinstance(module, _DropoutNd)
             else getattr(module, "attention_dropout", 0.0)
         )
         if module.training and isinstance(rate, float) and rate > 0:
@@ -123,7 +179,9 @@ def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise UserError(f"{name}: expected token ids in [0, {vocabulary}), got [{low}, {high}]")
-    if config.model_type == "gpt2" and ids.shape[1] > config.max_position_embeddings:
+    family = family_of(inner)
+    learned = family is not None and family.learned_positions
+    if learned and ids.shape[1] > config.max_position_embeddings:
         raise UserError(
             f"{name}: expected at most {config.max_position_embeddings} tokens in a row, "
             f"got {ids.shape[1]}"
@@ -134,10 +192,13 @@ def check_model(model: nn.Module) -> None:
     """Everything about the model itself that can make a meta step wrong.
 
     Raises:
-        ValueError: unsupported architecture, active dropout, gradient checkpointing, autocast to
-            another dtype than bfloat16.
+        UserError: unsupported architecture, hooks or forwards that a step would not run, adapters
+            other than plain LoRA, active dropout, gradient checkpointing, autocast to another
+            dtype than bfloat16.
     """
     inner = causal_lm(model)
+    check_modules(model)
+    check_parameters(model)
     check_adapters(model)
     backbone_and_head(model)
     check_deterministic(model)
@@ -151,19 +212,23 @@ def check_model(model: nn.Module) -> None:
             "inside a meta step. "
             "Call model.gradient_checkpointing_disable() first"
         )
-    compute_dtype(inner)
+    compute_dtype(model)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype | None:
-    """bfloat16 under ``torch.autocast``: the step then computes in it; None for the weights' own.
+    """bfloat16 under ``torch.autocast``, around the step or the model's forward (as accelerate
+    prepares a model): the step then computes in it; None for the weights' own.
 
     Raises:
-        ValueError: under autocast to another dtype: the range of fp16 needs a scaled loss.
+        UserError: under autocast to another dtype: the range of fp16 needs a scaled loss.
     """
     device = next(model.parameters()).device.type
-    if not torch.is_autocast_enabled(device):
-        return None
-    dtype = torch.get_autocast_dtype(device)
-    if dtype != torch.bfloat16:
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    inner = causal_lm(model)
+    for module in (model, inner):
+        around = autocast_of_forward(module)
+        if around is not None and around.present:
+            dtype = around.dtype
+    if dtype not in (None, torch.bfloat16):
         raise UserError(f"model: expected autocast to torch.bfloat16 or none, got {dtype}")
     return dtype

@@ -103,6 +103,11 @@ def check_inner(inner_lr: Any, inner_steps: Any) -> None:
         raise UserError(f"inner_steps: expected an integer >= 1, got {inner_steps!r}")
 
 
+def check_verify(verify: Any) -> None:
+    if verify not in ("first", "never"):
+        raise UserError(f'verify: expected "first" or "never", got {verify!r}')
+
+
 def check_step(
     model: nn.Module,
     batch: MetaBatch,
@@ -116,6 +121,7 @@ def check_step(
     first_order: bool,
     backend: str,
     recompute: str,
+    verify: str,
 ) -> str:
     """Checks the arguments of a meta step before anything is computed.
 
@@ -148,6 +154,7 @@ def check_step(
         raise UserError(f"first_order: expected a bool, got {first_order!r}")
     if recompute not in ("none", "block"):
         raise UserError(f'recompute: expected "none" or "block", got {recompute!r}')
+    check_verify(verify)
     if lm_batch is not None:
         check_lm_batch(lm_batch, model)
     if not any(p.requires_grad for p in model.parameters()):

@@ -17,7 +17,8 @@ from gdprompt_fast import MetaBatch, inner_step
 from gdprompt_fast.ops.eager import lora as eager_lora
 from gdprompt_fast.options import select_inner
 from gdprompt_fast.reference.compare import without_upcasts
-from gdprompt_fast.reference.step import next_token_nll, twice_differentiable_attention
+from gdprompt_fast.reference.step import next_token_nll
+from gdprompt_fast.update.masks import attention_by
 
 Build = Callable[..., Any]
 INNER_LR = 0.1
@@ -26,7 +27,7 @@ INNER_LR = 0.1
 def adapted_copies(model: nn.Module, batch: MetaBatch, inner_params: Any, steps: int) -> list[dict]:
     """θ' of every group, materialised by autograd."""
     copies = []
-    with twice_differentiable_attention(model):
+    with attention_by(model, None):
         for group in range(batch.groups):
             rows = (batch.context_group == group).nonzero().flatten()
             ids, mask = batch.context_ids[rows], batch.context_mask[rows]

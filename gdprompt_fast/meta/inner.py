@@ -17,11 +17,13 @@ from ..options import (
     InnerParams,
     check_inner,
     check_inner_loss,
+    check_verify,
     context_weights,
     select_inner,
 )
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
+from .verify import verify_model
 
 
 def take_inner_steps(
@@ -108,12 +110,14 @@ def inner_step(
     inner_lr: float = 1e-3,
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
+    verify: str = "first",
 ) -> InnerUpdate:
     """θ'_i = θ − η ∇_θ L(c_i, θ) for every group i at once, kept in factors of the size of
     activations.
 
     Args:
-        model, inner_lr, inner_steps, inner_params: as in :func:`gdprompt_fast.fast_meta_step`.
+        model, inner_lr, inner_steps, inner_params, verify: as in
+            :func:`gdprompt_fast.fast_meta_step`.
         context_ids, context_mask, context_group: as in :class:`gdprompt_fast.MetaBatch`.
 
     Returns:
@@ -128,12 +132,17 @@ def inner_step(
     check_contexts(context_ids, context_mask)
     check_ids("context_ids", context_ids, model)
     check_inner(inner_lr, inner_steps)
+    check_verify(verify)
+    torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
+    inner = select_inner(model, inner_params)
+    if verify == "first":
+        verify_model(model, context_ids, context_mask, inner, "auto")
     group = check_context_group(context_group, context_ids)
     groups = int(group.max()) + 1
     dtype = compute_dtype(model)
     state = StepState(groups, float(inner_lr), Phase(second_order=False), dtype)
     with torch.enable_grad(), torch.autocast(context_ids.device.type, enabled=False):
-        adapted = AdaptedModel(model, select_inner(model, inner_params), state)
+        adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable():
             take_inner_steps(
                 adapted, context_ids, context_mask, GroupedRows(group, groups), inner_steps

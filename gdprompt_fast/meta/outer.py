@@ -60,4 +60,5 @@ def lm_backward(
         loss = (losses_N * weight_BT[predicts].to(losses_N.dtype)).sum() / len(ids)
         if weight > 0:
             (weight * loss).backward()
+        adapted.release()
     return loss.detach()

@@ -23,6 +23,7 @@ from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .inner import take_inner_steps
 from .outer import lm_backward, outer_target, response_weights
+from .verify import verify_model
 
 
 def fast_meta_step(
@@ -39,6 +40,7 @@ def fast_meta_step(
     first_order: bool = False,
     backend: str = "auto",
     recompute: str = "none",
+    verify: str = "first",
 ) -> MetaStepOutput:
     """Adds the exact meta-gradient of a batch to ``.grad``, as ``loss.backward()`` would.
 
@@ -80,6 +82,9 @@ def fast_meta_step(
         recompute: ``"block"`` keeps of every transformer block its input and the factors of its
             update only, and computes the rest again where a pass needs it: half to four fifths of
             the memory, mostly 1.4 to 1.6 times the time, the same gradient. ``"none"`` keeps all.
+        verify: ``"first"`` holds, at the first step on a model and whenever the model has changed,
+            the engine's logits on the longest context against those of the model's own forward,
+            and its graph against what is twice differentiable; ``"never"`` does not.
 
     Returns:
         Detached losses.
@@ -106,13 +111,18 @@ def fast_meta_step(
         first_order,
         backend,
         recompute,
+        verify,
     )
+    torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
+    inner = select_inner(model, inner_params)
+    if verify == "first":
+        verify_model(model, batch.context_ids, batch.context_mask, inner, ran, recompute)
     phase, dtype = Phase(second_order=not first_order), compute_dtype(model)
     state = StepState(batch.groups, float(inner_lr), phase, dtype)
     device = batch.context_ids.device
     autocast = torch.autocast(device.type, enabled=False)  # the sites cast for themselves
     with torch.enable_grad(), autocast, use_backend(ran), clean_after_error(model):
-        adapted = AdaptedModel(model, select_inner(model, inner_params), state)
+        adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable(recompute):
             contexts = GroupedRows(batch.context_group, batch.groups)
             lm_on_contexts = lm_weight > 0 and lm_batch is None
@@ -127,6 +137,7 @@ def fast_meta_step(
             query_loss = _query_loss(adapted, batch, teacher, outer_reduction, inner_steps)
             lm = nll_C.mean()
             (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
+            adapted.release()
         if lm_batch is not None:
             lm = lm_backward(model, lm_batch, lm_weight, dtype, recompute)
     return MetaStepOutput(

@@ -265,7 +265,8 @@ def _meta_step(
 
     hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
     with memory, _autocast(setting):
-        fast_meta_step(model, batch, recompute=setting.recompute, **_options(setting, teacher))
+        options = _options(setting, teacher)
+        fast_meta_step(model, batch, recompute=setting.recompute, verify="never", **options)
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
     return memory.at_peak()

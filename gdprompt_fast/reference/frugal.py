@@ -23,7 +23,8 @@ from ..batch import MetaBatch
 from ..errors import UserError
 from ..options import InnerParams, select_inner
 from ..targets import TeacherTargets
-from .step import Parameters, twice_differentiable_attention
+from ..update.masks import attention_by
+from .step import Parameters
 
 NO_TARGET = -100  # what cross_entropy ignores
 
@@ -142,7 +143,7 @@ class Task:
 
     def _gradient(self, theta: Parameters, example: Example) -> Parameters:
         # Only what is differentiated twice gives up PyTorch's fused attention.
-        with twice_differentiable_attention(self.model):
+        with attention_by(self.model, None):
             loss = self.inner_loss(theta, example)
             grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
         return dict(zip(theta, grads, strict=True))

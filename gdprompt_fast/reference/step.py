@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..architecture import causal_lm, compute_dtype
+from ..architecture import compute_dtype
 from ..batch import MetaBatch
 from ..errors import UserError
+from ..graph import check_twice_differentiable
 from ..options import (
     InnerParams,
     LMBatch,
@@ -24,23 +21,9 @@ from ..options import (
     select_inner,
 )
 from ..targets import TeacherTargets
+from ..update.masks import attention_by
 
 Parameters = dict[str, Tensor]
-
-
-@contextmanager
-def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """PyTorch's fused attention has no double backward (pytorch issue 116350); its math kernel
-    has.
-    """
-    inner = causal_lm(model)
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa")
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        inner.set_attn_implementation(before)
 
 
 def logits_at(model: nn.Module, theta: Parameters, ids: Tensor) -> Tensor:
@@ -87,6 +70,7 @@ def adapt(
         loss = next_token_nll(logits_at(model, theta, ids), ids, mask).mean()
         check_inner_loss(loss.detach()[None], step, first_group=group)
         at_theta = loss.detach() if at_theta is None else at_theta
+        check_twice_differentiable(loss, "the context pass to be")
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
         theta = {n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)}
     assert at_theta is not None
@@ -107,6 +91,7 @@ def reference_meta_step(
     first_order: bool = False,
     backend: str = "auto",
     recompute: str = "none",
+    verify: str = "first",
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
@@ -127,6 +112,7 @@ def reference_meta_step(
         first_order,
         backend,
         recompute,
+        verify,
     )
     if compute_dtype(model) is not None:
         raise UserError("model: expected no autocast around the reference, got an active one")
@@ -137,7 +123,7 @@ def reference_meta_step(
     teacher_logits = teacher.materialised_logits() if teacher is not None else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inner_loss, query_loss = [], []
-    with clean_after_error(model), twice_differentiable_attention(model):
+    with clean_after_error(model), attention_by(model, None):
         for group in range(batch.groups):
             theta, loss_at_theta = adapt(
                 model, inner, batch, group, inner_lr, inner_steps, first_order

@@ -12,15 +12,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..architecture import backbone_and_head, causal_lm
 from ..errors import UserError
+from ..intact import has_own_forward
 from ..ops.rows import GroupedRows
 
 # Importing a rule's module registers it.
-from . import linear, norm  # noqa: F401
+from . import norm  # noqa: F401
 from .embedding import EmbeddingSite
+from .linear import LinearSite
 from .lora import LowRankSite
+from .masks import ATTENTION, attention_by, engine_attention
 from .recompute import recomputed
 from .site import Site, StepState, find_rule
-from .substitutes import ATTENTION, substitute_for
+from .substitutes import substitute_for
 from .vocabulary import VocabularySite
 
 
@@ -51,7 +54,7 @@ class AdaptedModel:
         for name, module in model.named_modules():
             if module is head or not any(True for _ in module.parameters(recurse=False)):
                 continue
-            if tied and module is tokens:
+            if tied and module is tokens and has_own_forward(module):
                 self.sites[module] = self.vocabulary
             elif (site := _site(name, module, moved, state)) is not None:
                 self.sites[module] = site
@@ -67,36 +70,60 @@ class AdaptedModel:
         """
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {module: site.forward for module, site in self.sites.items()}
+        ours = engine_attention(self.model)
         for module in self.model.modules():
+            if "forward" in vars(module):
+                continue
             if module not in forwards:
-                forward = substitute_for(module, self.state.dtype)
+                forward = substitute_for(module, self.state.dtype, ours)
                 forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
                 forwards[module] = recomputed(module, self.sites, self.state)
-        config = causal_lm(self.model).config
-        before = config._attn_implementation
-        config._attn_implementation = ATTENTION
         try:
-            with _replaced(self.model, forwards):
+            with _replaced(forwards), attention_by(self.model, ATTENTION if ours else None):
                 yield
         except BaseException:
             self.release()
             raise
-        finally:
-            config._attn_implementation = before
 
     @contextmanager
     def inference(self, rows: GroupedRows) -> Iterator[None]:
-        """Inside, row b of any input runs at the last θ' of its group, in the precision of the step
-        that made it; no gradients.
+        """Inside, row b of any input runs at the last θ' of its group; no gradients.
+
+        The sites compute in the precision of the step that made θ', also where autocast is entered
+        inside; what a matrix product gives then has autocast's dtype, as without the sites.
         """
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
-        forwards = {module: _checked(site, rows) for module, site in self.sites.items()}
-        forwards[self.head] = _without_grad(self.vocabulary.logits)
+        forwards = {
+            module: self._at_inference(site.forward, site, rows)
+            for module, site in self.sites.items()
+        }
+        forwards[self.head] = self._at_inference(self.vocabulary.logits, self.vocabulary, None)
         device = self.head.weight.device.type
-        with _replaced(self.model, forwards), torch.autocast(device, enabled=False):
+        with _replaced(forwards), torch.autocast(device, enabled=False):
             yield
+
+    def _at_inference(
+        self, forward: Callable[..., Tensor], site: Site, rows: GroupedRows | None
+    ) -> Callable[..., Tensor]:
+        """A site's forward without gradients that refuses other rows than were announced."""
+        dtype = self.state.dtype or self.head.weight.dtype
+        product = isinstance(site, LinearSite | LowRankSite) or rows is None
+
+        def run(x: Tensor) -> Tensor:
+            shared = isinstance(site, EmbeddingSite) and len(x) == 1  # positions, of all rows
+            if rows is not None and len(x) != len(rows) and not shared:
+                raise UserError(
+                    f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
+                )
+            device = x.device.type
+            autocast = torch.is_autocast_enabled(device)
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                y = forward(x.to(dtype) if autocast and x.is_floating_point() else x)
+            return y.to(torch.get_autocast_dtype(device)) if autocast and product else y
+
+        return run
 
     def hidden_states(self, ids_BT: Tensor, rows: GroupedRows, level: int) -> Tensor:
         """Final hidden states [B, T, D] at θ after ``level`` inner steps."""
@@ -122,9 +149,10 @@ class AdaptedModel:
             site.step([next(each) for _ in site.moved])
 
     def release(self) -> None:
-        """Drops what the sites hold, after an error.
+        """Drops what the sites hold, after a step or an error.
 
-        Autograd keeps the graph of a failed backward, and so the sites, until its next one.
+        What they hold has a graph, whose nodes hold the sites: a cycle that nobody else breaks.
+        Autograd keeps the graph of a failed backward until its next one.
         """
         for site in self._all_sites:
             site.release()
@@ -163,12 +191,17 @@ def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Si
     """The site of a layer; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
     if inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
+        if not has_own_forward(module):
+            raise UserError(f"model: expected the own forward of {name}, got a replaced one")
         return LowRankSite(module, inner, state)
     rule = find_rule(module)
-    if rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
+    own = has_own_forward(module)
+    if own and rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
         return rule(module, inner, state)
     if any(inner.values()):
         key = next(key for key, moves in inner.items() if moves)
+        if not own:
+            raise UserError(f"model: expected the own forward of {name}, got a replaced one")
         raise UserError(
             f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}"
         )
@@ -176,11 +209,8 @@ def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Si
 
 
 @contextmanager
-def _replaced(model: nn.Module, forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Runs modules with other forwards, and afterwards with their own again."""
-    for name, module in model.named_modules():
-        if module in forwards and "forward" in vars(module):
-            raise UserError(f"model: expected the own forward of {name}, got a replaced one")
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -188,26 +218,3 @@ def _replaced(model: nn.Module, forwards: dict[nn.Module, Callable[..., Any]]) -
     finally:
         for module in forwards:
             vars(module).pop("forward", None)
-
-
-def _checked(site: Site, rows: GroupedRows) -> Callable[..., Tensor]:
-    """A site's forward without gradients that refuses another number of rows than was announced."""
-    forward = _without_grad(site.forward)
-
-    def checked(x: Tensor) -> Tensor:
-        shared = isinstance(site, EmbeddingSite) and len(x) == 1  # positions, the same for all rows
-        if len(x) != len(rows) and not shared:
-            raise UserError(
-                f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
-            )
-        return forward(x)
-
-    return checked
-
-
-def _without_grad(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return forward(x)
-
-    return run

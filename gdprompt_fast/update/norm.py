@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..families import FAMILIES
 from ..ops.norm import norm
 from .site import MaterialisedSite, Site, StepState, rule_for
 
@@ -29,11 +30,6 @@ def layer_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return NormSite(module, inner, state, module.eps, center=True)
 
 
-@rule_for(
-    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
-    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
-    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
-)
+@rule_for(*(family.named(family.rms_norm) for family in FAMILIES if family.rms_norm))
 def rms_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
     return NormSite(module, inner, state, module.variance_epsilon, center=False)

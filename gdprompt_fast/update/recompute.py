@@ -1,9 +1,9 @@
 """Recomputation of transformer blocks, exact through the inner step.
 
-A block is y = f(h, P), P being what its sites read in autograd: handles of weights, each group's
-own small parameters, shared ones. Between the passes of a meta step it keeps its input h, the
-cotangent of its output and the factors of its sites, which other passes need; everything else is
-computed again where a pass needs it:
+A block is y = f(h, P), P being what its sites read in autograd (handles of weights, each group's
+own small parameters, shared ones) and the trained parameters of layers without a site. Between
+the passes of a meta step it keeps its input h, the cotangent of its output and the factors of its
+sites, which other passes need; everything else is computed again where a pass needs it:
 
     forward            f
     inner backward     f and its gradient, which records the factors
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ..errors import UserError
 from ..ops.guard import differentiable_no_further
 from ..ops.rows import GroupedRows
 from .site import Site, StepState
@@ -36,16 +37,24 @@ class BlockUse:
     Args:
         forward: f, of the hidden states alone.
         sites: those inside the block.
+        parameters: the trained ones inside the block that no site reads.
         state: as it is at this use.
     """
 
     def __init__(
-        self, forward: Callable[[Tensor], Tensor], sites: list[Site], state: StepState
+        self,
+        forward: Callable[[Tensor], Tensor],
+        sites: list[Site],
+        parameters: list[nn.Parameter],
+        state: StepState,
     ) -> None:
-        self._forward, self._sites, self._state = forward, sites, state
-        self._rows, self._level = state.rows, state.level
+        self._forward, self._sites, self._parameters = forward, sites, parameters
+        self._state, self._rows, self._level = state, state.rows, state.level
         self.phase = state.phase
-        self.inputs = [tensor for site in sites for tensor in site.tensors]
+
+    def inputs(self) -> list[Tensor]:
+        """P."""
+        return [*(tensor for site in self._sites for tensor in site.tensors), *self._parameters]
 
     def run(self, h: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """f(h, P), P in place of what the sites read."""
@@ -62,7 +71,7 @@ class BlockUse:
     def gradient(self, h: Tensor, inputs: Sequence[Tensor], e: Tensor) -> Gradients:
         """Cotangents of h and P for the cotangent e of y."""
         with torch.enable_grad():
-            leaves = _leaves(h, *inputs)
+            leaves = self._leaves(h, inputs)
             y = self.run(leaves[0], leaves[1:])
         return torch.autograd.grad(y, leaves, e, allow_unused=True)
 
@@ -71,18 +80,25 @@ class BlockUse:
     ) -> Gradients:
         """Cotangents of e, h and P for those of the results of :meth:`gradient`."""
         with torch.enable_grad():
-            e, *leaves = _leaves(e, h, *inputs)
+            e = e.detach().requires_grad_()
+            leaves = self._leaves(h, inputs)
             y = self.run(leaves[0], leaves[1:])
             with self.phase.inner(), self.phase.replay():
                 first = torch.autograd.grad(y, leaves, e, create_graph=True, allow_unused=True)
         pairs = [
             (gradient, cotangent)
             for gradient, cotangent in zip(first, cotangents, strict=True)
-            if gradient is not None and gradient.requires_grad
+            if gradient is not None and gradient.requires_grad and cotangent is not None
         ]
         del y, first  # their graph is freed as the backward goes
         outputs, given = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, [e, *leaves], given, allow_unused=True)
+
+    def _leaves(self, h: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """h and P, at which the graph of a pass inside a block ends."""
+        cut = len(inputs) - len(self._parameters)
+        read = [tensor.detach().requires_grad_() for tensor in (h, *inputs[:cut])]
+        return [*read, *self._parameters]
 
     def _set(self, rows: GroupedRows, level: int, tensors: list[list[Tensor]]) -> None:
         self._state.rows, self._state.level = rows, level
@@ -90,23 +106,35 @@ class BlockUse:
             site.tensors = at_use
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    """Detached: the graph of a pass inside a block ends at its inputs."""
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
 def recomputed(
     block: nn.Module, sites: dict[nn.Module, Site], state: StepState
 ) -> Callable[..., Tensor]:
-    """The forward of a transformer block that keeps its input only."""
+    """The forward of a transformer block that keeps its input only.
+
+    Raises:
+        UserError: inside a step, if a gradient would go another way than through that input.
+    """
     own = [sites[module] for module in block.modules() if module in sites]
-    forward = type(block).forward
+    read = {id(p) for m in block.modules() if m in sites for p in m.parameters(recurse=False)}
+    others = [p for p in block.parameters() if p.requires_grad and id(p) not in read]
+    forward = block.forward
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        use = BlockUse(lambda h: forward(block, h, *args, **kwargs), own, state)
-        return _Block.apply(hidden_states, use, *use.inputs)
+        _check_constant({str(i): arg for i, arg in enumerate(args)} | kwargs)
+        use = BlockUse(lambda h: forward(h, *args, **kwargs), own, others, state)
+        return _Block.apply(hidden_states, use, *use.inputs())
 
     return run
+
+
+def _check_constant(arguments: dict[str, Any]) -> None:
+    for name, argument in arguments.items():
+        tensors = argument if isinstance(argument, tuple | list) else (argument,)
+        if any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
+            raise UserError(
+                'recompute: expected "none" for a model whose blocks get a gradient through '
+                f"more than their hidden states, got {name} that requires one"
+            )
 
 
 class _Block(Function):

@@ -1,124 +1,139 @@
-"""Parameter-free parts of a model, computed by ops that keep less for the backward passes."""
+"""Parameter-free parts of a model, computed by ops that keep less for the backward passes.
+
+A part is replaced only where it is what its class says (``intact.py``), with all that the
+replacement leaves out: elsewhere the model runs its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor, nn
 
-from ..architecture import type_name
-from ..errors import UserError
+from ..families import FAMILIES, Family, type_name
+from ..intact import is_intact, is_shipped
 from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
+from .masks import causal_window, check_attention_options
 
-ATTENTION = "gdprompt_fast"
+Forward = Callable[..., Any]
 
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, scale=scale, window=sliding_window), None
-
-
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Attention is causal in all models of the allowlist, and right padding needs no mask."""
-    if attention_mask is not None:
-        raise UserError("attention_mask: expected None inside a meta step")
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
-
-_GATED_MLPS = {
-    "transformers.models.llama.modeling_llama.LlamaMLP",
-    "transformers.models.mistral.modeling_mistral.MistralMLP",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2MLP",
-    "transformers.models.qwen3.modeling_qwen3.Qwen3MLP",
-}
 _GELUS = {  # the form of Φ of each, with the very constants of the op
     "transformers.activations.GELUActivation": "none",
     "transformers.activations.GELUTanh": "tanh",
     "transformers.activations.NewGELUActivation": "tanh",
     "transformers.activations.AccurateGELUActivation": "tanh",
 }
-_ROTARY_ATTENTIONS = {
-    "transformers.models.llama.modeling_llama.LlamaAttention",
-    "transformers.models.mistral.modeling_mistral.MistralAttention",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention",
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention",
-    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
-}
-_ROTARY = "apply_rotary_pos_emb"  # what all of them call, from the globals of their file
+_SILUS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
+_ATTENTIONS = {family.named(family.attention): family for family in FAMILIES if family.attention}
+_GATED_MLPS = {family.named(family.gated_mlp) for family in FAMILIES if family.gated_mlp}
 
 
-def substitute_for(module: Any, dtype: torch.dtype | None) -> Callable[..., Any] | None:
+def substitute_for(
+    module: Any, dtype: torch.dtype | None, engine_attention: bool = True
+) -> Forward | None:
     """The forward to use in place of the module's own, if there is a better one.
 
     Args:
         dtype: of the products under mixed precision, or None.
+        engine_attention: the masks are the engine's own (``masks.py``).
     """
     name = type_name(module)
-    if name in _GATED_MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-        return lambda x: module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+    if not is_shipped(type(module).forward, type(module)):
+        return None
+    if name in _GATED_MLPS:
+        return _gated_mlp(module)
     if name in _GELUS:
         return lambda x: gelu(x, _GELUS[name])
-    if name in _ROTARY_ATTENTIONS:
-        return _with_our_rotary(module)
+    if name in _ATTENTIONS and engine_attention:
+        return _attention(module, _ATTENTIONS[name])
     if name == "peft.tuners.lora.layer.Linear":
-        return _with_small_scaling(module, dtype)
+        return _lora(module, dtype)
     return None
 
 
-def _with_our_rotary(attention: Any) -> Callable[..., Any] | None:
-    """The module's own forward, but with our rotary embedding among its globals; None where it does
-    not call transformers' own.
+def _gated_mlp(mlp: Any) -> Forward | None:
+    """down(silu(gate(x)) ∘ up(x)) of an MLP with an activation that is just that."""
+    if type_name(mlp.act_fn) not in _SILUS or not is_intact(mlp.act_fn):
+        return None
+    return lambda x: mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
 
-    The globals of its file stay as they are: other models share them.
+
+def _attention(module: Any, family: Family) -> Forward | None:
+    """o(softmax attention of rotary(q), rotary(k), v); None where the modeling file would call
+    other functions than its own.
     """
-    forward = type(attention).forward
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+    file = sys.modules[type(module).__module__]
+    if not all(is_shipped(getattr(file, each), type(module)) for each in family.functions):
         return None
-    own = forward.__globals__.get(_ROTARY)
-    in_same_file = getattr(own, "__module__", None) == type(attention).__module__
-    # Hugging Face's kernels package makes a module of the function, with the name of its kernel.
-    if not in_same_file and getattr(own, "kernel_layer_name", None) != "rotary_pos_emb":
-        return None
-    copied = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, _ROTARY: rotary},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(copied, attention)
+    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms)
+
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        check_attention_options(module, options)
+        assert position_embeddings is not None
+        q, k, v = project(hidden_states)
+        q, k = rotary(q, k, *position_embeddings)
+        window = causal_window(attention_mask)
+        out = attention(q, k, v, scale=module.scaling, window=window)
+        return out_projection(out.flatten(-2)), None
+
+    return forward
 
 
-def _with_small_scaling(layer: Any, dtype: torch.dtype | None) -> Callable[..., Any] | None:
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def _separate(module: Any, head_norms: bool) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+    """Queries [B, H, T, D], keys and values [B, K, T, D] of a layer each."""
+
+    def project(x_BTD: Tensor) -> QKV:
+        heads = (*x_BTD.shape[:-1], -1, module.head_dim)
+        q, k = module.q_proj(x_BTD).view(heads), module.k_proj(x_BTD).view(heads)
+        if head_norms:
+            q, k = module.q_norm(q), module.k_norm(k)
+        v = module.v_proj(x_BTD).view(heads)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    return project, module.o_proj
+
+
+def _fused(module: Any, _: bool) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+    """Queries, keys and values [B, H, T, D] of one layer, a head after the other."""
+
+    def project(x_BTD: Tensor) -> QKV:
+        heads = (*x_BTD.shape[:-1], -1, 3 * module.head_size)
+        q, k, v = module.query_key_value(x_BTD).view(heads).transpose(1, 2).chunk(3, dim=-1)
+        return q, k, v
+
+    return project, module.dense
+
+
+_PROJECTIONS = {"separate": _separate, "fused": _fused}
+
+
+def _lora(layer: Any, dtype: torch.dtype | None) -> Forward | None:
     """y = W x + B (s A x) of a PEFT layer, which itself scales B A x: a tensor as large as y, kept
     in the inner backward beside y's own cotangent. None where the layer does anything else.
 
     Under mixed precision the adapters read what the layer reads; otherwise in their own dtype.
     """
-    if layer.disable_adapters or layer.merged or layer.lora_variant:
+    if layer.disable_adapters:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     adapters = [(layer.lora_A[n], layer.lora_B[n], layer.scaling[n]) for n in names]
     if any(lora_b.bias is not None for _, lora_b, _ in adapters):  # scaled too
+        return None
+    if not all(is_intact(layer.lora_dropout[name]) for name in names):
         return None
 
     def forward(x: Tensor) -> Tensor:

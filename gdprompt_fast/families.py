@@ -1,0 +1,96 @@
+"""What the engine knows of each architecture of transformers: one record a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """A causal decoder whose logits are head(backbone(ids)) and whose attention is softmax
+    attention, causal or within a sliding window.
+
+    Classes and functions are named as in the modeling file. They are recognised by exactly these
+    classes, with the forwards and functions that transformers ships: anything else may compute
+    something else.
+
+    Attributes:
+        file: the modeling file, ``transformers.models.…``.
+        causal_lm: the class of the whole; its forward is never run, the losses replace the head.
+        attention: the class whose forward is replaced, with ``functions``, where ``qkv`` says how
+            it makes queries, keys and values; None where only its attention function is.
+        qkv: "separate" (q_proj, k_proj, v_proj, o_proj), or "fused" (query_key_value, dense).
+        head_norms: queries and keys of every head are normed (q_norm, k_norm).
+        functions: what the replaced forward would call.
+        gated_mlp: the class of down_proj(act_fn(gate_proj(x)) * up_proj(x)), whose forward and
+            activation are replaced; None if the MLP runs as it is.
+        rms_norm: the class of its RMSNorms; None where it has torch's LayerNorm.
+        learned_positions: rows can be no longer than ``max_position_embeddings``.
+    """
+
+    file: str
+    causal_lm: str
+    attention: str | None = None
+    qkv: str = "separate"
+    head_norms: bool = False
+    functions: tuple[str, ...] = ("apply_rotary_pos_emb", "rotate_half")
+    gated_mlp: str | None = None
+    rms_norm: str | None = None
+    learned_positions: bool = False
+
+    def named(self, name: str) -> str:
+        """The full name of one of its classes."""
+        return f"transformers.models.{self.file}.{name}"
+
+
+FAMILIES = (
+    Family(
+        "llama.modeling_llama",
+        "LlamaForCausalLM",
+        attention="LlamaAttention",
+        gated_mlp="LlamaMLP",
+        rms_norm="LlamaRMSNorm",
+    ),
+    Family(
+        "mistral.modeling_mistral",
+        "MistralForCausalLM",
+        attention="MistralAttention",
+        gated_mlp="MistralMLP",
+        rms_norm="MistralRMSNorm",
+    ),
+    Family(
+        "qwen2.modeling_qwen2",
+        "Qwen2ForCausalLM",
+        attention="Qwen2Attention",
+        gated_mlp="Qwen2MLP",
+        rms_norm="Qwen2RMSNorm",
+    ),
+    Family(
+        "qwen3.modeling_qwen3",
+        "Qwen3ForCausalLM",
+        attention="Qwen3Attention",
+        head_norms=True,
+        gated_mlp="Qwen3MLP",
+        rms_norm="Qwen3RMSNorm",
+    ),
+    Family(
+        "gpt_neox.modeling_gpt_neox",
+        "GPTNeoXForCausalLM",
+        attention="GPTNeoXAttention",
+        qkv="fused",
+    ),
+    Family("gpt2.modeling_gpt2", "GPT2LMHeadModel", learned_positions=True),
+)
+_BY_CAUSAL_LM = {family.named(family.causal_lm): family for family in FAMILIES}
+
+
+def type_name(module: nn.Module) -> str:
+    """``package.module.Class``."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def family_of(causal_lm: nn.Module) -> Family | None:
+    """The family of a causal LM of exactly a known class."""
+    return _BY_CAUSAL_LM.get(type_name(causal_lm))

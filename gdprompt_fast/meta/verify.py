@@ -1,0 +1,164 @@
+"""One look at a model before its first step: does the engine compute what the model computes?
+
+On the longest context: the model's own logits against the engine's, the graph of the context's loss
+against the operations known to be twice differentiable, and every use of a weight against the layer
+that owns it. It costs two forward passes of one row, and is repeated when the model's fingerprint
+changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..architecture import causal_lm, compute_dtype
+from ..backend import use_backend
+from ..errors import UserError
+from ..graph import check_twice_differentiable
+from ..ops.phase import Phase
+from ..ops.rows import GroupedRows
+from ..update.attach import AdaptedModel
+from ..update.site import StepState
+from .fingerprint import fingerprint
+
+# Largest difference of the logits, over their spread, that rounding explains.
+TOLERANCES = {
+    torch.float64: 1e-5,  # transformers' norms are fp32 inside
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+LOGITS = (
+    1 << 22
+)  # elements compared at most: those of the last positions, the farthest from the first
+
+_verified: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def verify_model(
+    model: nn.Module,
+    context_ids: Tensor,
+    context_mask: Tensor,
+    inner: dict[str, nn.Parameter],
+    backend: str,
+    recompute: str = "none",
+) -> None:
+    """Verifies the model at its first step, and whenever it is not as it was then.
+
+    Args:
+        context_ids, context_mask: as in :class:`gdprompt_fast.MetaBatch`; the longest row is taken.
+        inner: the parameters the inner step moves.
+        backend: that of the step.
+        recompute: as in :func:`gdprompt_fast.fast_meta_step`.
+
+    Raises:
+        UserError: naming what the engine would get wrong; nothing has changed.
+    """
+    now = fingerprint(model, context_ids.shape[1]), tuple(inner), backend, recompute
+    if _verified.get(model) == now:
+        return
+    lengths = context_mask.sum(1)
+    row = context_ids[lengths.argmax()][: int(lengths.max())][None]
+    own, used = _own_logits(model, row)
+    with torch.enable_grad(), use_backend(backend):
+        logits, reached = _engine_pass(model, row, inner, len(own))
+    _check_same(model, logits, own)
+    _check_gradients(model, used, reached, recompute)
+    _verified[model] = now
+
+
+def _own_logits(model: nn.Module, row: Tensor) -> tuple[Tensor, set[int]]:
+    """The last logits [K, V] of the model as its user calls it, and the parameters it read."""
+    vocabulary = len(causal_lm(model).get_output_embeddings().weight)
+    keep = min(row.shape[1], max(2, LOGITS // vocabulary))
+    dtype = compute_dtype(model)
+    autocast = torch.autocast(row.device.type, dtype, enabled=dtype is not None)
+    uses = _Uses({id(p) for p in model.parameters()})
+    with torch.no_grad(), autocast, uses:
+        output = model(input_ids=row, use_cache=False, logits_to_keep=keep)
+    torch.clear_autocast_cache()
+    logits = output[0] if isinstance(output, tuple) else output.logits
+    return logits[0], uses.seen
+
+
+def _engine_pass(
+    model: nn.Module, row: Tensor, inner: dict[str, nn.Parameter], keep: int
+) -> tuple[Tensor, set[int]]:
+    """The engine's last logits [keep, V], and the leaves that the loss has a gradient for."""
+    state = StepState(1, 0.0, Phase(second_order=True), compute_dtype(model))
+    rows = GroupedRows(torch.zeros(1, dtype=torch.long, device=row.device), 1)
+    with torch.autocast(row.device.type, enabled=False):
+        adapted = AdaptedModel(model, inner, state)
+        with adapted.differentiable():
+            names = {id(parameter): name for name, parameter in inner.items()}
+            with _Uses(set(names)) as uses:
+                hidden_BTD = adapted.hidden_states(row, rows, level=0)
+            if uses.seen:
+                name = names[next(iter(uses.seen))]
+                raise UserError(
+                    "inner_params: expected weights to be used by their own layers alone, got "
+                    f"{name}, which is read elsewhere in the model too"
+                )
+            adapted.vocabulary.vocabulary.begin_contexts(row, rows)
+            loss = adapted.vocabulary.context_loss(hidden_BTD, torch.ones_like(hidden_BTD[..., 0]))
+            leaves = check_twice_differentiable(loss.sum(), "the context pass to be")
+            logits = adapted.vocabulary.logits(hidden_BTD.detach()[:, -keep:])
+        adapted.release()
+    return logits[0], {id(leaf) for leaf in leaves}
+
+
+class _Uses(TorchFunctionMode):
+    """Records which of some parameters an operation reads that gives a tensor."""
+
+    def __init__(self, watched: set[int]) -> None:
+        super().__init__()
+        self.watched, self.seen = watched, set[int]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list):
+            for each in (*args, *(kwargs or {}).values()):
+                for one in each if isinstance(each, tuple | list) else (each,):
+                    if id(one) in self.watched and isinstance(one, nn.Parameter):
+                        self.seen.add(id(one))
+        return result
+
+
+def _check_same(model: nn.Module, logits: Tensor, own: Tensor) -> None:
+    dtype = compute_dtype(model) or next(model.parameters()).dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    own, logits = own.to(wide), logits.to(wide)
+    spread = (own - own.mean(1, keepdim=True)).norm()
+    difference = float((logits - own).norm() / spread.clamp(min=torch.finfo(wide).tiny))
+    if not difference <= TOLERANCES[dtype]:
+        raise UserError(
+            "model: expected to compute what its own forward computes, got logits that differ by "
+            f"{difference:.2g} of their spread: something in the model is not run by a meta step "
+            '(verify="never" goes on regardless)'
+        )
+
+
+def _check_gradients(model: nn.Module, used: set[int], reached: set[int], recompute: str) -> None:
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trained.keys() & reached:
+        raise UserError(
+            "model: expected the loss to depend on a parameter with requires_grad, got none"
+        )
+    for key, name in trained.items():
+        if key in used and key not in reached:
+            raise UserError(
+                f"model: expected a gradient for {name}, which requires one and is used, got none: "
+                "something cuts it off"
+            )
+    strangers = reached - trained.keys() - {id(p) for p in model.parameters()}
+    if recompute == "block" and strangers:
+        raise UserError(
+            'recompute: expected "none" where tensors that are not parameters of the model get a '
+            "gradient, got such a tensor"
+        )
