@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UserError
 
+_TORCH = Path(torch.__file__).parent
 _HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward pre-hook",
@@ -50,7 +51,8 @@ def is_shipped(function: Any, owner: Any) -> bool:
     files = getattr(package, "__file__", None)
     if files is None:  # a class of a script: whatever it runs is its own
         return True
-    folders = (str(Path(files).parent), str(Path(torch.__file__).parent))
+    ours = Path(__file__).parent  # the reference's norms without upcasts
+    folders = tuple(str(folder) for folder in (Path(files).parent, _TORCH, ours))
     return all(_file_of(each).startswith(folders) for each in _wrapped(function))
 
 

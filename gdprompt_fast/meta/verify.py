@@ -107,8 +107,10 @@ def _engine_pass(
             loss = adapted.vocabulary.context_loss(hidden_BTD, torch.ones_like(hidden_BTD[..., 0]))
             leaves = check_twice_differentiable(loss.sum(), "the context pass to be")
             logits = adapted.vocabulary.logits(hidden_BTD.detach()[:, -keep:])
+        parameters = {id(parameter) for parameter in model.parameters()}
+        handles = {id(t) for site in adapted.all_sites for t in site.tensors} - parameters
         adapted.release()
-    return logits[0], {id(leaf) for leaf in leaves}
+    return logits[0], {id(leaf) for leaf in leaves} - handles
 
 
 class _Uses(TorchFunctionMode):

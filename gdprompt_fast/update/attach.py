@@ -60,7 +60,8 @@ class AdaptedModel:
                 self.sites[module] = site
 
     @property
-    def _all_sites(self) -> list[Site]:
+    def all_sites(self) -> list[Site]:
+        """Each once."""
         return list(dict.fromkeys([*self.sites.values(), self.vocabulary]))
 
     @contextmanager
@@ -134,7 +135,7 @@ class AdaptedModel:
         """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second
         order.
         """
-        moved = [tensor for site in self._all_sites for tensor in site.moved]
+        moved = [tensor for site in self.all_sites for tensor in site.moved]
         with self.state.phase.inner():
             grads = torch.autograd.grad(
                 loss,
@@ -145,7 +146,7 @@ class AdaptedModel:
             )
         self._check_used(moved, grads)
         each = iter(grads)
-        for site in self._all_sites:
+        for site in self.all_sites:
             site.step([next(each) for _ in site.moved])
 
     def release(self) -> None:
@@ -154,13 +155,13 @@ class AdaptedModel:
         What they hold has a graph, whose nodes hold the sites: a cycle that nobody else breaks.
         Autograd keeps the graph of a failed backward until its next one.
         """
-        for site in self._all_sites:
+        for site in self.all_sites:
             site.release()
 
     def detach(self, level: int) -> None:
         """Keeps the values of θ' after ``level`` steps and drops their graph, for inference."""
         self.state.level = level
-        for site in self._all_sites:
+        for site in self.all_sites:
             site.tensors = [tensor.detach() for tensor in site.tensors]
 
     def _check_used(self, moved: list[Tensor], grads: tuple[Tensor | None, ...]) -> None:
