@@ -80,7 +80,7 @@ def _check_lora_layer(name: str, layer: Any) -> None:
     for adapter in layer.active_adapters:
         if adapter in variants:
             raise UserError(
-                "model: expected PEFT adapters to be plain LoRA, got "
+                "model: expected PEFT adapters to be plain LoRA on linear layers, got "
                 f"{type(variants[adapter]).__name__} at {name}"
             )
 
@@ -91,7 +91,8 @@ def _check_lora_options(adapter: str, config: Any) -> None:
         value = getattr(config, option.name)
         if option.name not in LORA_OPTIONS and value != getattr(default, option.name):
             raise UserError(
-                f"model: expected PEFT adapters to be plain LoRA, got adapter {adapter!r} with "
+                f"model: expected PEFT adapters to be plain LoRA on linear layers, got adapter "
+                f"{adapter!r} with "
                 f"{option.name}={value!r}"
             )
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, inner_step, reference_meta_step
-from gdprompt_fast.ops.linear import Factor
-from gdprompt_fast.update import attach
+from gdprompt_fast.ops.linear import Factor, InnerLinear
 
 Build = Callable[..., Any]
 
@@ -221,7 +220,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
     def fail(*_: Any) -> None:
         raise MemoryError("in the middle of the last backward")
 
-    monkeypatch.setattr(attach.linear.InnerLinear, "pull", fail)
+    monkeypatch.setattr(InnerLinear, "pull", fail)
     with pytest.raises(MemoryError):
         fast_meta_step(model, make_batch(), objective="gold")
     assert_untouched(model, before)
@@ -240,7 +239,7 @@ def test_replaced_forwards_and_hooks_on_the_head_are_refused(
     assert vars(layer)["forward"] is own
     model = tiny_model()
     model.lm_head.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="no forward hooks on the head"):
+    with pytest.raises(ValueError, match="the head, which the losses replace, got a forward hook"):
         fast_meta_step(model, make_batch(), objective="gold")
 
 

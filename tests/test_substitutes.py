@@ -104,11 +104,30 @@ def test_a_rotary_embedding_that_is_not_that_of_transformers_is_kept(
     fast_meta_step(model, batch, objective="gold")
     assert calls
     assert "rotary" not in used
-    calls.clear()
-    replaced.kernel_layer_name = "rotary_pos_emb"  # type: ignore[attr-defined]
-    fast_meta_step(model, batch, objective="gold")
+
+
+def test_a_rotary_embedding_that_hugging_faces_kernels_package_made_a_module_of_is_known(
+    tiny_model: Build, make_batch: Build, used: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama-tied")
+    file = sys.modules[type(model).__module__]
+    source = """
+def module_of(function):
+    class Function(nn.Module):
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+    return Function()
+"""
+    names: dict[str, Any] = {"nn": torch.nn}
+    exec(compile(source, "site-packages/kernels/layer/layer.py", "exec"), names)
+    module = names["module_of"](getattr(file, ROTARY))
+    monkeypatch.setattr(file, ROTARY, module)
+    fast_meta_step(model, make_batch(), objective="gold")
     assert "rotary" in used
-    assert not calls
+    used.clear()
+    module.forward = module.forward  # a kernel in the function's place
+    fast_meta_step(model, make_batch(), objective="gold")
+    assert "rotary" not in used
 
 
 @pytest.mark.parametrize("forward", ["wrapped", "without-rotary"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .gradient import WeightGradient
-from .guard import differentiable_no_further
+from .guard import differentiable_no_further, used_twice
 from .phase import Phase, handle_like
 from .rows import GroupedRows
 
@@ -72,9 +72,7 @@ class InnerEmbedding:
         )
         if self.inner:
             if len(self.factors) != level:
-                raise RuntimeError(
-                    "an embedding that is used twice in one forward pass is not supported"
-                )
+                raise used_twice("an embedding")
             self.factors.append(factor)
         return factor
 

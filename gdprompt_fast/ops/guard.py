@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import UserError
+
 
 def differentiable_no_further(op: str, times: str) -> None:
     """Raises inside the last backward an op has, when the caller asks for a graph of it.
@@ -17,3 +19,11 @@ def differentiable_no_further(op: str, times: str) -> None:
             f"{op} is differentiable {times} only, but its last backward ran under "
             "create_graph=True"
         )
+
+
+def used_twice(layer: str) -> UserError:
+    """The error for a layer whose inner gradient would be the sum over several uses."""
+    return UserError(
+        "model: expected every layer that the inner step moves to run once in a forward pass, got "
+        f"{layer} used twice in one forward pass"
+    )

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from ..backend import implementation
 from .gradient import WeightGradient
-from .guard import differentiable_no_further
+from .guard import differentiable_no_further, used_twice
 from .phase import Phase, handle_like
 from .rows import GroupedRows
 
@@ -108,9 +108,7 @@ class InnerLinear:
         factor = Factor(rows.tokens_to_groups(x.detach()), rows.tokens_to_groups(e.detach()))
         if moves:
             if len(self.factors) != level:
-                raise RuntimeError(
-                    "a linear layer that is used twice in one forward pass is not supported"
-                )
+                raise used_twice("a linear layer")
             self.factors.append(factor)
         return factor
 

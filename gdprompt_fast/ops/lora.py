@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backend import implementation
+from .guard import used_twice
 from .phase import Phase
 from .rows import GroupedRows
 
@@ -42,9 +43,7 @@ class InnerLora:
         """W' after the inner step at ``level``; without its dependence on the W' before."""
         if not self.phase.replaying:
             if self._steps != level:
-                raise RuntimeError(
-                    "an adapter that is used twice in one forward pass is not supported"
-                )
+                raise used_twice("an adapter")
             self._steps += 1
         return lora_materialise(own_GOI.detach(), e, x, rows, -self.inner_lr)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..embedding import drop_padding
-from ..guard import differentiable_no_further
+from ..guard import differentiable_no_further, used_twice
 from ..phase import handle_like
 from ..rows import GroupedRows
 from .block import wide
@@ -217,6 +217,8 @@ class _TiedLookupBackward(Function):
         if vocabulary.inner:
             assert vocabulary.contexts is not None
             e = drop_padding(e.detach(), ids, vocabulary.padding_idx)
+            if vocabulary.steps[level].lookup_GSD is not None:
+                raise used_twice("the tied embedding")
             vocabulary.steps[level].lookup_GSD = vocabulary.contexts.tokens_to_groups(e)
         return e.new_empty(0)
 
