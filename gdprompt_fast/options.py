@@ -69,8 +69,8 @@ class MetaStepOutput:
 
 def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
     """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones
-    too), ``"lora"`` the active PEFT adapters, or those for which ``inner_params(name, parameter)`` is
-    true.
+    too), ``"lora"`` the active PEFT adapters, or those for which ``inner_params(name,
+    parameter)`` is true.
 
     Raises:
         ValueError: if the choice is unknown or selects nothing.
@@ -100,8 +100,9 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
 
 def _is_active(name: str, model: nn.Module) -> bool:
     """Whether a parameter ``layer.lora_A.adapter.weight`` is of an adapter that the layer uses."""
-    layer, _, rest = name.rpartition(".lora_")
-    return rest.split(".")[1] in model.get_submodule(layer).active_adapters
+    path, _, rest = name.rpartition(".lora_")
+    layer: Any = model.get_submodule(path)
+    return rest.split(".")[1] in layer.active_adapters
 
 
 def check_inner(inner_lr: Any, inner_steps: Any) -> None:

@@ -223,7 +223,10 @@ def test_evaluate_can_tune_the_inner_rate(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such/folder"], "model: expected a folder with a config.json, got no/such"),
+        (
+            ["--model", "no/such/folder"],
+            "model: expected a folder with a config.json or the name of",
+        ),
         (["--data", "no-such.jsonl"], "no-such.jsonl: expected a JSONL file"),
         (["--data", "bad.jsonl"], 'bad.jsonl, line 1: expected the field "response"'),
         (["--inner-lr", "-1"], "inner_lr: expected a finite number >= 0, got -1.0"),

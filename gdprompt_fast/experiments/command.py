@@ -39,13 +39,16 @@ def prepare_experiment(
         ValueError: naming the option or the preset's section, what was expected and what was given.
     """
     sections = load_preset(f"experiments-{preset}" if preset in OWN_PRESETS else preset)
+    general = dict(sections.get("model", {}))
+    if model is not None:
+        general.pop("revision", None)  # of the preset's own model
     overrides = {
         "seeds": None if seeds is None else list(seeds),
         "name": model,
         "revision": revision,
     }
     given = {key: value for key, value in overrides.items() if value is not None}
-    sections["model"] = {**sections.get("model", {}), **given}
+    sections["model"] = general | given
     read = Preset.read(sections)
     experiment = EXPERIMENTS[name]
     experiment.check(read, read.section(name, experiment.settings))

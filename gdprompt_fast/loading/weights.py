@@ -20,6 +20,7 @@ SAVED_FROM = {
     "_checkpoint_wrapped_module.": "a model with activation checkpointing",
     "module.": "DDP or DataParallel",
 }
+PEFT = "base_model.model."
 NAMED = 3  # as many weights are named in an error
 
 Shape = Sequence[int]
@@ -71,7 +72,7 @@ class LoadedWeights:
             inside = prefix in self.unexpected[0] if self.unexpected else False
             if inside if prefix.startswith("_") else self._all_begin_with(prefix):
                 return f"saved from {saved_from}, whose {prefix} is in the names: remove it there"
-        if self._all_begin_with("base_model.model."):
+        if self._all_begin_with(PEFT) and not any(name.startswith(PEFT) for name in self.missing):
             return "saved from a PEFT model: save what its merge_and_unload() returns"
         if self.mismatched and not (self.missing or self.unexpected):
             return "a model of another size than its config says"
@@ -111,7 +112,7 @@ def load_base(
         )
     model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    weights = LoadedWeights(len(model.state_dict()), *(sorted(info[kind]) for kind in kinds))
+    weights = LoadedWeights(len([*model.parameters()]), *(sorted(info[kind]) for kind in kinds))
     weights.check(folder, type(model).__name__, allow_missing)
     if gguf is not None:
         _forget_quantisation(model)
