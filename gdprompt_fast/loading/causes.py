@@ -25,6 +25,7 @@ CAUSES = {
         f"a model_type that transformers {transformers.__version__} does not know: of a newer one "
         "(pip install -U transformers), or damaged"
     ),
+    r"trust_remote_code": "a model with code of its own, which is not run",
     r"Unrecognized configuration class": "a model that is no causal LM",
     r"out of memory|can't allocate memory|MemoryError": "more than the memory holds",
     r"weights_only|Unpickling|zip archive|pickle": "a .bin file that is damaged or holds code",

@@ -99,7 +99,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """
     path = find_config(name, revision)
     with one_line_errors(path):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def _load_base(found: FoundModel, dtype: torch.dtype, allow_missing: bool) -> Any:
@@ -109,7 +109,7 @@ def _load_base(found: FoundModel, dtype: torch.dtype, allow_missing: bool) -> An
         weights = weight_files(found.folder)
         check_files(found.folder, weights)
         check_not_quantised(found.folder)
-        config = AutoConfig.from_pretrained(found.folder)
+        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
     else:
         weights = [gguf]
         config = AutoConfig.from_pretrained(found.folder, gguf_file=gguf.name)
@@ -136,7 +136,7 @@ def _check_config(config: PreTrainedConfig, folder: Path, size: int) -> None:
 
 def _tokenizer_of(found: FoundModel) -> PreTrainedTokenizerBase:
     if has_tokenizer(found.folder):
-        return AutoTokenizer.from_pretrained(found.folder)
+        return AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
     gguf = gguf_file(found)
     if gguf is None:
         raise UserError(f"model: expected a tokenizer in {found.folder}, got none of its files")
