@@ -124,7 +124,9 @@ def _teacher_of(
         return None
     in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
     dtype = "bfloat16" if in_bfloat16 else "float32"
-    asked = hub_and_weights(args) if args.teacher is None else {}
+    asked = hub_and_weights(args)
+    if args.teacher:
+        asked["revision"] = None  # that of --model
     teacher, _ = load_model(args.teacher or args.model, dtype, device, **asked)
     check_same_vocabulary(teacher, model)
     return teacher

@@ -271,7 +271,7 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     weights.write_bytes(weights.read_bytes()[:200])
     command = ["evaluate", "--data", str(triples), "--model"]
     assert main([*command, str(broken)]) == 2
-    assert "error: model: expected a model to load in" in capsys.readouterr().err
+    assert "error: model: expected a whole safetensors file, got " in capsys.readouterr().err
     assert main([*command, str(model_folder), "--results", "no/such/folder/r.json"]) == 2
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 

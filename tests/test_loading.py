@@ -181,6 +181,22 @@ def test_a_tied_head_may_be_in_the_file_too(save: Build) -> None:
     load(folder)
 
 
+def test_a_tied_head_may_be_all_that_is_in_the_file(save: Build, tiny_model: Build) -> None:
+    folder = save("llama-tied")
+    renamed(lambda name: name.replace("model.embed_tokens", "lm_head"))(folder)
+    expected = tiny_model("llama-tied", torch.float32).lm_head.weight
+    assert torch.equal(load(folder).get_input_embeddings().weight, expected)
+
+
+def test_names_without_the_prefix_of_the_backbone_load(save: Build, tiny_model: Build) -> None:
+    folder = save("gpt2-conv1d-positions")
+    edit_weights(folder, old_buffers)
+    renamed(lambda name: name.removeprefix("transformer."))(folder)  # as gpt2 itself on the hub
+    expected = tiny_model("gpt2-conv1d-positions", torch.float32).state_dict()
+    for name, weight in load(folder).state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
 def without(*names: str) -> Edit:
     return lambda folder: edit_weights(
         folder, lambda w: {n: v for n, v in w.items() if not any(part in n for part in names)}

@@ -71,6 +71,18 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "a pointer for a config": (write("config.json", POINTER), "Git-LFS pointer in .*config.json"),
     "weights cut short": (cut("model.safetensors", 500), "model.safetensors, cut short or damaged"),
     "a config cut short": (cut("config.json", 100), "expected JSON in .*config.json, got "),
+    "a tokenizer cut short": (
+        cut("tokenizer.json", 300),
+        "expected JSON in .*tokenizer.json, got ",
+    ),
+    "a config of words": (
+        edit_json("config.json", num_hidden_layers="two"),
+        "a config.json with a value that cannot be",
+    ),
+    "code of its own": (
+        edit_json("config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "a model with code of its own, which is not run",
+    ),
     "a list for a config": (write("config.json", "[]"), "JSON object in .*config.json, got list"),
     "a shard too few": (
         a_shard_too_few,

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import tokenizers
 import transformers
@@ -17,7 +16,7 @@ from ..errors import UserError
 
 LONGEST = 300  # characters of another's message
 CAUSES = {
-    r"untagged enum|ModelWrapper|PreTokenizer|Normalizer|PostProcessor|unknown variant": (
+    r"^Exception: ": (  # the type of all errors of tokenizers
         f"a tokenizer.json that tokenizers {tokenizers.__version__} cannot read: of a newer one "
         "(pip install -U tokenizers transformers), or damaged"
     ),
@@ -25,16 +24,18 @@ CAUSES = {
         f"a model_type that transformers {transformers.__version__} does not know: of a newer one "
         "(pip install -U transformers), or damaged"
     ),
+    r"Validation error": "a config.json with a value that cannot be",
+    r"instantiate the backend tokenizer": "a tokenizer whose files are not all there",
     r"trust_remote_code": "a model with code of its own, which is not run",
     r"Unrecognized configuration class": "a model that is no causal LM",
     r"out of memory|can't allocate memory|MemoryError": "more than the memory holds",
     r"weights_only|Unpickling|zip archive|pickle": "a .bin file that is damaged or holds code",
-    r"ModuleNotFoundError|ImportError|requires": "something that needs another package",
+    r"^(ModuleNotFoundError|ImportError): ": "something that needs another package",
 }
 
 
 @contextmanager
-def one_line_errors(folder: Path) -> Iterator[None]:
+def one_line_errors(expected: str) -> Iterator[None]:
     """Inside, the libraries warn of nothing, and any error of theirs is a UserError.
 
     They raise Exception, ImportError, KeyError, pickle's errors and more for one and the same: a
@@ -49,17 +50,15 @@ def one_line_errors(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"model: expected a model to load in {folder}, got {likely_cause(error)}"
-        ) from error
+        raise UserError(f"model: expected {expected}, got {likely_cause(error)}") from error
     finally:
         set_verbosity(level)
 
 
 def likely_cause(error: BaseException) -> str:
-    """What is probably wrong, and the first line of what the library says."""
-    said = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()[:LONGEST]
+    """What is probably wrong, and what the library says."""
+    said = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
     for pattern, cause in CAUSES.items():
         if re.search(pattern, said):
-            return f"{cause} ({said})"
-    return said
+            return f"{cause} ({said[:LONGEST]})"
+    return said[:LONGEST]

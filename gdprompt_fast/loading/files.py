@@ -9,11 +9,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from .find import CONFIG_FILE, FoundModel
+from .find import ADAPTER_CONFIG_FILE, CONFIG_FILE, FoundModel
 
 POINTER = b"version https://git-lfs"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers takes the first that is there
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+READ_FIRST = (CONFIG_FILE, ADAPTER_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -28,6 +29,9 @@ def check_files(folder: Path, weights: list[Path]) -> None:
     """
     for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.model")), *weights]:
         _check_no_pointer(path)
+    for name in READ_FIRST:
+        if (folder / name).is_file():
+            read_settings(folder / name)
     for path in weights:
         if path.suffix == ".safetensors":
             _check_safetensors(path)

@@ -19,7 +19,14 @@ from ..architecture import causal_lm, check_model
 from ..errors import UserError
 from .adapters import load_adapters
 from .causes import one_line_errors
-from .files import check_files, check_not_quantised, gguf_file, has_tokenizer, weight_files
+from .files import (
+    check_files,
+    check_not_quantised,
+    gguf_file,
+    has_tokenizer,
+    read_settings,
+    weight_files,
+)
 from .find import ADAPTER_CONFIG_FILE, CONFIG_FILE, FoundModel, find_config, find_model
 from .fit import check_tokenizer
 from .weights import load_base
@@ -68,7 +75,7 @@ def load_model(
     def load(base: FoundModel) -> nn.Module:
         return _load_base(base, DTYPES[dtype], allow_missing)
 
-    with one_line_errors(found.folder):
+    with one_line_errors(f"a model to load in {found.folder}"):
         tokenizer_of = found
         if (found.folder / ADAPTER_CONFIG_FILE).is_file():
             model, base = load_adapters(found.folder, load, allow_missing)
@@ -87,7 +94,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if there is none that can be read.
     """
-    with one_line_errors(folder):
+    with one_line_errors(f"a tokenizer to load in {folder}"):
         return _tokenizer_of(FoundModel(folder, str(folder)))
 
 
@@ -98,7 +105,11 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         ValueError: if there is none, or the hub cannot be reached.
     """
     path = find_config(name, revision)
-    with one_line_errors(path):
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"model: expected a {CONFIG_FILE} in {path}, got none")
+    read_settings(file)
+    with one_line_errors(f"a configuration at {path}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
