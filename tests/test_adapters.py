@@ -179,10 +179,10 @@ def test_adapters_of_another_rank_stop(home: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "NOVEL"}, "expected a model to load in"),
+        ({"peft_type": "NOVEL"}, "expected adapters to load in"),
         ({"task_type": "SEQ_CLS"}, "expected adapters of a causal LM, got task_type 'SEQ_CLS'"),
         ({"use_dora": True}, "plain LoRA on linear layers"),
-        ({"target_modules": ["no_such_layer"]}, "expected a model to load in .*no_such_layer"),
+        ({"target_modules": ["no_such_layer"]}, "expected adapters to load in .*no_such_layer"),
         ({"base_model_name_or_path": "adapters"}, "expected a base without adapters"),
     ],
     ids=str,

@@ -101,5 +101,5 @@ def test_a_gguf_file_without_all_weights_stops(folder: Path, model_folder: Path)
 def test_a_gguf_file_cut_short_is_one_line(folder: Path) -> None:
     path = folder / "tiny-f32.gguf"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="expected a model to load in"):
+    with pytest.raises(UserError, match="expected a configuration to load in"):
         load_model(folder, "float32", CPU)

@@ -96,11 +96,11 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "code in a pickle": (pickled_code, "a .bin file that is damaged or holds code"),
     "heads that do not divide": (
         edit_json("config.json", num_attention_heads=3),
-        "expected a model to load in",
+        "expected a configuration to load in",
     ),
     "a padding id without an embedding": (
         edit_json("config.json", pad_token_id=9999),
-        "expected a model to load in .*adding_idx",
+        "expected a configuration to load in .*adding_idx",
     ),
     "a size that no file holds": (
         edit_json("config.json", hidden_size=1 << 20),

@@ -75,17 +75,18 @@ def load_model(
     def load(base: FoundModel) -> nn.Module:
         return _load_base(base, DTYPES[dtype], allow_missing)
 
-    with one_line_errors(f"a model to load in {found.folder}"):
-        tokenizer_of = found
-        if (found.folder / ADAPTER_CONFIG_FILE).is_file():
+    tokenizer_of, adapters = found, (found.folder / ADAPTER_CONFIG_FILE).is_file()
+    with one_line_errors(f"{'adapters' if adapters else 'a model'} to load in {found.folder}"):
+        if adapters:
             model, base = load_adapters(found.folder, load, allow_missing)
             tokenizer_of = found if has_tokenizer(found.folder) else base
         else:
             model = load(found)
-        tokenizer = _tokenizer_of(tokenizer_of)
         check_model(model.eval())
-        check_tokenizer(tokenizer, model, tokenizer_of.folder)
-        return model.to(device), tokenizer
+        model = model.to(device)
+    tokenizer = _tokenizer_of(tokenizer_of)
+    check_tokenizer(tokenizer, model, tokenizer_of.folder)
+    return model, tokenizer
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -94,8 +95,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if there is none that can be read.
     """
-    with one_line_errors(f"a tokenizer to load in {folder}"):
-        return _tokenizer_of(FoundModel(folder, str(folder)))
+    return _tokenizer_of(FoundModel(folder, str(folder)))
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -117,14 +117,14 @@ def _load_base(found: FoundModel, dtype: torch.dtype, allow_missing: bool) -> An
     """A model without adapters, refused before its weights are read if that can be."""
     gguf = gguf_file(found)
     if gguf is None:
-        weights = weight_files(found.folder)
+        weights, file = weight_files(found.folder), {}
         check_files(found.folder, weights)
         check_not_quantised(found.folder)
-        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False)
     else:
-        weights = [gguf]
-        config = AutoConfig.from_pretrained(found.folder, gguf_file=gguf.name)
-    _check_config(config, found.folder, sum(path.stat().st_size for path in weights))
+        weights, file = [gguf], {"gguf_file": gguf.name}
+    with one_line_errors(f"a configuration to load in {found.folder}"):
+        config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False, **file)
+        _check_config(config, found.folder, sum(path.stat().st_size for path in weights))
     model = load_base(found.folder, config, dtype, allow_missing, gguf)
     # What adapters on it will call their base.
     model.name_or_path = found.name
@@ -146,9 +146,9 @@ def _check_config(config: PreTrainedConfig, folder: Path, size: int) -> None:
 
 
 def _tokenizer_of(found: FoundModel) -> PreTrainedTokenizerBase:
-    if has_tokenizer(found.folder):
-        return AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False)
-    gguf = gguf_file(found)
-    if gguf is None:
+    gguf = None if has_tokenizer(found.folder) else gguf_file(found)
+    if gguf is None and not has_tokenizer(found.folder):
         raise UserError(f"model: expected a tokenizer in {found.folder}, got none of its files")
-    return AutoTokenizer.from_pretrained(found.folder, gguf_file=gguf.name)
+    file = {} if gguf is None else {"gguf_file": gguf.name}
+    with one_line_errors(f"a tokenizer to load in {found.folder}"):
+        return AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False, **file)
