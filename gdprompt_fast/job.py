@@ -17,6 +17,7 @@ from .data import Example, Limits
 from .errors import UserError
 from .loading import (
     add_lora,
+    check_same_tokens,
     check_same_vocabulary,
     choose_device,
     load_examples,
@@ -75,7 +76,7 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
     """
     device = choose_device(args.device)
     model, tokenizer = _model_to_train(args, options, device)
-    teacher = _teacher_of(model, args, options, device)
+    teacher = _teacher_of(model, tokenizer, args, options, device)
     cache = args.teacher_cache or args.output / "teacher"
 
     def read(path: Path, room: int) -> list[Example]:
@@ -117,7 +118,11 @@ def _model_to_train(
 
 
 def _teacher_of(
-    model: nn.Module, args: Namespace, options: TrainOptions, device: torch.device
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    options: TrainOptions,
+    device: torch.device,
 ) -> nn.Module | None:
     """The teacher of the KL objective, in the dtype that training computes in."""
     if options.objective != "kl":
@@ -127,8 +132,9 @@ def _teacher_of(
     asked = hub_and_weights(args)
     if args.teacher:
         asked["revision"] = None  # that of --model
-    teacher, _ = load_model(args.teacher or args.model, dtype, device, **asked)
+    teacher, its_tokenizer = load_model(args.teacher or args.model, dtype, device, **asked)
     check_same_vocabulary(teacher, model)
+    check_same_tokens(its_tokenizer, tokenizer)
     return teacher
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from gdprompt_fast.checkpoint import save_model
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.loading import load_model
+from gdprompt_fast.loading import add_lora, load_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is an optional dependency")
 
@@ -82,6 +82,14 @@ def test_a_gguf_file_loads_and_is_saved_as_an_ordinary_model(
     for loaded in (model, again):
         for weight_name, weight in loaded.state_dict().items():
             assert torch.equal(weight, expected[weight_name]), weight_name
+
+
+def test_adapters_of_a_gguf_file_find_it(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    for name in (folder, folder / "tiny-f32.gguf"):
+        model, tokenizer = load_model(name, "float32", CPU)
+        save_model(add_lora(model, 2, 0), tokenizer, tmp_path / "adapters")
+        load_model(tmp_path / "adapters", "float32", CPU)
 
 
 def test_of_several_gguf_files_one_must_be_named(folder: Path) -> None:

@@ -15,6 +15,7 @@ from model_folders import COMMIT, POINTER, Edit, edit_json, edit_weights, rename
 from safetensors.torch import load_file
 
 from gdprompt_fast.cli import main
+from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.data.words import word_tokenizer
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.experiments.lab import base_model
@@ -115,6 +116,17 @@ def test_the_teacher_may_be_on_the_hub(
     command = ["train", "--model", str(model_folder), "--teacher", "org/teacher", "--steps", "1"]
     command += ["--data", str(triples), "--answer-tokens", "2", "--output", str(tmp_path / "run")]
     assert main(command) == 0
+
+
+def test_a_teacher_with_another_tokenizer_is_one_line(
+    folder: Path, triples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = shutil.copytree(folder, tmp_path / "teacher")
+    words = sorted(people_tokenizer().get_vocab())[4:]
+    word_tokenizer(words[::-1]).save_pretrained(teacher)
+    command = ["train", "--model", str(folder), "--teacher", str(teacher), "--steps", "1"]
+    assert main([*command, "--data", str(triples), "--output", str(tmp_path / "run")]) == 2
+    assert "error: teacher: expected the tokenizer of the model" in capsys.readouterr().err
 
 
 ARCHITECTURES = ["llama-tied", "llama-untied", "gpt2-conv1d-positions", "gpt-neox"]

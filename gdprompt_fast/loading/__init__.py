@@ -3,6 +3,7 @@
 from .adapters import add_lora, load_adapter_weights
 from .find import FoundModel, find_model
 from .fit import (
+    check_same_tokens,
     check_same_vocabulary,
     check_vocabulary,
     load_examples,
@@ -18,6 +19,7 @@ __all__ = [
     "DTYPES",
     "FoundModel",
     "add_lora",
+    "check_same_tokens",
     "check_same_vocabulary",
     "check_vocabulary",
     "choose_device",

@@ -86,7 +86,7 @@ def find_base(folder: Path, name: str | None, revision: str | None) -> FoundMode
         raise UserError(f"model: expected a base_model_name_or_path in {where}, got none")
     tried = dict.fromkeys([Path(name).absolute(), (folder / name).absolute()])
     for path in tried:
-        if path.is_dir() and holds_model(path):
+        if path.is_file() or holds_model(path):
             if (path / ADAPTER_CONFIG_FILE).is_file():
                 raise UserError(
                     f"model: expected a base without adapters in {path}, as {where} says"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -20,6 +20,7 @@ from ..errors import UserError
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SETTINGS_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+PICKLED_WEIGHTS = ["pytorch_model*.bin", "adapter_model.bin"]
 OTHER_COPIES = ["*/*", "consolidated*"]  # of the weights, in other formats
 
 
@@ -70,7 +71,7 @@ def find_config(name: str, revision: str | None = None) -> Path:
             f"got {name}: there is no such file"
         )
     try:
-        return Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+        return _snapshot(name, revision, CONFIG_FILE)
     except Exception as error:
         raise _not_found(name, revision, error) from error
 
@@ -94,20 +95,19 @@ def _on_disk(path: Path) -> FoundModel:
 
 def _on_hub(name: str, revision: str | None) -> FoundModel:
     try:
-        folder = _snapshot(name, revision, "*.safetensors")
+        folder = _snapshot(name, revision, *SETTINGS_FILES, "*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            folder = _snapshot(name, revision, "pytorch_model*.bin", "adapter_model.bin")
+            folder = _snapshot(name, revision, *SETTINGS_FILES, *PICKLED_WEIGHTS)
     except Exception as error:  # the hub's client has errors of many types
         raise _not_found(name, revision, error) from error
     return FoundModel(folder, name, revision=folder.name)
 
 
-def _snapshot(name: str, revision: str | None, *weights: str) -> Path:
-    wanted = [*SETTINGS_FILES, *weights]
+def _snapshot(name: str, revision: str | None, *wanted: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_COPIES
+                name, revision=revision, allow_patterns=[*wanted], ignore_patterns=OTHER_COPIES
             )
         )
     except IncompleteSnapshotError as error:

@@ -47,7 +47,7 @@ def print_notes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     if vocabulary > largest + 1:
         print(
             f"note: the model has {vocabulary:,} embeddings, the tokenizer {largest + 1:,} ids: "
-            "the rest is never read, and never an answer that counts"
+            "no text has the rest"
         )
     ends, eos = _model_eos(model), tokenizer.eos_token_id
     if ends and eos is not None and eos not in ends:
@@ -86,6 +86,23 @@ def check_same_vocabulary(teacher: nn.Module, model: nn.Module) -> None:
         raise UserError(
             f"teacher: expected the model's vocabulary of {vocabulary_size(model)}, "
             f"got {vocabulary_size(teacher)}"
+        )
+
+
+def check_same_tokens(teacher: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> None:
+    """The teacher's ids are the model's, whose tokenizer is the only one used; those of special
+    tokens, which some rename or add, apart.
+    """
+    added = teacher.get_added_vocab().keys() | model.get_added_vocab().keys()
+    theirs, own = (
+        {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in added}
+        for tokenizer in (teacher, model)
+    )
+    if theirs != own:
+        token, id_ = min(theirs.items() ^ own.items())
+        raise UserError(
+            f"teacher: expected the tokenizer of the model, got another, of {len(theirs)} tokens "
+            f"for {len(own)}: one of the two does not have {token!r} as {id_}"
         )
 
 

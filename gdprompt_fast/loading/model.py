@@ -29,7 +29,7 @@ from .files import (
 )
 from .find import ADAPTER_CONFIG_FILE, CONFIG_FILE, FoundModel, find_config, find_model
 from .fit import check_tokenizer
-from .weights import load_base
+from .weights import load_base, the_same_at_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PER_BYTE = 8  # no format holds more parameters in a byte
@@ -76,7 +76,8 @@ def load_model(
         return _load_base(base, DTYPES[dtype], allow_missing)
 
     tokenizer_of, adapters = found, (found.folder / ADAPTER_CONFIG_FILE).is_file()
-    with one_line_errors(f"{'adapters' if adapters else 'a model'} to load in {found.folder}"):
+    expected = f"{'adapters' if adapters else 'a model'} to load in {found.folder}"
+    with one_line_errors(expected), the_same_at_random():
         if adapters:
             model, base = load_adapters(found.folder, load, allow_missing)
             tokenizer_of = found if has_tokenizer(found.folder) else base

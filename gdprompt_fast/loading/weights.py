@@ -53,10 +53,13 @@ class LoadedWeights:
         text = f"model: expected the {self.count} weights of {whose} in {folder}, got {self}"
         if not allow_missing:
             raise UserError(
-                f"{text}: {self._cause()}; --allow-missing goes on without them, with random "
-                "weights for those of the model"
+                f"{text}: {self._cause()}; --allow-missing goes on, with random weights where the "
+                "model's are not there"
             )
-        print(f"warning: {text}: going on with random weights in their place", file=sys.stderr)
+        print(
+            f"warning: {text}: going on, with random weights where the model's are not there",
+            file=sys.stderr,
+        )
 
     def __str__(self) -> str:
         shapes = [f"{name} {[*file]} for {[*model]}" for name, file, model in self.mismatched]
@@ -68,11 +71,11 @@ class LoadedWeights:
         return ", ".join(f"{len(n)} {what} ({_few(n)})" for what, n in parts.items() if n)
 
     def _cause(self) -> str:
-        for prefix, saved_from in SAVED_FROM.items():
-            inside = prefix in self.unexpected[0] if self.unexpected else False
-            if inside if prefix.startswith("_") else self._all_begin_with(prefix):
-                return f"saved from {saved_from}, whose {prefix} is in the names: remove it there"
-        if self._all_begin_with(PEFT) and not any(name.startswith(PEFT) for name in self.missing):
+        for wrapper, saved_from in SAVED_FROM.items():
+            if any(f".{wrapper}" in f".{name}" for name in self.unexpected):
+                return f"saved from {saved_from}, whose {wrapper} is in the names: remove it there"
+        of_peft = [name.startswith(PEFT) for name in self.unexpected]
+        if any(of_peft) and not any(name.startswith(PEFT) for name in self.missing):
             return "saved from a PEFT model: save what its merge_and_unload() returns"
         if self.mismatched and not (self.missing or self.unexpected):
             return "a model of another size than its config says"
@@ -81,10 +84,6 @@ class LoadedWeights:
         if not self.unexpected and not self.mismatched:
             return "an incomplete checkpoint, or fewer weights than its config says"
         return "weights of another architecture or size than its config says"
-
-    def _all_begin_with(self, prefix: str) -> bool:
-        names = self.unexpected
-        return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def load_base(
@@ -101,15 +100,14 @@ def load_base(
     """
     config.return_dict = True  # the engine reads outputs by name
     file = {} if gguf is None else {"gguf_file": gguf.name}
-    with _the_same_at_random():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **file,
-        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **file,
+    )
     model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     weights = LoadedWeights(len([*model.parameters()]), *(sorted(info[kind]) for kind in kinds))
@@ -120,7 +118,7 @@ def load_base(
 
 
 @contextmanager
-def _the_same_at_random() -> Iterator[None]:
+def the_same_at_random() -> Iterator[None]:
     """Weights that are not in a file are random, but the same for a model and its teacher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
