@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import ShuffledSampler
 from .errors import UserError
-from .loading import load_adapter_weights, load_base
+from .loading import load_adapter_weights, load_base, one_line_errors
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
@@ -110,11 +110,12 @@ def _make_base_absolute(model: Any) -> None:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts the weights of :func:`save_model` back into ``model``."""
-    if _is_peft(model):
-        load_adapter_weights(model, folder)
-        return
-    saved = load_base(folder, model.config, model.dtype)  # type: ignore[arg-type]
-    model.load_state_dict(saved.state_dict())
+    with one_line_errors(f"a checkpoint to load in {folder}"):
+        if _is_peft(model):
+            load_adapter_weights(model, folder)
+            return
+        saved = load_base(folder, model.config, model.dtype)  # type: ignore[arg-type]
+        model.load_state_dict(saved.state_dict())
 
 
 def save_checkpoint(

@@ -134,6 +134,24 @@ def test_a_base_on_the_hub_is_saved_with_its_commit(
     assert same_adapters(load(home / "new"), home / "new")
 
 
+def test_adapters_and_their_base_may_both_be_on_the_hub(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    change_settings(home / "adapters", base_model_name_or_path="org/tiny")
+    to_cache(home / "models" / "base", tmp_path / "hub", "org/tiny", "main")
+    to_cache(home / "adapters", tmp_path / "hub", "org/adapters", "main")
+    assert same_adapters(load("org/adapters"), home / "adapters")
+
+
+def test_a_damaged_checkpoint_is_one_line(home: Path) -> None:
+    path = home / "adapters" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="expected a checkpoint to load in"):
+        load_weights(with_adapters(load("models/base")), home / "adapters")
+
+
 def test_adapters_without_a_tokenizer_take_that_of_their_base(home: Path) -> None:
     for path in (home / "adapters").glob("*token*"):
         path.unlink()

@@ -75,6 +75,11 @@ def test_a_name_on_the_hub_loads_from_the_cache(
     assert base_model("org/tiny", revision).name == COMMIT
 
 
+def test_the_bundled_model_has_no_revisions() -> None:
+    with pytest.raises(UserError, match="revision: expected none of the bundled model, got 'v1'"):
+        base_model("bundled", "v1")
+
+
 def test_every_command_takes_a_name_and_a_revision(
     model_folder: Path, triples: Path, hub_cache: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from gdprompt_fast.checkpoint import save_model
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.loading import add_lora, load_model
+from gdprompt_fast.loading import add_lora, load_model, print_notes
 
 CPU = torch.device("cpu")
 DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "150"))
@@ -59,7 +59,8 @@ def test_a_mangled_folder_is_one_line_or_loads_whole(
         shutil.copytree(rng.choice(folders), folder)
         done = mangle(folder, rng)
         try:
-            model, _ = load_model(folder, "float32", CPU)
+            model, tokenizer = load_model(folder, "float32", CPU)
+            print_notes(model, tokenizer)
         except UserError as error:
             assert "\n" not in str(error), (seed, done, str(error))
             continue

@@ -106,7 +106,11 @@ def base_model(name: str, revision: str | None) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    return bundled_folder() if name == BUNDLED else find_model(name, revision).folder
+    if name != BUNDLED:
+        return find_model(name, revision).folder
+    if revision is not None:
+        raise UserError(f"revision: expected none of the bundled model, got {revision!r}")
+    return bundled_folder()
 
 
 def _fingerprint(folder: Path) -> str:

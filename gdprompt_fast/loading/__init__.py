@@ -1,6 +1,7 @@
 """Models, tokenizers and data as the command line names them, checked before any long work."""
 
 from .adapters import add_lora, load_adapter_weights
+from .causes import one_line_errors
 from .find import FoundModel, find_model
 from .fit import (
     check_same_tokens,
@@ -30,6 +31,7 @@ __all__ = [
     "load_examples",
     "load_model",
     "load_tokenizer",
+    "one_line_errors",
     "positions",
     "print_notes",
     "room_before_answer",

@@ -65,9 +65,10 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _model_eos(model: Any) -> list[int]:
     """The ids that end a text for the model by its own files."""
-    named = [model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    lists = [each if isinstance(each, list) else [each] for each in named if each is not None]
-    return sorted({eos for each in lists for eos in each})
+    files = (model.config, model.generation_config)
+    named = [getattr(file, "eos_token_id", None) for file in files]
+    lists = [each if isinstance(each, list) else [each] for each in named]
+    return sorted({eos for each in lists for eos in each if isinstance(eos, int)})
 
 
 def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:
