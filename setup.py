@@ -16,6 +16,7 @@ SUBPACKAGES = [
     "evaluation",
     "experiments",
     "kernels",
+    "loading",
     "meta",
     "ops",
     "ops.cpp",

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import ShuffledSampler
 from .errors import UserError
+from .loading import load_adapter_weights, load_base, one_line_errors
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
@@ -90,21 +91,31 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The model (of a PEFT model its adapters) as safetensors, with its tokenizer."""
-    # PEFT would otherwise look on the hub whether the embeddings have been resized.
-    extra = {"save_embedding_layers": False} if _is_peft(model) else {}
+    extra = {}
+    if _is_peft(model):
+        # PEFT would otherwise look on the hub whether the embeddings have been resized.
+        extra = {"save_embedding_layers": False}
+        _make_base_absolute(model)
     model.save_pretrained(folder, **extra)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 
+def _make_base_absolute(model: Any) -> None:
+    """Adapters find their base from any folder."""
+    for config in model.peft_config.values():
+        base = config.base_model_name_or_path
+        if base and Path(base).exists():
+            config.base_model_name_or_path = str(Path(base).absolute())
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts the weights of :func:`save_model` back into ``model``."""
-    if _is_peft(model):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
-        return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)  # type: ignore[attr-defined]
-    model.load_state_dict(saved.state_dict())
+    with one_line_errors(f"a checkpoint to load in {folder}"):
+        if _is_peft(model):
+            load_adapter_weights(model, folder)
+            return
+        saved = load_base(folder, model.config, model.dtype)  # type: ignore[arg-type]
+        model.load_state_dict(saved.state_dict())
 
 
 def save_checkpoint(

@@ -36,7 +36,7 @@ from .evaluation import (
 )
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
-from .job import limits, load_job
+from .job import hub_and_weights, limits, load_job
 from .loading import (
     DTYPES,
     choose_device,
@@ -44,6 +44,7 @@ from .loading import (
     load_examples,
     load_model,
     positions,
+    print_notes,
     room_before_answer,
 )
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
@@ -58,7 +59,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
-    *("device", "eval_batch_size", "grid", "output"),
+    *("allow_missing", "device", "eval_batch_size", "grid", "output"),
     *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
 }
 
@@ -160,7 +161,9 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
         raise UserError(f"output: expected a new or empty folder, got {args.output}")
     if args.examples < 1:
         raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
-    model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
+    device = choose_device(args.device)
+    model, tokenizer = load_model(args.model, "float32", device, **hub_and_weights(args))
+    print_notes(model, tokenizer)
     triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
     chosen = list(triples.examples)
     random.Random(options.seed).shuffle(chosen)  # a file comes in order of its articles
@@ -215,7 +218,9 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
     asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
     _check_file("results", args.results)
     _check_file("predictions", args.predictions)
-    model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
+    device = choose_device(args.device)
+    model, tokenizer = load_model(args.model, args.dtype, device, **hub_and_weights(args))
+    print_notes(model, tokenizer)
     check_inner_step(model, asked, args.one_after_another)
     room = room_before_answer(model, args.answer_tokens)
     triples = load_examples(args.data, model, tokenizer, limits(args, room))
@@ -254,7 +259,7 @@ def prepare_plan(args: argparse.Namespace) -> Work:
     setting = Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
     memory = None if args.memory is None else parse_memory(args.memory)
     _check_file("json", args.json)
-    plan = make_plan(load_config(args.model), setting, memory)
+    plan = make_plan(load_config(args.model, args.revision), setting, memory)
 
     def work() -> None:
         print(plan_table(args.model, plan))
@@ -267,7 +272,13 @@ def prepare_plan(args: argparse.Namespace) -> Work:
 def prepare_experiment_of(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt experiment``."""
     return prepare_experiment(
-        args.name, args.preset, args.output, args.seeds, args.model, args.device
+        args.name,
+        args.preset,
+        args.output,
+        args.seeds,
+        args.model,
+        args.device,
+        **hub_and_weights(args),
     )
 
 
@@ -381,7 +392,7 @@ def _add_prepare(commands: Any) -> None:
     )
     parser = _command(commands, "prepare", what, prepare_prepare)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
-    parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
+    _add_model(parser)
     parser.add_argument(
         "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
     )
@@ -419,7 +430,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--joint-data", type=Path, help="triples to fine-tune on, as usual, in the same steps"
     )
-    parser.add_argument("--teacher", type=Path, help="folder of the kl teacher; None: --model's")
+    parser.add_argument(
+        "--teacher", type=Path, help="kl teacher, as --model, a hub's at main; None: --model"
+    )
     parser.add_argument(
         "--teacher-cache", type=Path, help="folder of its answers; None: in --output"
     )
@@ -467,6 +480,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument(
         "--model", required=True, help="config.json, model folder or name on the Hugging Face hub"
     )
+    _add_revision(parser)
     _add_fields(parser, Setting)
     parser.add_argument("--memory", help="size of the card, as 80GB: finds the largest batch")
     parser.add_argument("--json", type=Path, help="JSON file to write the numbers to")
@@ -487,6 +501,8 @@ def _add_experiment(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of results and stages")
     parser.add_argument("--seeds", type=int, nargs="+", help="repetitions; None: the preset's")
     parser.add_argument("--model", help="model folder or name on the hub; None: the preset's")
+    _add_revision(parser)
+    _add_allow_missing(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
 
 
@@ -509,8 +525,31 @@ def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
         )
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="transformers model or PEFT adapters: a folder, GGUF file or name on the hub",
+    )
+    _add_revision(parser)
+    _add_allow_missing(parser)
+
+
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of --model on the hub")
+
+
+def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="go on with random weights for those that a model's files do not have",
+    )
+
+
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
+    _add_model(parser)
     parser.add_argument(
         "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
     )

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,13 @@ from .data import Example, Limits
 from .errors import UserError
 from .loading import (
     add_lora,
+    check_same_tokens,
     check_same_vocabulary,
     choose_device,
     load_examples,
     load_model,
     positions,
+    print_notes,
     room_before_answer,
 )
 from .options import select_inner
@@ -73,7 +76,7 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
     """
     device = choose_device(args.device)
     model, tokenizer = _model_to_train(args, options, device)
-    teacher = _teacher_of(model, args, options, device)
+    teacher = _teacher_of(model, tokenizer, args, options, device)
     cache = args.teacher_cache or args.output / "teacher"
 
     def read(path: Path, room: int) -> list[Example]:
@@ -100,7 +103,8 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
 def _model_to_train(
     args: Namespace, options: TrainOptions, device: torch.device
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model(args.model, args.dtype, device)
+    model, tokenizer = load_model(args.model, args.dtype, device, **hub_and_weights(args))
+    print_notes(model, tokenizer)
     if args.dtype != "float32" and not args.lora_rank:
         raise UserError(
             f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
@@ -114,15 +118,23 @@ def _model_to_train(
 
 
 def _teacher_of(
-    model: nn.Module, args: Namespace, options: TrainOptions, device: torch.device
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Namespace,
+    options: TrainOptions,
+    device: torch.device,
 ) -> nn.Module | None:
     """The teacher of the KL objective, in the dtype that training computes in."""
     if options.objective != "kl":
         return None
     in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
     dtype = "bfloat16" if in_bfloat16 else "float32"
-    teacher, _ = load_model(args.teacher or args.model, dtype, device)
+    asked = hub_and_weights(args)
+    if args.teacher:
+        asked["revision"] = None  # that of --model
+    teacher, its_tokenizer = load_model(args.teacher or args.model, dtype, device, **asked)
     check_same_vocabulary(teacher, model)
+    check_same_tokens(its_tokenizer, tokenizer)
     return teacher
 
 
@@ -140,6 +152,11 @@ def warn_of_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:
             "--data too: their scores are not those of unseen examples",
             file=sys.stderr,
         )
+
+
+def hub_and_weights(args: Namespace) -> dict[str, Any]:
+    """What ``load_model`` takes besides the name of ``--model``."""
+    return {"revision": args.revision, "allow_missing": args.allow_missing}
 
 
 def limits(args: Namespace, room: int) -> Limits:

@@ -69,8 +69,8 @@ class MetaStepOutput:
 
 def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
     """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones
-    too), ``"lora"`` the PEFT adapters, or those for which ``inner_params(name, parameter)`` is
-    true.
+    too), ``"lora"`` the active PEFT adapters, or those for which ``inner_params(name,
+    parameter)`` is true.
 
     Raises:
         ValueError: if the choice is unknown or selects nothing.
@@ -80,8 +80,10 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
     elif inner_params in ("full", "lora"):
 
         def chosen(name: str, _: nn.Parameter) -> bool:
+            if ".lora_" in name:
+                return inner_params == "lora" and _is_active(name, model)
             frozen_copy = ".original_module." in name  # of PEFT's modules_to_save; never used
-            return (".lora_" in name) == (inner_params == "lora") and not frozen_copy
+            return inner_params == "full" and not frozen_copy
 
     else:
         raise UserError(
@@ -94,6 +96,13 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
             f"inner_params: expected to select some parameters, got none with {inner_params!r}"
         )
     return selected
+
+
+def _is_active(name: str, model: nn.Module) -> bool:
+    """Whether a parameter ``layer.lora_A.adapter.weight`` is of an adapter that the layer uses."""
+    path, _, rest = name.rpartition(".lora_")
+    layer: Any = model.get_submodule(path)
+    return rest.split(".")[1] in layer.active_adapters
 
 
 def check_inner(inner_lr: Any, inner_steps: Any) -> None:

@@ -223,7 +223,10 @@ def test_evaluate_can_tune_the_inner_rate(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such/folder"], "model: expected a folder with a config.json, got no/such"),
+        (
+            ["--model", "no/such/folder"],
+            "model: expected a folder with a config.json or the name of",
+        ),
         (["--data", "no-such.jsonl"], "no-such.jsonl: expected a JSONL file"),
         (["--data", "bad.jsonl"], 'bad.jsonl, line 1: expected the field "response"'),
         (["--inner-lr", "-1"], "inner_lr: expected a finite number >= 0, got -1.0"),
@@ -268,7 +271,7 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     weights.write_bytes(weights.read_bytes()[:200])
     command = ["evaluate", "--data", str(triples), "--model"]
     assert main([*command, str(broken)]) == 2
-    assert "error: model: expected a model to load in" in capsys.readouterr().err
+    assert "error: model: expected a whole safetensors file, got " in capsys.readouterr().err
     assert main([*command, str(model_folder), "--results", "no/such/folder/r.json"]) == 2
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 

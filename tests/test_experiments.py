@@ -8,6 +8,7 @@ import math
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import stdev
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from model_folders import edit_weights, to_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gdprompt_fast.train
@@ -23,6 +26,7 @@ from gdprompt_fast.cli import main
 from gdprompt_fast.data.characters import characters_vocabulary
 from gdprompt_fast.data.people import people_vocabulary
 from gdprompt_fast.data.words import word_tokenizer
+from gdprompt_fast.errors import UserError
 from gdprompt_fast.experiments import (
     EXPERIMENTS,
     Preset,
@@ -537,6 +541,30 @@ def test_a_bad_preset_is_one_clear_line_before_any_work(
     with pytest.raises(ValueError, match=message):
         command.prepare_experiment("table2", "tiny.toml", tmp_path / "new", None, None, "cpu")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_model_may_be_on_the_hub_and_without_all_its_weights(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdprompt_fast.experiments import command
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "model"
+    shutil.copytree(sections["model"]["name"], model)
+    edit_weights(model, lambda weights: {n: w for n, w in weights.items() if "mlp" not in n})
+    to_cache(model, tmp_path / "hub", "org/tiny", "v1")
+    monkeypatch.setattr(command, "load_preset", lambda name: copy.deepcopy(sections))
+    run = ("table4", "tiny.toml", tmp_path / "new", None, "org/tiny", "cpu", "v1")
+    with pytest.raises(UserError, match=r"3 missing \(model.layers.0.mlp.down_proj.weight"):
+        command.prepare_experiment(*run)()
+    (lab,) = make_labs(
+        replace(Preset.read(sections), model="org/tiny", revision="v1"),
+        tmp_path / "new",
+        CPU,
+        allow_missing=True,
+    )
+    assert tasks.prepared(lab, "squad").result["examples"] == 4
 
 
 def test_bad_input_to_the_commands_is_one_clear_line(

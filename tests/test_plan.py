@@ -353,7 +353,11 @@ def test_the_command_prints_a_plan_and_writes_its_numbers(
         (["--json", "no/such/folder/plan.json"], "json: expected a file in an existing folder"),
         (["--model", "bert.json"], "model: expected a transformers causal LM"),
         (["--model", "mamba.json"], "model: expected one that can be built, got Mamba"),
-        (["--model", "broken.json"], "model: expected a configuration at broken.json"),
+        (
+            ["--model", "unknown.json"],
+            "model: expected a configuration at unknown.json, got a model_",
+        ),
+        (["--model", "broken.json"], "model: expected JSON in broken.json"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -367,6 +371,7 @@ def test_bad_input_is_one_clear_line(
     Path("bert.json").write_text('{"model_type": "bert"}')
     Path("mamba.json").write_text('{"model_type": "mamba", "hidden_size": 8, "vocab_size": 16}')
     Path("broken.json").write_text("{")
+    Path("unknown.json").write_text('{"model_type": "llama9"}')
     assert main(["plan", "--model", str(config_file), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error

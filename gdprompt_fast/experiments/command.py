@@ -20,6 +20,8 @@ def prepare_experiment(
     seeds: Sequence[int] | None,
     model: str | None,
     device: str,
+    revision: str | None = None,
+    allow_missing: bool = False,
 ) -> Callable[[], None]:
     """The long work of an experiment, with everything checked that can be beforehand.
 
@@ -30,18 +32,27 @@ def prepare_experiment(
         seeds: None: the preset's.
         model: None: the preset's.
         device: as ``choose_device`` takes it.
+        revision: of the model on the hub; None: the preset's.
+        allow_missing: as ``load_model`` takes it.
 
     Raises:
         ValueError: naming the option or the preset's section, what was expected and what was given.
     """
     sections = load_preset(f"experiments-{preset}" if preset in OWN_PRESETS else preset)
-    overrides = {"seeds": None if seeds is None else list(seeds), "name": model}
+    general = dict(sections.get("model", {}))
+    if model is not None:
+        general.pop("revision", None)  # of the preset's own model
+    overrides = {
+        "seeds": None if seeds is None else list(seeds),
+        "name": model,
+        "revision": revision,
+    }
     given = {key: value for key, value in overrides.items() if value is not None}
-    sections["model"] = {**sections.get("model", {}), **given}
+    sections["model"] = general | given
     read = Preset.read(sections)
     experiment = EXPERIMENTS[name]
     experiment.check(read, read.section(name, experiment.settings))
-    labs = make_labs(read, output, choose_device(device))
+    labs = make_labs(read, output, choose_device(device), allow_missing)
 
     def work() -> None:
         markdown = run_experiment(name, labs)

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..bundled import bundled_folder
 from ..checkpoint import is_empty
 from ..errors import UserError
-from ..loading import load_config
+from ..loading import find_model, load_config
 from .preset import Preset
 from .stages import Result, Stage, run_stage
 
 STAGES = "stages"
 BUNDLED = "bundled"
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 READ_AT_ONCE = 1 << 24  # bytes
 
 
@@ -38,6 +35,7 @@ class Lab:
         model: the folder of the model that everything begins with.
         fingerprint: of that model's files.
         seed: of the data, the training and the evaluation.
+        allow_missing: as ``load_model`` takes it, for that model.
         used: the stages that this experiment asked for, by name; shared by its repetitions.
     """
 
@@ -47,6 +45,7 @@ class Lab:
     model: Path
     fingerprint: str
     seed: int
+    allow_missing: bool = False
     used: dict[str, Stage] = field(default_factory=dict)
 
     def stage(
@@ -73,7 +72,9 @@ class Lab:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
 
-def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
+def make_labs(
+    preset: Preset, output: Path, device: torch.device, allow_missing: bool = False
+) -> list[Lab]:
     """A lab for every seed of the preset.
 
     Raises:
@@ -83,7 +84,7 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
         raise UserError(
             f"output: expected a new or empty folder or one of experiments, got {output}"
         )
-    model = find_model(preset.model)
+    model = base_model(preset.model, preset.revision)
     config = load_config(str(model))
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
@@ -95,27 +96,21 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
             f"{room} positions, got {needed} together"
         )
     fingerprint, used = _fingerprint(model), dict[str, Stage]()
-    return [Lab(preset, output, device, model, fingerprint, seed, used) for seed in preset.seeds]
+    common = (preset, output, device, model, fingerprint)
+    return [Lab(*common, seed, allow_missing, used) for seed in preset.seeds]
 
 
-def find_model(name: str) -> Path:
+def base_model(name: str, revision: str | None) -> Path:
     """The folder of ``"bundled"``, of a path, or of a model on the hub, downloaded if need be.
 
     Raises:
         ValueError: if there is none.
     """
-    if name == BUNDLED:
-        return bundled_folder()
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f'model: expected "{BUNDLED}", a model folder or a name on the hub, got {name!r} '
-            f"({reason})"
-        ) from None
+    if name != BUNDLED:
+        return find_model(name, revision).folder
+    if revision is not None:
+        raise UserError(f"revision: expected none of the bundled model, got {revision!r}")
+    return bundled_folder()
 
 
 def _fingerprint(folder: Path) -> str:

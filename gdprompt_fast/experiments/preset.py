@@ -105,6 +105,7 @@ class Preset:
     Attributes:
         sections: the file itself, as nested dictionaries.
         model: a model folder, a name on the Hugging Face hub, or ``"bundled"``.
+        revision: of the model on the hub; None: main, or none of the hub.
         dtype: of the weights.
         seeds: every seed is a repetition of everything: data, preparation, training, evaluation.
         prepare_examples: how many training examples the preparation goes by.
@@ -113,6 +114,7 @@ class Preset:
 
     sections: dict[str, Any]
     model: str
+    revision: str | None
     dtype: str
     seeds: tuple[int, ...]
     limits: Limits
@@ -143,6 +145,7 @@ class Preset:
         preset = Preset(
             sections=dict(sections),
             model=general.name,
+            revision=general.revision,
             dtype=general.dtype,
             seeds=general.seeds,
             limits=_read("limits", Limits, sections),
@@ -219,6 +222,7 @@ class _General:
     name: str
     seeds: tuple[int, ...]
     dtype: str = "float32"
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

@@ -15,13 +15,14 @@ import transformers
 
 from .. import __version__
 from ..checkpoint import write_json
+from ..errors import UserError
 
 STAGE_FILE = "stage.json"
 
 Result = dict[str, Any]
 
 
-class StaleStage(ValueError):
+class StaleStage(UserError):
     """A folder holds a stage that was done with other settings than those asked for."""
 
 

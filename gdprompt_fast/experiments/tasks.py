@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import MODEL_FOLDER, hash_of_file, save_model, write_folder
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
-from ..loading import check_vocabulary, load_model
+from ..loading import check_vocabulary, load_model, load_tokenizer
 from ..prepare import fine_tune
 from ..teacher import TeacherCache
 from ..train import TrainOptions
@@ -32,7 +32,7 @@ def data(lab: Lab, task: str) -> Stage:
     its, limits = lab.preset.tasks[task], lab.preset.limits
 
     def work(folder: Path) -> Result:
-        tokenizer = AutoTokenizer.from_pretrained(lab.model)
+        tokenizer = load_tokenizer(lab.model)
         file, test_file = (None if f is None else Path(f) for f in (its.file, its.test_file))
         made = make_data(its.source, its.train, its.test, lab.seed, file, test_file)
         counts = {"made": made.counts}
@@ -104,7 +104,8 @@ def fine_tuned(
     options = replace(lab.preset.prepare, seed=lab.seed)
 
     def work(folder: Path) -> Result:
-        model, tokenizer = load_model(start, lab.preset.dtype, lab.device)
+        allowed = lab.allow_missing and start == lab.model
+        model, tokenizer = load_model(start, lab.preset.dtype, lab.device, allow_missing=allowed)
         chosen = examples(lab, task, "train", model, tokenizer, count)
         with lab.autocast():
             fine_tune(model, chosen, options)

@@ -1,0 +1,39 @@
+"""Models, tokenizers and data as the command line names them, checked before any long work."""
+
+from .adapters import add_lora, load_adapter_weights
+from .causes import one_line_errors
+from .find import FoundModel, find_model
+from .fit import (
+    check_same_tokens,
+    check_same_vocabulary,
+    check_vocabulary,
+    load_examples,
+    positions,
+    print_notes,
+    room_before_answer,
+    vocabulary_size,
+)
+from .model import DTYPES, choose_device, load_config, load_model, load_tokenizer
+from .weights import load_base
+
+__all__ = [
+    "DTYPES",
+    "FoundModel",
+    "add_lora",
+    "check_same_tokens",
+    "check_same_vocabulary",
+    "check_vocabulary",
+    "choose_device",
+    "find_model",
+    "load_adapter_weights",
+    "load_base",
+    "load_config",
+    "load_examples",
+    "load_model",
+    "load_tokenizer",
+    "one_line_errors",
+    "positions",
+    "print_notes",
+    "room_before_answer",
+    "vocabulary_size",
+]

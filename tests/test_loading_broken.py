@@ -1,0 +1,123 @@
+"""Broken model folders: one line that says what is wrong, whatever transformers raises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from model_folders import POINTER, Edit, cut, edit_json, write
+from transformers import LlamaForCausalLM
+
+from gdprompt_fast.cli import main
+from gdprompt_fast.errors import UserError
+from gdprompt_fast.loading import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model's folder, to change."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def tokenizer_of_tomorrow(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["type"] = "BPE2"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def a_shard_too_few(folder: Path) -> None:
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="5KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def pickled_code(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": print}, folder / "pytorch_model.bin")
+
+
+BROKEN: dict[str, tuple[Edit, str]] = {
+    "bitsandbytes": (
+        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        "expected weights that are not quantised, got bitsandbytes",
+    ),
+    "gptq": (
+        edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "expected weights that are not quantised, got gptq",
+    ),
+    "an unknown model_type": (
+        edit_json("config.json", model_type="llama9"),
+        "a model_type that transformers .* does not know",
+    ),
+    "another architecture": (
+        edit_json("config.json", model_type="gemma", head_dim=16),
+        "expected a transformers causal LM .*, got .*GemmaForCausalLM",
+    ),
+    "no causal LM": (edit_json("config.json", model_type="vit"), "a model that is no causal LM"),
+    "a newer tokenizer": (tokenizer_of_tomorrow, "a tokenizer.json that tokenizers .* of a newer"),
+    "a pointer for a tokenizer": (
+        write("tokenizer.json", POINTER),
+        "Git-LFS pointer in .*tokenizer.json: git lfs pull",
+    ),
+    "a pointer for weights": (
+        write("model.safetensors", POINTER),
+        "Git-LFS pointer in .*model.safetensors: git lfs pull",
+    ),
+    "a pointer for a config": (write("config.json", POINTER), "Git-LFS pointer in .*config.json"),
+    "weights cut short": (cut("model.safetensors", 500), "model.safetensors, cut short or damaged"),
+    "a config cut short": (cut("config.json", 100), "expected JSON in .*config.json, got "),
+    "a tokenizer cut short": (
+        cut("tokenizer.json", 300),
+        "expected JSON in .*tokenizer.json, got ",
+    ),
+    "a config of words": (
+        edit_json("config.json", num_hidden_layers="two"),
+        "a config.json with a value that cannot be",
+    ),
+    "code of its own": (
+        edit_json("config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "a model with code of its own, which is not run",
+    ),
+    "a list for a config": (write("config.json", "[]"), "JSON object in .*config.json, got list"),
+    "a shard too few": (
+        a_shard_too_few,
+        r"shards beside .*, got none of model-00002-of-.* \(1 are",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "expected weights in"),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")] and None,
+        "expected a tokenizer in",
+    ),
+    "code in a pickle": (pickled_code, "a .bin file that is damaged or holds code"),
+    "heads that do not divide": (
+        edit_json("config.json", num_attention_heads=3),
+        "expected a configuration to load in",
+    ),
+    "a padding id without an embedding": (
+        edit_json("config.json", pad_token_id=9999),
+        "expected a configuration to load in .*adding_idx",
+    ),
+    "a size that no file holds": (
+        edit_json("config.json", hidden_size=1 << 20),
+        "expected weights of the [0-9,]+ parameters that .*config.json asks for, got files of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_one_line_and_exit_code_2(
+    edit: Edit, message: str, folder: Path, triples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(folder)
+    with pytest.raises(UserError, match=message):
+        load_model(folder, "float32", CPU)
+    command = ["evaluate", "--model", str(folder), "--data", str(triples)]
+    assert main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match=message):
+        main([*command, "--debug"])
