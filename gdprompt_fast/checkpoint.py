@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,76 +14,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import ShuffledSampler
-from .errors import UserError
+from .files import write_file, write_folder
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
 MODEL_FOLDER = "model"
 EVENTS_FOLDER = "tensorboard"
-
-
-def hash_of_file(path: Path) -> str:
-    """The SHA-256 of what a file holds."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_replaceable(folder: Path) -> None:
-    """That :func:`write_folder` can put another folder in the place of this one.
-
-    Raises:
-        ValueError: if it is the current one.
-    """
-    if folder.resolve() == Path.cwd():
-        raise UserError(f"output: expected another folder than the current one, got {folder}")
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a temporary folder beside ``folder`` and puts that in its place.
-
-    A process killed in the middle leaves a temporary folder (removed by the next call), never a
-    ``folder`` with parts missing.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for path in temporary.rglob("*"):
-        _to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    _to_disk(temporary)
-    os.replace(temporary, path)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file is on the disk: a name must not get there before its content."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether there is no such path, or a folder with nothing but what a killed write left."""
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(path.name.startswith(".") and path.suffix == ".tmp" for path in folder.iterdir())
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

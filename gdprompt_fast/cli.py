@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -13,17 +12,9 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import (
-    check_replaceable,
-    hash_of_file,
-    is_empty,
-    save_model,
-    write_file,
-    write_folder,
-    write_json,
-)
+from .checkpoint import save_model
 from .data import SOURCES, make_data
-from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
+from .data_folder import SAMPLES, counts_table, is_data_folder, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
 from .errors import UserError
 from .evaluation import (
@@ -36,6 +27,7 @@ from .evaluation import (
 )
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
+from .files import hash_of_file, recover, write_file, write_folder, write_json
 from .job import limits, load_job
 from .loading import (
     DTYPES,
@@ -46,11 +38,12 @@ from .loading import (
     positions,
     room_before_answer,
 )
+from .outputs import Outputs, check_differ, is_marked, written_by
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .prepare import PrepareOptions, fine_tune
 from .presets import preset_arguments
-from .report import PAGE_FILE, results_page, results_table
-from .run import TestSet, as_results, claim_output, run, summaries
+from .report import PAGE_FILE, is_page, results_page, results_table
+from .run import TestSet, as_results, check_output, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
@@ -59,7 +52,22 @@ DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
     *("device", "eval_batch_size", "grid", "output"),
-    *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
+    *("overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
+}
+INPUTS = (
+    *("model", "data", "test_data", "joint_data", "teacher", "teacher_cache", "preset"),
+    *("source", "test_source"),
+)
+
+# What --overwrite replaces. Without it that is refused; an input is never replaced.
+REPLACES = "replace an --output that is not empty, and all in it"
+OVERWRITE = {
+    "data": f"{REPLACES}; data that this command wrote, unchanged, needs no such leave",
+    **dict.fromkeys(("demo", "prepare", "train", "search-outer-lr"), REPLACES),
+    "evaluate": "replace files that exist; --results of this command need no such leave",
+    "plan": "replace a --json that this command did not write",
+    "experiment": f"{REPLACES}, unless it is one of experiments, which is gone on with",
+    "report": "replace a page that this command did not write",
 }
 
 Work = Callable[[], None]
@@ -85,6 +93,9 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: boo
     try:
         if hasattr(args, "preset_section") and args.preset:
             args = _with_preset(args, arguments)
+        for path in _paths(args).values():
+            recover(path)
+            recover(path.parent)
         work: Work = args.prepare(args)
     except (UserError, OSError) as error:
         if debug:
@@ -103,7 +114,7 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: boo
 
 def prepare_data(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt data`` but for what it writes and prints."""
-    check_data_folder(args.output)
+    _outputs(args).check_folder(args.output, is_data_folder)
     data = make_data(
         args.name,
         args.train,
@@ -137,6 +148,7 @@ def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Nam
 
 def prepare_demo(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt demo``."""
+    check_output(args.output, args.resume, _outputs(args))
     demo = make_demo(
         choose_device(args.device),
         args.steps,
@@ -144,7 +156,8 @@ def prepare_demo(args: argparse.Namespace) -> Work:
         args.test_examples,
         args.eval_batch_size,
     )
-    claim_output(args.output, {**_settings(args), **asdict(demo.options)}, args.resume)
+    settings = {**_settings(args), **asdict(demo.options)}
+    claim_output(args.output, settings, args.resume, _outputs(args))
     print(
         f"the bundled model, {len(demo.examples)} questions on passages to train on and "
         f"{len(demo.test.examples)} to measure on, with no person and no thing in common"
@@ -155,9 +168,7 @@ def prepare_demo(args: argparse.Namespace) -> Work:
 def prepare_prepare(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt prepare``: its input, checked and loaded."""
     options = PrepareOptions(**{f.name: getattr(args, f.name) for f in fields(PrepareOptions)})
-    check_replaceable(args.output)
-    if not is_empty(args.output):
-        raise UserError(f"output: expected a new or empty folder, got {args.output}")
+    _outputs(args).check_folder(args.output)
     if args.examples < 1:
         raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
     model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
@@ -177,8 +188,10 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
 
 def prepare_train(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
-    job = load_job(args, _train_options(args))
-    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
+    options = _train_options(args)
+    check_output(args.output, args.resume, _outputs(args))
+    job = load_job(args, options)
+    claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
         teacher = job.build_teacher_cache()
@@ -201,8 +214,9 @@ def prepare_search(args: argparse.Namespace) -> Work:
     trainings = short_trainings(_train_options(args), args.grid, args.steps_per_rate)
     if args.test_data is None:
         raise UserError("test_data: expected held-out triples to score the rates on, got none")
+    check_output(args.output, args.resume, _outputs(args))
     job = load_job(args, trainings[0])
-    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
+    claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
         search_outer_lr(job, trainings, args.output)
@@ -213,8 +227,10 @@ def prepare_search(args: argparse.Namespace) -> Work:
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
     asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
-    _check_file("results", args.results)
-    _check_file("predictions", args.predictions)
+    outputs = _outputs(args)
+    outputs.check_file("results", args.results, lambda path: is_marked(path, args.command))
+    outputs.check_file("predictions", args.predictions)
+    check_differ(results=args.results, predictions=args.predictions)
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
     check_inner_step(model, asked, args.one_after_another)
     room = room_before_answer(model, args.answer_tokens)
@@ -242,7 +258,7 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
         print(f"\n{len(examples)} examples, ± one standard error:\n")
         print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
-            write_json(args.results, result)
+            write_json(args.results, {**written_by(args.command), **result})
         if args.predictions:
             write_predictions(args.predictions, examples, scores, tokenizer)
 
@@ -253,13 +269,13 @@ def prepare_plan(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt plan`` but for what it prints."""
     setting = Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
     memory = None if args.memory is None else parse_memory(args.memory)
-    _check_file("json", args.json)
+    _outputs(args).check_file("json", args.json, lambda path: is_marked(path, args.command))
     plan = make_plan(load_config(args.model), setting, memory)
 
     def work() -> None:
         print(plan_table(args.model, plan))
         if args.json:
-            write_json(args.json, plan_json(args.model, plan))
+            write_json(args.json, {**written_by(args.command), **plan_json(args.model, plan)})
 
     return work
 
@@ -267,13 +283,20 @@ def prepare_plan(args: argparse.Namespace) -> Work:
 def prepare_experiment_of(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt experiment``."""
     return prepare_experiment(
-        args.name, args.preset, args.output, args.seeds, args.model, args.device
+        args.name,
+        args.preset,
+        args.output,
+        args.seeds,
+        args.model,
+        args.device,
+        _outputs(args),
     )
 
 
 def prepare_report(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt report`` but for what it prints."""
     page, path = results_page(args.folder), args.folder / PAGE_FILE
+    _outputs(args).check_file(PAGE_FILE, path, is_page)
 
     def work() -> None:
         write_file(path, page)
@@ -282,13 +305,16 @@ def prepare_report(args: argparse.Namespace) -> Work:
     return work
 
 
-def _check_file(option: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{option}: expected a file in an existing folder, got {path}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{option}: expected a file that can be written, got {path}")
+def _paths(args: argparse.Namespace) -> dict[str, Path]:
+    """The files and folders that the options name; a model may be a name on the hub instead."""
+    named = ("model", "teacher", "preset")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return {n: Path(v) for n, v in given.items() if isinstance(v, Path) or n in named}
+
+
+def _outputs(args: argparse.Namespace) -> Outputs:
+    inputs = {n: path for n, path in _paths(args).items() if n in INPUTS and path.exists()}
+    return Outputs(inputs, args.overwrite)
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:
@@ -301,10 +327,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
 
 
-def _contents(args: argparse.Namespace) -> dict[str, str]:
-    """What the files of triples hold, of which ``_settings`` has the names."""
+def _run_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings, and what the files of triples hold that they name."""
     files = {name: getattr(args, name) for name in ("data", "test_data", "joint_data")}
-    return {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
+    hashes = {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
+    return {**_settings(args), **hashes}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -333,6 +360,7 @@ def _command(
         name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(prepare=prepare)
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE[name])
     return parser
 
 
@@ -539,4 +567,6 @@ def _add_inner_lr_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --output; without --overwrite"
+    )

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from .bundled import bundled_folder
-from .checkpoint import read_metrics, write_file, write_json
+from .checkpoint import read_metrics
 from .data import Example, Limits, make_people_data, tokenise_triples
 from .errors import UserError
 from .evaluation import Summary
+from .files import write_file, write_json
 from .loading import load_model, positions
 from .report import draw_figure, results_table
 from .run import (

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import is_empty, read_metrics, write_file, write_json
+from .checkpoint import read_metrics
 from .data import Example
 from .errors import UserError
 from .evaluation import InnerStep, Scores, Summary, decode, evaluate, tune_inner_lr
+from .files import is_empty, read_json, write_file, write_folder, write_json
 from .options import check_inner
+from .outputs import Outputs
 from .report import draw_figure, not_improved, results_table
 from .teacher import TeacherCache
 from .train import METRICS_FILE, TrainOptions, train
@@ -54,29 +56,45 @@ class TestSet:
             check_inner(inner_lr, inner_steps=1)
 
 
-def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
+    """That ``output`` can be the folder of a new run, or has one to go on with.
+
+    Raises:
+        ValueError: if it holds anything that is not to be gone on with, or replaced.
+    """
+    if resume and (output / SETTINGS_FILE).exists():
+        return
+    if (output / SETTINGS_FILE).exists() and not outputs.overwrite:
+        raise UserError(
+            f"output: expected a folder without a run, got {output}; add --resume to continue it "
+            "or --overwrite to replace it, or give another --output"
+        )
+    if resume and not is_empty(output):
+        raise UserError(f"output: expected a run to continue or an empty folder, got {output}")
+    if not resume and not is_empty(output):
+        outputs.check_folder(output)
+
+
+def claim_output(output: Path, settings: Mapping[str, Any], resume: bool, outputs: Outputs) -> None:
     """Makes ``output`` the folder of a run with these settings.
 
     Raises:
-        ValueError: if it holds a run already and ``resume`` is off, or a run with other settings.
+        ValueError: as :func:`check_output`, or if it is that of a run with other settings.
     """
+    check_output(output, resume, outputs)
     path = output / SETTINGS_FILE
     known = json.loads(json.dumps(settings))
-    if path.exists():
-        if not resume:
-            raise UserError(
-                f"output: expected a folder without a run, got {output}; "
-                "add --resume to continue it or give another --output"
-            )
-        old = json.loads(path.read_text(encoding="utf-8"))
+    if not resume and not is_empty(output):
+        write_folder(output, lambda folder: write_json(folder / SETTINGS_FILE, known))
+        return
+    if resume and path.exists():
+        old = read_json(path)
         for name in sorted(old.keys() | known.keys()):
             if old.get(name) != known.get(name):
                 raise UserError(
                     f"{name}: expected {old.get(name)!r} as in the run in {output}, "
                     f"got {known.get(name)!r}"
                 )
-    elif not is_empty(output):
-        raise UserError(f"output: expected a new or empty folder, got {output}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
 

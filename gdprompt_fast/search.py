@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CHECKPOINTS, MODEL_FOLDER, write_file, write_json
+from .checkpoint import CHECKPOINTS, MODEL_FOLDER
 from .errors import UserError
+from .files import write_file, write_json
 from .job import Job
 from .report.table import markdown_table, metric_cell
 from .run import measure, summaries

@@ -19,11 +19,11 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
     save_model,
-    write_folder,
 )
 from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
 from .errors import UserError
 from .evaluation import InnerStep
+from .files import write_folder
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, check_integers, option, warmup_then_cosine
 from .prepare import fine_tuning_backward, row_loss

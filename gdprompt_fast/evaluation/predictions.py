@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import write_file
 from ..data import Example
+from ..files import write_file
 from .answers import decode
 from .scores import Scores, finite
 

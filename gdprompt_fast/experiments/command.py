@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..files import write_folder
 from ..loading import choose_device
+from ..outputs import Outputs
 from ..presets import load_preset
 from . import EXPERIMENTS, Preset, make_labs
-from .run import run_experiment
+from .lab import STAGES
+from .run import is_experiment, run_experiment
 
 OWN_PRESETS = ("small", "paper")
 
@@ -20,6 +23,7 @@ def prepare_experiment(
     seeds: Sequence[int] | None,
     model: str | None,
     device: str,
+    outputs: Outputs,
 ) -> Callable[[], None]:
     """The long work of an experiment, with everything checked that can be beforehand.
 
@@ -30,10 +34,18 @@ def prepare_experiment(
         seeds: None: the preset's.
         model: None: the preset's.
         device: as ``choose_device`` takes it.
+        outputs: what must not be written over.
 
     Raises:
         ValueError: naming the option or the preset's section, what was expected and what was given.
     """
+    foreign = not (output / STAGES).is_dir()
+    if foreign:
+        outputs.check_folder(output)
+    for suffix in (".json", ".md", ".png"):
+        file = output / f"{name}{suffix}"
+        if not foreign and file.exists():
+            outputs.check_file(file.name, file, is_experiment)
     sections = load_preset(f"experiments-{preset}" if preset in OWN_PRESETS else preset)
     overrides = {"seeds": None if seeds is None else list(seeds), "name": model}
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -42,6 +54,9 @@ def prepare_experiment(
     experiment = EXPERIMENTS[name]
     experiment.check(read, read.section(name, experiment.settings))
     labs = make_labs(read, output, choose_device(device))
+
+    if foreign:
+        write_folder(output, lambda folder: (folder / STAGES).mkdir())
 
     def work() -> None:
         markdown = run_experiment(name, labs)

@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..bundled import bundled_folder
-from ..checkpoint import is_empty
 from ..errors import UserError
 from ..loading import load_config
 from .preset import Preset
@@ -77,12 +76,8 @@ def make_labs(preset: Preset, output: Path, device: torch.device) -> list[Lab]:
     """A lab for every seed of the preset.
 
     Raises:
-        ValueError: if the model is not there, or ``output`` is the folder of something else.
+        ValueError: if the model is not there.
     """
-    if not (output / STAGES).is_dir() and not is_empty(output):
-        raise UserError(
-            f"output: expected a new or empty folder or one of experiments, got {output}"
-        )
     model = find_model(preset.model)
     config = load_config(str(model))
     room = getattr(config, "max_position_embeddings", None)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..checkpoint import write_json
+from ..files import write_json
 
 STAGE_FILE = "stage.json"
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint import MODEL_FOLDER, hash_of_file, save_model, write_folder
+from ..checkpoint import MODEL_FOLDER, save_model
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
+from ..files import hash_of_file, write_folder
 from ..loading import check_vocabulary, load_model
 from ..prepare import fine_tune
 from ..teacher import TeacherCache

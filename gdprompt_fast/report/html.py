@@ -17,6 +17,7 @@ from ..errors import UserError
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"
+GENERATOR = '<meta name="generator" content="gdprompt report"/>'
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -54,6 +55,11 @@ def results_page(folder: Path) -> str:
             f"folder: expected finished results of experiments or runs in {folder}, got none"
         )
     return _page(f"Results in {folder.resolve().name}", sections)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that :func:`results_page` made."""
+    return GENERATOR.encode() in path.read_bytes().partition(b"</head>")[0]
 
 
 def _experiments(folder: Path) -> Iterator[Section]:
@@ -145,6 +151,6 @@ def _page(title: str, sections: Sequence[Section]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"{GENERATOR}\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{contents}\n{body}\n</body>\n</html>\n"
     )

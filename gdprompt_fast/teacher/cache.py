@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture import backbone_and_head, causal_lm
-from ..checkpoint import is_empty, write_json, write_whole
 from ..data import Example, batched, with_responses
 from ..errors import UserError
+from ..files import is_empty, write_json, write_whole
 from ..progress import progress_bar
 from ..targets import TeacherTargets
 from .targets import teach
