@@ -20,10 +20,12 @@ from .errors import UserError
 from .evaluation import (
     InnerStep,
     check_inner_step,
+    check_squad_ids,
     evaluate,
     tune_inner_lr,
     whole_groups,
     write_predictions,
+    write_squad_predictions,
 )
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
@@ -33,7 +35,6 @@ from .loading import (
     DTYPES,
     choose_device,
     load_config,
-    load_examples,
     load_model,
     positions,
     room_before_answer,
@@ -42,6 +43,7 @@ from .outputs import Outputs, check_differ, is_marked, written_by
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .prepare import PrepareOptions, fine_tune
 from .presets import preset_arguments
+from .reading import Reader
 from .report import PAGE_FILE, is_page, results_page, results_table
 from .run import TestSet, as_results, check_output, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
@@ -52,7 +54,7 @@ DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
     *("device", "eval_batch_size", "grid", "output"),
-    *("overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
+    *("dropped", "overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
 }
 INPUTS = (
     *("model", "data", "test_data", "joint_data", "teacher", "teacher_cache", "preset"),
@@ -62,14 +64,18 @@ INPUTS = (
 # What --overwrite replaces. Without it that is refused; an input is never replaced.
 REPLACES = "replace an --output that is not empty, and all in it"
 OVERWRITE = {
-    "data": f"{REPLACES}; data that this command wrote, unchanged, needs no such leave",
+    "data": f"{REPLACES}; data that this command wrote, unchanged, needs no leave",
     **dict.fromkeys(("demo", "prepare", "train", "search-outer-lr"), REPLACES),
-    "evaluate": "replace files that exist; --results of this command need no such leave",
+    "evaluate": "replace files that exist; --results and --dropped of this command need no leave",
     "plan": "replace a --json that this command did not write",
     "experiment": f"{REPLACES}, unless it is one of experiments, which is gone on with",
     "report": "replace a page that this command did not write",
 }
 
+TRIPLES = (
+    'JSONL or a JSON array of {"context", "query", "response"}, gzipped or not; "question", '
+    '"privileged_context", "prompt" and the first of "answers" are taken for them'
+)
 Work = Callable[[], None]
 
 
@@ -123,6 +129,7 @@ def prepare_data(args: argparse.Namespace) -> Work:
         args.source,
         args.test_source,
         args.max_characters,
+        args.encoding,
     )
 
     def work() -> None:
@@ -172,13 +179,14 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
     if args.examples < 1:
         raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
     model, tokenizer = load_model(args.model, "float32", choose_device(args.device))
-    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
-    chosen = list(triples.examples)
+    reader = Reader.of(args)
+    chosen = reader.examples(args.data, model, tokenizer, limits(args, positions(model)))
     random.Random(options.seed).shuffle(chosen)  # a file comes in order of its articles
     chosen = chosen[: args.examples]
-    print(f"{args.data}: {triples}; fine-tuning on {len(chosen)}")
+    print(f"fine-tuning on {len(chosen)}")
 
     def work() -> None:
+        reader.write_dropped(args.dropped, args.command)
         fine_tune(model, chosen, options)
         write_folder(args.output, lambda folder: save_model(model, tokenizer, folder))
         print(f"model: {args.output}")
@@ -194,6 +202,7 @@ def prepare_train(args: argparse.Namespace) -> Work:
     claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
+        job.reader.write_dropped(args.dropped, args.command)
         teacher = job.build_teacher_cache()
         run(
             job.model,
@@ -219,6 +228,7 @@ def prepare_search(args: argparse.Namespace) -> Work:
     claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
+        job.reader.write_dropped(args.dropped, args.command)
         search_outer_lr(job, trainings, args.output)
 
     return work
@@ -230,17 +240,22 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
     outputs = _outputs(args)
     outputs.check_file("results", args.results, lambda path: is_marked(path, args.command))
     outputs.check_file("predictions", args.predictions)
-    check_differ(results=args.results, predictions=args.predictions)
+    outputs.check_file("squad_predictions", args.squad_predictions)
+    if args.squad_predictions and not args.answer_tokens:
+        raise UserError("squad_predictions: expected answer_tokens >= 1, got 0: there is no answer")
     model, tokenizer = load_model(args.model, args.dtype, choose_device(args.device))
     check_inner_step(model, asked, args.one_after_another)
     room = room_before_answer(model, args.answer_tokens)
-    triples = load_examples(args.data, model, tokenizer, limits(args, room))
-    print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    reader = Reader.of(args)
+    triples = reader.examples(args.data, model, tokenizer, limits(args, room))
+    test = TestSet(triples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
     examples = whole_groups(test.examples, args.contexts_per_group)
+    if args.squad_predictions:
+        check_squad_ids(examples)
     grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
+        reader.write_dropped(args.dropped, args.command)
         inner = asked
         if args.tune_inner_lr:
             grid, size = test.inner_lr_grid, test.batch_size
@@ -260,7 +275,9 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
         if args.results:
             write_json(args.results, {**written_by(args.command), **result})
         if args.predictions:
-            write_predictions(args.predictions, examples, scores, tokenizer)
+            write_predictions(args.predictions, examples, scores)
+        if args.squad_predictions:
+            write_squad_predictions(args.squad_predictions, examples, scores)
 
     return work
 
@@ -313,8 +330,14 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _outputs(args: argparse.Namespace) -> Outputs:
-    inputs = {n: path for n, path in _paths(args).items() if n in INPUTS and path.exists()}
-    return Outputs(inputs, args.overwrite)
+    """What a command must not write over; the file of dropped records is checked at once."""
+    paths = _paths(args)
+    outputs = Outputs(
+        {n: p for n, p in paths.items() if n in INPUTS and p.exists()}, args.overwrite
+    )
+    check_differ(**{n: path for n, path in paths.items() if n not in INPUTS})
+    outputs.check_file("dropped", paths.get("dropped"), lambda path: is_marked(path, args.command))
+    return outputs
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:
@@ -387,6 +410,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument(
         "--max-characters", type=int, help="drop a record with longer texts (squad: 1500)"
     )
+    _add_encoding(parser)
 
 
 def _add_demo(commands: Any) -> None:
@@ -410,9 +434,7 @@ def _add_prepare(commands: Any) -> None:
     parser = _command(commands, "prepare", what, prepare_prepare)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
     parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
-    parser.add_argument(
-        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
-    )
+    parser.add_argument("--data", type=Path, required=True, help=TRIPLES)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--examples", type=int, default=1000, help="take the first so many records")
     _add_limits(parser)
@@ -487,6 +509,11 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
     parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
+    parser.add_argument(
+        "--squad-predictions",
+        type=Path,
+        help="JSON file to write Fine-Tuning's answers to by id, as SQuAD's official script takes",
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -539,14 +566,27 @@ def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="transformers model folder")
-    parser.add_argument(
-        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
-    )
+    parser.add_argument("--data", type=Path, required=True, help=TRIPLES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
     _add_limits(parser)
 
 
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoding", default="utf-8", help="of the files of triples, as utf-16")
+
+
 def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """How records become examples, and which do not."""
+    _add_encoding(parser)
+    parser.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="ask as a user's turn and take the response as the assistant's, in the words of the "
+        "tokenizer's chat template; the context of the inner step stays running text",
+    )
+    parser.add_argument(
+        "--dropped", type=Path, help="JSON file to write to which records were dropped, and why"
+    )
     for part, tokens in (("context", 256), ("query", 128), ("prompt", 384)):
         parser.add_argument(
             f"--max-{part}-tokens",

@@ -131,7 +131,6 @@ def _train_arm(demo: Demo, objective: str, output: Path) -> dict[str, object]:
         teacher = TeacherCache.build(
             output / "teacher",
             model,
-            tokenizer,
             demo.examples,
             options.answer_tokens,
             options.teacher_batch_size,
@@ -157,12 +156,8 @@ def describe_demo(results: Results, demo: Demo) -> str:
     ]
     for name in ARMS.values():
         lines.append(f"{name}: {_shares(before, measured[name])}")
-    _, tokenizer = load_model(bundled_folder(), "float32", torch.device("cpu"))
-    after = results[ARMS["kl"]]
-    return (
-        "\n".join([*lines, *describe_samples(demo.test, tokenizer, results["before"], after)])
-        + "\n"
-    )
+    samples = describe_samples(demo.test, results["before"], results[ARMS["kl"]])
+    return "\n".join([*lines, *samples]) + "\n"
 
 
 def _shares(prompt_before: Summary, after: dict[str, Summary]) -> str:

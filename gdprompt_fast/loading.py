@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .architecture import check_model
-from .data import Example, Limits, TokenisedTriples, read_triples, tokenise_triples
+from .data import Example
 from .errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -106,19 +106,6 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()
-
-
-def load_examples(
-    path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
-) -> TokenisedTriples:
-    """The examples in a JSONL file that the model can read, and how many were dropped.
-
-    Raises:
-        ValueError: naming the file and the line, or the tokenizer and model that do not fit.
-    """
-    triples = tokenise_triples(read_triples(path), tokenizer, limits)
-    check_vocabulary(triples.examples, model)
-    return triples
 
 
 def check_vocabulary(examples: Iterable[Example], model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import read_metrics
 from .data import Example
 from .errors import UserError
-from .evaluation import InnerStep, Scores, Summary, decode, evaluate, tune_inner_lr
+from .evaluation import InnerStep, Scores, Summary, evaluate, tune_inner_lr
 from .files import is_empty, read_json, write_file, write_folder, write_json
 from .options import check_inner
 from .outputs import Outputs
@@ -123,7 +123,7 @@ def run(
     if test is not None:
         results["after"] = measure(model, tokenizer, options.inner, test)
         write_json(path, results)
-        text = describe_results(results, tokenizer, test)
+        text = describe_results(results, test)
         write_file(output / TABLE_FILE, text)
         print(f"\n{text}")
     metrics = read_metrics(output / METRICS_FILE)
@@ -168,7 +168,7 @@ def summaries(results: Results) -> dict[str, dict[str, Summary]]:
     }
 
 
-def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> str:
+def describe_results(results: Results, test: TestSet) -> str:
     """The table of a finished run, what did not improve, and a few answers."""
     measured = summaries(results)
     before, after = results["before"], results["after"]
@@ -182,13 +182,12 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
         f"after: η = {after['inner']['lr']:g}, as trained.",
         *not_improved(measured["before"], measured["after"]),
     ]
-    lines += describe_samples(test, tokenizer, before, after)
+    lines += describe_samples(test, before, after)
     return "\n".join(lines) + "\n"
 
 
 def describe_samples(
     test: TestSet,
-    tokenizer: PreTrainedTokenizerBase,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> list[str]:
@@ -198,9 +197,9 @@ def describe_samples(
     for example, answer_before, answer_after in zip(test.examples, *answers, strict=False):
         lines += [
             "",
-            f"passage: {decode(tokenizer, example.context)}",
-            f"query:   {decode(tokenizer, example.query)}",
-            f"gold:    {decode(tokenizer, example.response)}",
+            f"passage: {example.texts.context}",
+            f"query:   {example.texts.query}",
+            f"gold:    {example.texts.response}",
             f"before:  {answer_before}",
             f"after:   {answer_after}",
         ]

@@ -56,7 +56,7 @@ def build(
     folder: Path, examples: list[Example], teacher: torch.nn.Module | None = None, **changes: int
 ) -> TeacherCache:
     settings = {"answer_tokens": 3, "batch_size": 2, **changes}
-    return TeacherCache.build(folder, teacher or llama(1), TOKENIZER, examples, **settings)
+    return TeacherCache.build(folder, teacher or llama(1), examples, **settings)
 
 
 def test_a_step_on_cached_targets_is_the_step_taught_on_the_fly(

@@ -102,7 +102,7 @@ def run(
     teacher = None
     if options.objective == "kl":
         teacher = TeacherCache.build(
-            output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+            output / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
         )
     train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -200,7 +200,7 @@ def test_a_teacher_goes_with_the_objective_and_the_examples(
     examples: list[Example], tmp_path: Path
 ) -> None:
     teacher = TeacherCache.build(
-        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
     )
     for options, given in ((KL, None), (GOLD, teacher)):
         with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
@@ -358,7 +358,7 @@ def test_the_loss_of_prompted_responses_is_that_of_the_teachers_answers(
     run(options, examples, tmp_path)
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     teacher = TeacherCache.build(
-        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
     )
     answered, targets = teacher.batch(ShuffledSampler(5, options.seed).take(2))
     model = tiny_llama().eval()

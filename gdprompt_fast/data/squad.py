@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..errors import UserError
 from .corpus import Corpus, Record, load_hub
+from .texts import UTF_8, read_text
 
 HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": "train", "test": "validation"}  # SQuAD's own test set is not public
@@ -22,6 +23,7 @@ class Row(NamedTuple):
     context: str
     question: str
     answers: list[str]
+    id: str | None = None
 
 
 def squad_corpus(rows: Iterable[Row]) -> Corpus:
@@ -43,26 +45,22 @@ def squad_corpus(rows: Iterable[Row]) -> Corpus:
             dropped["question repeated"] += 1
         else:
             seen.add((context, question))
-            groups.setdefault(row.article, []).append(
-                {
-                    "context": context,
-                    "query": question,
-                    "response": answers[0],
-                    "answers": answers,
-                }
-            )
+            name = {} if row.id is None else {"id": row.id}
+            texts = {"context": context, "query": question, "response": answers[0]}
+            groups.setdefault(row.article, []).append({**name, **texts, "answers": answers})
     return Corpus(list(groups.values()), dict(dropped))
 
 
-def read_squad_file(path: Path) -> Corpus:
+def read_squad_file(path: Path, encoding: str = UTF_8) -> Corpus:
     """Triples of a JSON file of SQuAD's official layout.
 
     Raises:
         ValueError: if the file has another layout or no usable question.
     """
+    text = read_text(path, encoding)
     try:
-        corpus = squad_corpus(_rows(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        corpus = squad_corpus(_rows(json.loads(text)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected SQuAD's official JSON layout (data, paragraphs, qas, answers), got "
             f"{type(error).__name__}: {error}"
@@ -77,7 +75,9 @@ def _rows(content: dict[str, list]) -> Iterator[Row]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 answers = [answer["text"] for answer in qa["answers"]]
-                yield Row(article["title"], paragraph["context"], qa["question"], answers)
+                yield Row(
+                    article["title"], paragraph["context"], qa["question"], answers, qa.get("id")
+                )
 
 
 def read_squad_hub(split: str) -> Corpus:
@@ -88,5 +88,6 @@ def read_squad_hub(split: str) -> Corpus:
     """
     rows = load_hub(HUB, None, HUB_SPLITS[split])
     return squad_corpus(
-        Row(row["title"], row["context"], row["question"], row["answers"]["text"]) for row in rows
+        Row(row["title"], row["context"], row["question"], row["answers"]["text"], row.get("id"))
+        for row in rows
     )

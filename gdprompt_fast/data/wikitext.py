@@ -7,6 +7,7 @@ next ones are the response. One triple is made of a paragraph; a short paragraph
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import progress_bar
 from .corpus import Corpus, Record, load_hub
+from .texts import UTF_8, read_text
 
 TITLE = re.compile(r"= [^=].* =")  # " = = Section = = " has more of them
 HEADING = re.compile(r"=.*=")
@@ -104,14 +106,14 @@ def articles_of(lines: Iterable[str]) -> Iterator[list[str]]:
         yield paragraphs
 
 
-def read_wikitext_file(path: Path, seed: int) -> Corpus:
+def read_wikitext_file(path: Path, seed: int, encoding: str = UTF_8) -> Corpus:
     """Triples of a text file of WikiText's layout, cut as :data:`PARAGRAPHS` says.
 
     Raises:
         ValueError: if no paragraph is long enough.
     """
-    with path.open(encoding="utf-8") as lines:
-        corpus = cut_articles(articles_of(lines), PARAGRAPHS, seed)
+    lines = io.StringIO(read_text(path, encoding), newline=None)
+    corpus = cut_articles(articles_of(lines), PARAGRAPHS, seed)
     if not corpus.groups:
         raise UserError(
             f"{path}: expected paragraphs of at least {PARAGRAPHS.min_words} words, a line each, "

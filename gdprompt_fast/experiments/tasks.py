@@ -139,5 +139,5 @@ def teacher_cache(lab: Lab, task: str, folder: Path, options: TrainOptions) -> T
     prompted = examples(lab, task, "train", teacher, tokenizer)
     batch_size = options.teacher_batch_size
     return TeacherCache.build(
-        folder / CACHE_FOLDER, teacher, tokenizer, prompted, options.answer_tokens, batch_size
+        folder / CACHE_FOLDER, teacher, prompted, options.answer_tokens, batch_size
     )

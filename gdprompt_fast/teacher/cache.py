@@ -19,10 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..architecture import backbone_and_head, causal_lm
-from ..data import Example, batched, with_responses
+from ..data import Example, batched, end_token, with_responses
 from ..errors import UserError
 from ..files import is_empty, write_json, write_whole
 from ..progress import progress_bar
@@ -63,7 +62,6 @@ class TeacherCache:
     def build(
         folder: Path,
         teacher: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         answer_tokens: int,
         batch_size: int,
@@ -81,11 +79,11 @@ class TeacherCache:
         Raises:
             ValueError: if the folder is the cache of another model, data or settings, or no cache.
         """
-        key = cache_key(teacher, tokenizer, examples, answer_tokens, batch_size)
+        key = cache_key(teacher, examples, answer_tokens, batch_size)
         check_cache(folder, key)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / KEY_FILE, key)
-        _fill(folder, teacher, tokenizer.eos_token_id, examples, answer_tokens, batch_size)
+        _fill(folder, teacher, end_token(examples), examples, answer_tokens, batch_size)
         # A copy: the head that was given may be that of a model about to be trained.
         head = backbone_and_head(teacher)[1].weight.detach().clone()
         return TeacherCache(folder, examples, head)
@@ -106,7 +104,6 @@ class TeacherCache:
 
 def cache_key(
     teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     answer_tokens: int,
     batch_size: int,
@@ -117,7 +114,7 @@ def cache_key(
         "config": _hash_of_config(teacher),
         "data": _hash_of_prompts(examples),
         "answer_tokens": answer_tokens,
-        "eos_token": int(tokenizer.eos_token_id),
+        "eos_token": end_token(examples),
         "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
         "batch_size": batch_size,  # rows of other batches are padded and rounded in other ways
         "shard_examples": SHARD_EXAMPLES,
