@@ -8,7 +8,6 @@ that neither this training nor its own has mentioned.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from .run import (
     describe_samples,
     measure,
     measure_at_best,
+    read_results,
     summaries,
 )
 from .teacher import TeacherCache
@@ -106,7 +106,7 @@ def run_demo(demo: Demo, output: Path) -> None:
     What is there already, of an interrupted run, is not done again.
     """
     path = output / RESULTS_FILE
-    results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_results(path) if path.exists() else {}
     if "before" not in results:
         model, tokenizer = load_model(bundled_folder(), "float32", demo.device)
         results["before"] = measure_at_best(model, tokenizer, demo.options, demo.test)

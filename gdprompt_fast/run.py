@@ -14,16 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import read_metrics
 from .data import Example
 from .errors import UserError
-from .evaluation import InnerStep, Scores, Summary, evaluate, tune_inner_lr
+from .evaluation import SETTINGS, InnerStep, Scores, Summary, evaluate, tune_inner_lr
 from .files import is_empty, read_json, write_file, write_folder, write_json
 from .options import check_inner
 from .outputs import Outputs
 from .report import draw_figure, not_improved, results_table
 from .teacher import TeacherCache
-from .train import METRICS_FILE, TrainOptions, train
+from .train import METRICS_FILE, TrainOptions, check_training, train
 
 SETTINGS_FILE = "run.json"
-RESULTS_FILE = "results.json"
+RESULTS_FILE, RATE_FILE = "results.json", "result.json"  # of runs, of a rate of the search
 TABLE_FILE = "results.md"
 FIGURE_FILE = "figure.png"
 SAMPLES = 3  # answers shown
@@ -57,12 +57,16 @@ class TestSet:
 
 
 def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
-    """That ``output`` can be the folder of a new run, or has one to go on with.
+    """That ``output`` can be the folder of a new run, or has one to go on with, unharmed.
 
     Raises:
         ValueError: if it holds anything that is not to be gone on with, or replaced.
     """
     if resume and (output / SETTINGS_FILE).exists():
+        for path in (*output.glob(METRICS_FILE), *output.glob(f"*/{METRICS_FILE}")):
+            check_training(path.parent)
+        for path in (*output.glob(RESULTS_FILE), *output.glob(f"*/{RATE_FILE}")):
+            read_results(path)
         return
     if (output / SETTINGS_FILE).exists() and not outputs.overwrite:
         raise UserError(
@@ -76,12 +80,12 @@ def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
 
 
 def claim_output(output: Path, settings: Mapping[str, Any], resume: bool, outputs: Outputs) -> None:
-    """Makes ``output`` the folder of a run with these settings.
+    """Makes ``output``, which :func:`check_output` has passed, the folder of a run with these
+    settings.
 
     Raises:
-        ValueError: as :func:`check_output`, or if it is that of a run with other settings.
+        ValueError: if it is that of a run with other settings.
     """
-    check_output(output, resume, outputs)
     path = output / SETTINGS_FILE
     known = json.loads(json.dumps(settings))
     if not resume and not is_empty(output):
@@ -115,7 +119,7 @@ def run(
     """
     model.eval()
     path = output / RESULTS_FILE
-    results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_results(path) if path.exists() else {}
     if test is not None and "before" not in results:
         results["before"] = measure_at_best(model, tokenizer, options, test)
         write_json(path, results)
@@ -158,6 +162,38 @@ def measure_at_best(
     tuned = tune_inner_lr(model, test.examples, options.inner, grid, test.batch_size)
     tried = {f"{lr:g}": asdict(summary) for lr, summary in tuned.tried.items()}
     return {**measure(model, tokenizer, tuned.inner, test), "inner_lr_tried": tried}
+
+
+def read_results(path: Path) -> Results:
+    """The results in a file that a run, or the search for a rate, wrote, by name.
+
+    Raises:
+        ValueError: naming the file, if they are not as they were written.
+    """
+    content = read_json(path)
+    results = {"": content} if path.name == RATE_FILE else content
+    for name, result in results.items():
+        if not (_is_result(result) and (name != "before" or "inner_lr_tried" in result)):
+            raise UserError(
+                f"{path}: expected results as they were written, got others {name}; without the "
+                "file they are measured again"
+            )
+    return results
+
+
+def _is_result(result: Any) -> bool:
+    if isinstance(result, dict) and isinstance(result.get("diverged"), str):
+        return True
+    try:
+        measured = summaries({"": result})[""]
+        needed = [result["inner"]["lr"]]
+        texts = [*result["fine_tuned_answers"], *result.get("inner_lr_tried", [])]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    needed += [number for of in measured.values() for number in (of.accuracy, of.token_accuracy)]
+    fields = [value for of in measured.values() for value in vars(of).values() if value is not None]
+    numbers = all(isinstance(value, int | float) for value in needed + fields)
+    return measured.keys() == SETTINGS.keys() and numbers and all(isinstance(t, str) for t in texts)
 
 
 def summaries(results: Results) -> dict[str, dict[str, Summary]]:

@@ -72,7 +72,7 @@ def test_an_element_of_an_array_is_named_by_its_line(write: Write) -> None:
         (b"\x1f\x8b not packed", "expected a whole gzip file"),
         (json.dumps([TRIPLE])[:-1], "line 1: .*no comma or end of the array"),
         ("[]", "expected at least one record"),
-        (json.dumps([TRIPLE]) + "\n{}", "more after the end of the array"),
+        (json.dumps([TRIPLE]) + "\n{}", "line 1: .*more after the end of the array"),
         ("[{]", "line 1: expected a JSON object, got invalid JSON"),
         ("[\n[1]]", "line 2: expected a JSON object, got list"),
         ("{" * 10**5, "line 1: expected a JSON object, got invalid JSON"),
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_an_error_naming_file_and_line(
         read_triples(write(content))
 
 
-@pytest.mark.parametrize("encoding", ["no-such", "base64", "idna"])
+@pytest.mark.parametrize("encoding", ["no-such", "base64", "undefined"])
 def test_an_unknown_encoding_is_an_error_naming_it(encoding: str, write: Write) -> None:
     with pytest.raises(ValueError, match=f"encoding: expected one .*, got '{encoding}'"):
         read_triples(write(jsonl({**TRIPLE, "context": "x" * 100 + ".é."})), encoding)

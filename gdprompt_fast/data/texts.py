@@ -28,12 +28,20 @@ def read_text(path: Path, encoding: str = UTF_8) -> str:
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = content[: error.start].decode(encoding, "replace").count("\n") + 1
+        line = _line(content[: error.start], encoding)
         raise UserError(
-            f"{path}, line {line}: expected text in {encoding}, got bytes that are none "
-            f"({error.reason}); --encoding names another, as utf-16 or cp1252"
+            f"{path}{line}: expected text in {encoding}, got bytes that are none ({error.reason}); "
+            "--encoding names another, as utf-16 or cp1252"
         ) from None
     except (LookupError, ValueError) as error:
         raise UserError(
             f"encoding: expected one for {path} that Python knows, got {encoding!r} ({error})"
         ) from None
+
+
+def _line(before: bytes, encoding: str) -> str:
+    """The line that comes after these bytes; nothing for codecs that cannot decode a part."""
+    try:
+        return f", line {before.decode(encoding).count(chr(10)) + 1}"
+    except UnicodeError:
+        return ""
