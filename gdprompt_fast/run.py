@@ -63,8 +63,8 @@ def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
         ValueError: if it holds anything that is not to be gone on with, or replaced.
     """
     if resume and (output / SETTINGS_FILE).exists():
-        for path in (*output.glob(METRICS_FILE), *output.glob(f"*/{METRICS_FILE}")):
-            check_training(path.parent)
+        for folder in (output, *filter(Path.is_dir, output.iterdir())):
+            check_training(folder)
         for path in (*output.glob(RESULTS_FILE), *output.glob(f"*/{RATE_FILE}")):
             read_results(path)
         return
