@@ -43,7 +43,7 @@ from .outputs import Outputs, check_differ, is_marked, written_by
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .prepare import PrepareOptions, fine_tune
 from .presets import preset_arguments
-from .reading import Reader
+from .reading import Reader, write_dropped
 from .report import PAGE_FILE, is_page, results_page, results_table
 from .run import TestSet, as_results, check_output, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
@@ -135,6 +135,7 @@ def prepare_data(args: argparse.Namespace) -> Work:
     def work() -> None:
         settings = {n: v for n, v in _settings(args).items() if n not in ("command", "name")}
         write_data(data, args.output, args.name, settings)
+        write_dropped(args.dropped, args.command, data.dropped)
         print(counts_table(data, SOURCES[args.name].paper))
         print(f"\n{samples(data.train.take(SAMPLES))}\n\nwritten to {args.output}")
 
@@ -186,7 +187,7 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
     print(f"fine-tuning on {len(chosen)}")
 
     def work() -> None:
-        reader.write_dropped(args.dropped, args.command)
+        write_dropped(args.dropped, args.command, reader.dropped)
         fine_tune(model, chosen, options)
         write_folder(args.output, lambda folder: save_model(model, tokenizer, folder))
         print(f"model: {args.output}")
@@ -202,7 +203,7 @@ def prepare_train(args: argparse.Namespace) -> Work:
     claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
-        job.reader.write_dropped(args.dropped, args.command)
+        write_dropped(args.dropped, args.command, job.reader.dropped)
         teacher = job.build_teacher_cache()
         run(
             job.model,
@@ -228,7 +229,7 @@ def prepare_search(args: argparse.Namespace) -> Work:
     claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
-        job.reader.write_dropped(args.dropped, args.command)
+        write_dropped(args.dropped, args.command, job.reader.dropped)
         search_outer_lr(job, trainings, args.output)
 
     return work
@@ -255,7 +256,7 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
     grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
-        reader.write_dropped(args.dropped, args.command)
+        write_dropped(args.dropped, args.command, reader.dropped)
         inner = asked
         if args.tune_inner_lr:
             grid, size = test.inner_lr_grid, test.batch_size
@@ -410,7 +411,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument(
         "--max-characters", type=int, help="drop a record with longer texts (squad: 1500)"
     )
-    _add_encoding(parser)
+    _add_reading(parser)
 
 
 def _add_demo(commands: Any) -> None:
@@ -571,21 +572,21 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
 
 
-def _add_encoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoding", default="utf-8", help="of the files of triples, as utf-16")
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoding", default="utf-8", help="of the files read, as utf-16")
+    parser.add_argument(
+        "--dropped", type=Path, help="JSON file to write to which records were dropped, and why"
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """How records become examples, and which do not."""
-    _add_encoding(parser)
+    _add_reading(parser)
     parser.add_argument(
         "--chat-template",
         action="store_true",
         help="ask as a user's turn and take the response as the assistant's, in the words of the "
         "tokenizer's chat template; the context of the inner step stays running text",
-    )
-    parser.add_argument(
-        "--dropped", type=Path, help="JSON file to write to which records were dropped, and why"
     )
     for part, tokens in (("context", 256), ("query", 128), ("prompt", 384)):
         parser.add_argument(
@@ -607,6 +608,4 @@ def _add_inner_lr_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --output; without --overwrite"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Reader:
             self.dropped.append({**place, "id": name, "reason": reason})
         return triples.examples
 
-    def write_dropped(self, path: Path | None, command: str) -> None:
-        """Writes which records were dropped and why as JSON, if asked for."""
-        if path is not None:
-            write_json(path, {**written_by(command), "dropped": self.dropped})
+
+def write_dropped(path: Path | None, command: str, dropped: Sequence[Mapping[str, Any]]) -> None:
+    """Writes which records were dropped and why as JSON, if asked for."""
+    if path is not None:
+        write_json(path, {**written_by(command), "dropped": list(dropped)})

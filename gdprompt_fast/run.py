@@ -80,12 +80,14 @@ def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
 
 
 def claim_output(output: Path, settings: Mapping[str, Any], resume: bool, outputs: Outputs) -> None:
-    """Makes ``output``, which :func:`check_output` has passed, the folder of a run with these
+    """Makes ``output``, which :func:`check_output` has let pass, the folder of a run with these
     settings.
 
     Raises:
         ValueError: if it is that of a run with other settings.
     """
+    if not resume:
+        check_output(output, resume, outputs)  # again: others may have begun in the meantime
     path = output / SETTINGS_FILE
     known = json.loads(json.dumps(settings))
     if not resume and not is_empty(output):

@@ -221,6 +221,18 @@ def test_squad_predictions_need_ids_and_answers(
     assert message in capsys.readouterr().err
 
 
+def test_the_data_command_lists_what_it_dropped(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people.write_text(people.read_text().replace('"query"', '"question"'))
+    command = ["data", "jsonl", "--source", str(people), "--max-characters", "1000"]
+    dropped = tmp_path / "dropped.json"
+    assert main([*command, "--output", str(tmp_path / "out"), "--dropped", str(dropped)]) == 0
+    assert f"{people}: question read as query\n" in capsys.readouterr().out
+    (lost,) = json.loads(dropped.read_text())["dropped"]
+    assert (lost["id"], lost["reason"]) == ("11", "more than 1000 characters")
+
+
 def test_every_command_lists_what_it_dropped_and_says_what_it_read(
     people: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,10 @@ def read_jsonl(path: Path, seed: int, encoding: str) -> Corpus:
         ValueError: naming file and line, if a record is not a triple.
     """
     groups: dict[str, list[Record]] = {}
-    for record in read_records(path, encoding).rows:
+    records = read_records(path, encoding)
+    if records.read_as:
+        print(f"{path}: {records.read_as}")
+    for record in records.rows:
         groups.setdefault(record["context"], []).append(record)
     return Corpus(list(groups.values()), {})
 
@@ -194,9 +197,14 @@ def _chosen(
     train_rows = _draw("train", train.records(), train_size, seed)
     test_rows = _draw("test", test.records(), test_size, seed)
     counts = Counter({"train": len(train_rows), "test": len(test_rows)})
+    dropped: list[Record] = []
     for corpus in (train, test):
-        counts.update({f"dropped: {why}": count for why, count in corpus.dropped.items()})
-    return TrainTest(Dataset.from_list(train_rows), Dataset.from_list(test_rows), dict(counts))
+        counts.update({f"dropped: {why}": count for why, count in corpus.counts.items()})
+        for why, records in corpus.dropped.items():
+            dropped += [{"reason": why, **record} for record in records]
+    return TrainTest(
+        Dataset.from_list(train_rows), Dataset.from_list(test_rows), dict(counts), dropped
+    )
 
 
 def _draw(part: str, records: list[Record], size: int | None, seed: int) -> list[Record]:

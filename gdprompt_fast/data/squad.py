@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,21 +33,22 @@ def squad_corpus(rows: Iterable[Row]) -> Corpus:
     is a question asked about the same context before.
     """
     groups: dict[str, list[Record]] = {}
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[Record]] = {}
     seen: set[tuple[str, str]] = set()
     for row in rows:
         context, question = row.context.strip(), row.question.strip()
         answers = list(dict.fromkeys(text.strip() for text in row.answers if text.strip()))
+        name = {} if row.id is None else {"id": row.id}
+        asked = {**name, "context": context, "query": question}
         if not (context and question and answers):
-            dropped["empty context, question or answer"] += 1
+            dropped.setdefault("empty context, question or answer", []).append(asked)
         elif (context, question) in seen:
-            dropped["question repeated"] += 1
+            dropped.setdefault("question repeated", []).append(asked)
         else:
             seen.add((context, question))
-            name = {} if row.id is None else {"id": row.id}
-            texts = {"context": context, "query": question, "response": answers[0]}
-            groups.setdefault(row.article, []).append({**name, **texts, "answers": answers})
-    return Corpus(list(groups.values()), dict(dropped))
+            triple = {**asked, "response": answers[0], "answers": answers}
+            groups.setdefault(row.article, []).append(triple)
+    return Corpus(list(groups.values()), dropped)
 
 
 def read_squad_file(path: Path, encoding: str = UTF_8) -> Corpus:
@@ -66,7 +66,7 @@ def read_squad_file(path: Path, encoding: str = UTF_8) -> Corpus:
             f"{type(error).__name__}: {error}"
         ) from None
     if not corpus.groups:
-        raise UserError(f"{path}: expected at least one usable question, got {corpus.dropped}")
+        raise UserError(f"{path}: expected at least one usable question, got {corpus.counts}")
     return corpus
 
 
@@ -75,9 +75,10 @@ def _rows(content: dict[str, list]) -> Iterator[Row]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 answers = [answer["text"] for answer in qa["answers"]]
-                yield Row(
-                    article["title"], paragraph["context"], qa["question"], answers, qa.get("id")
-                )
+                context, question, name = paragraph["context"], qa["question"], qa.get("id")
+                "".join((context, question, *answers)).encode()  # no half of a character
+                name = None if name is None else str(name)
+                yield Row(article["title"], context, question, answers, name)
 
 
 def read_squad_hub(split: str) -> Corpus:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -36,11 +36,13 @@ class TrainTest:
         train: rows of "context", "query", "response" and, of some sources, "answers" and "id".
         test: the same.
         counts: how many records were kept ("train", "test") and, by reason, dropped.
+        dropped: those, each with its "reason".
     """
 
     train: Dataset
     test: Dataset
     counts: dict[str, int]
+    dropped: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ TITLE = re.compile(r"= [^=].* =")  # " = = Section = = " has more of them
 HEADING = re.compile(r"=.*=")
 HUB = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 ROWS_AT_ONCE = 1000
+BEGINNING = 80  # characters of a dropped paragraph that are kept to say which it was
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ def cut_text(text: str, cut: Cut, rng: random.Random) -> Record | None:
 def cut_articles(articles: Iterable[list[str]], cut: Cut, seed: int) -> Corpus:
     """A triple of every text that is long enough; the triples of an article are a group."""
     rng = random.Random(seed)
-    groups, short = [], 0
+    groups: list[list[Record]] = []
+    short: list[Record] = []
     for texts in articles:
         triples = [cut_text(text, cut, rng) for text in texts]
         group = [triple for triple in triples if triple is not None]
-        short += len(triples) - len(group)
+        pairs = zip(texts, triples, strict=True)
+        short += [{"begins": text[:BEGINNING]} for text, triple in pairs if triple is None]
         if group:
             groups.append(group)
     return Corpus(groups, {f"fewer than {cut.min_words} words": short} if short else {})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"
@@ -65,9 +66,13 @@ def is_page(path: Path) -> bool:
 def _experiments(folder: Path) -> Iterator[Section]:
     """The experiments finished in ``folder`` and in those in it."""
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("experiment") == path.stem:
-            yield Section(content["title"], _experiment(content, path.with_suffix(".png")))
+        try:
+            content = json.loads(path.read_bytes())
+            if isinstance(content, dict) and content.get("experiment") == path.stem:
+                yield Section(content["title"], _experiment(content, path.with_suffix(".png")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: expected results as written, got {reason}") from None
 
 
 def _experiment(content: dict[str, Any], figure: Path) -> str:
@@ -97,7 +102,7 @@ def _runs(folder: Path) -> Iterator[Section]:
             body = [
                 _image(figure, name),
                 f"<pre>{escape(text)}</pre>",
-                _details("Settings", json.loads(settings.read_text(encoding="utf-8"))),
+                _details("Settings", read_json(settings)),
             ]
             yield Section(f"Run: {name}", "\n".join(body))
 
