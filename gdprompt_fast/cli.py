@@ -384,7 +384,9 @@ def _command(
         name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(prepare=prepare)
-    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE[name])
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"{OVERWRITE[name]}; never an input"
+    )
     return parser
 
 

@@ -8,10 +8,15 @@ import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from gdprompt_fast import files
+from gdprompt_fast.checkpoint import check_checkpoint, save_checkpoint
+from gdprompt_fast.data import TrainTest
+from gdprompt_fast.data_folder import is_data_folder, write_data
 from gdprompt_fast.files import exchange, is_empty, read_json, recover, write_file, write_folder
 
 OLD = {"a.txt": "old a", "of old/b.txt": "old b"}
@@ -21,7 +26,7 @@ NEW = {"a.txt": "new a", "of new/c.txt": "new c", "d.txt": ""}
 def filled(content: dict[str, str]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         for name, text in content.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
 
     return write
@@ -154,6 +159,46 @@ def test_a_folder_with_a_killed_writes_leftovers_counts_as_empty(tmp_path: Path)
     assert is_empty(tmp_path)
     (tmp_path / ".mine.tmp").write_text("")
     assert not is_empty(tmp_path) and not is_empty(tmp_path / ".mine.tmp")
+
+
+def test_a_data_folder_killed_at_every_step_is_still_known_to_be_ours(tmp_path: Path) -> None:
+    def write(count: int) -> None:
+        rows: Any = [{"context": "c", "query": "q", "response": "r"}] * count
+        write_data(TrainTest(rows, rows, {}), tmp_path / "data", "people", {})
+
+    seen = set()
+    for number in count():
+        write(1)
+        killed = killed_before_call(number, lambda: write(2))
+        recover(tmp_path / "data")
+        assert is_data_folder(tmp_path / "data")
+        seen.add(read_json(tmp_path / "data" / "data.json")["sizes"]["train"])
+        if not killed:
+            break
+    assert seen == {1, 2}
+
+
+def test_checkpoints_killed_at_every_step_leave_a_whole_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = torch.nn.Linear(2, 2), torch.nn.Identity()
+    for part in (model, tokenizer):
+        part.save_pretrained = filled({type(part).__name__: "its files"})
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def save(step: int, output: Path) -> None:
+        save_checkpoint(output, step, model, tokenizer, optimizer, {})
+
+    seen = set()
+    for number in count():
+        output = tmp_path / str(number)
+        save(2, output)
+        killed = killed_before_call(number, lambda o=output: save(4, o))
+        seen.add(check_checkpoint(output))
+        save(6, output)
+        assert check_checkpoint(output) == 6 and len(list(output.iterdir())) == 1
+        if not killed:
+            break
+    assert seen == {2, 4}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff", "[" * 100_000])
