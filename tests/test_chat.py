@@ -104,6 +104,22 @@ def test_a_template_that_ends_no_turn_leaves_the_end_to_eos() -> None:
     assert spelled(list(made.response), tokenizer) == "Bob\n</s>"
 
 
+def test_a_template_that_can_think_is_asked_not_to() -> None:
+    thought = "<think></think>"
+    template = TURNS.replace(
+        "{{ m['content']",
+        "{% if m['role'] == 'assistant' %}" + thought + "{% endif %}{{ m['content']",
+    ).replace(
+        "<|assistant|>{% endif %}",
+        "<|assistant|>{% if enable_thinking is defined and not "
+        "enable_thinking %}" + thought + "{% endif %}{% endif %}",
+    )
+    tokenizer = chat_tokenizer(template)
+    made = example(tokenizer)
+    assert spelled(list(made.prompt), tokenizer).endswith("Who?<|end|>\n<|assistant|>" + thought)
+    assert spelled(list(made.response), tokenizer) == "Bob<|end|>"
+
+
 def test_an_opening_that_the_answers_do_not_share_is_an_error() -> None:
     opened = TURNS.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     with pytest.raises(ValueError, match="chat_template: expected its opening of an answer to be"):

@@ -12,6 +12,8 @@ import pytest
 from gdprompt_fast.cli import main
 from gdprompt_fast.data import read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
+from gdprompt_fast.experiments import command as experiment_command
+from gdprompt_fast.experiments.stages import run_stage
 from gdprompt_fast.files import ASIDE
 
 Refused = Callable[..., str]
@@ -186,6 +188,30 @@ def test_an_experiment_does_not_replace_a_result_that_is_none(mine: Path, refuse
         (mine / name).write_text('{"mine": 1}')
         assert f"{name}: expected" in refused("experiment", "table4", "--output", mine)
         (mine / name).unlink()
+
+
+def test_damaged_experiments_are_one_clear_line(mine: Path, refused: Refused) -> None:
+    output = mine / "experiments"
+    output.mkdir()
+    for text in ('{"experiment": "table4", "title"', '{"experiment": "table4", "title": "T"}'):
+        (output / "table4.json").write_text(text)
+        assert "table4.json: expected results as written" in refused("report", output)
+    stage = output / "stages" / "seed-0" / "data" / "stage.json"
+    stage.parent.mkdir(parents=True)
+    for text in ("{", "[]", "{}", '{"settings": 1}'):
+        stage.write_text(text)
+        with pytest.raises(ValueError, match=r"stage\.json: expected"):
+            run_stage(stage.parent, {}, lambda folder: {})
+
+
+def test_an_experiment_replaces_a_folder_of_others_on_request(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = mine.parent / "table.md"
+    monkeypatch.setattr(experiment_command, "run_experiment", lambda name, labs: table)
+    table.write_text("the table")
+    assert main(["experiment", "table4", "--output", str(mine), "--overwrite"]) == 0
+    assert [path.name for path in mine.iterdir()] == ["stages"]
 
 
 def test_the_current_folder_and_those_above_are_never_replaced(

@@ -1,7 +1,8 @@
 """Triples as turns of a chat, in the words of the tokenizer's own chat template.
 
 - The query row is a user's turn with the query, the prompt row one with context, blank line, query;
-  both end in the template's opening of the assistant's turn.
+  both end in the template's opening of the assistant's turn, without thinking where a template
+  knows ``enable_thinking``: responses have none.
 - The response is what the template makes of the assistant's turn, up to and with the token that
   ends it. That token, not EOS, then ends what a model generates.
 - The context of the inner step stays running text, opened as any text: its loss is that of a
@@ -58,7 +59,10 @@ class ChatTokeniser(TripleTokeniser):
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=assistant is None
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=assistant is None,
+                    enable_thinking=False,
                 )
             )
         except (TemplateError, TypeError, ValueError) as error:

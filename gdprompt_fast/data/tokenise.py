@@ -198,7 +198,7 @@ class TripleTokeniser:
             query=array("i", query.start),
             prompt=array("i", prompt.start),
             response=array("i", [*query.response, self.end]),
-            texts=Texts(*(record.get(field) for field in Texts._fields)),  # type: ignore[arg-type]
+            texts=Texts(**{field: record.get(field) for field in Texts._fields}),
             answers=tuple(record.get("answers") or [record["response"]]),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import write_folder
+from ..files import is_empty, write_folder
 from ..loading import choose_device
 from ..outputs import Outputs
 from ..presets import load_preset
@@ -39,13 +39,13 @@ def prepare_experiment(
     Raises:
         ValueError: naming the option or the preset's section, what was expected and what was given.
     """
-    foreign = not (output / STAGES).is_dir()
+    foreign = not (output / STAGES).is_dir() and not is_empty(output)
     if foreign:
         outputs.check_folder(output)
-    for suffix in (".json", ".md", ".png"):
-        file = output / f"{name}{suffix}"
-        if not foreign and file.exists():
-            outputs.check_file(file.name, file, is_experiment)
+    else:
+        for file in (output / f"{name}{suffix}" for suffix in (".json", ".md", ".png")):
+            if file.exists():
+                outputs.check_file(file.name, file, is_experiment)
     sections = load_preset(f"experiments-{preset}" if preset in OWN_PRESETS else preset)
     overrides = {"seeds": None if seeds is None else list(seeds), "name": model}
     given = {key: value for key, value in overrides.items() if value is not None}
