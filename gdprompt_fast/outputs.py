@@ -33,7 +33,7 @@ def is_marked(path: Path, command: str) -> bool:
     return isinstance(content, dict) and content.get(MARK) == written_by(command)[MARK]
 
 
-def check_differ(**outputs: Path | None) -> None:
+def check_differ(**outputs: Path) -> None:
     """That no two outputs are the same file.
 
     Raises:
@@ -41,10 +41,9 @@ def check_differ(**outputs: Path | None) -> None:
     """
     seen: dict[Path, str] = {}
     for option, path in outputs.items():
-        if path is not None and path.resolve() in seen:
-            raise UserError(f"{option}: expected another file than {seen[path.resolve()]}'s")
-        if path is not None:
-            seen[path.resolve()] = option
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise UserError(f"{option}: expected another file than for {other}, got {path}")
 
 
 def never(path: Path) -> bool:

@@ -198,7 +198,7 @@ class TripleTokeniser:
             query=array("i", query.start),
             prompt=array("i", prompt.start),
             response=array("i", [*query.response, self.end]),
-            texts=Texts(**{field: record.get(field) for field in Texts._fields}),
+            texts=Texts(record["context"], record["query"], record["response"], record.get("id")),
             answers=tuple(record.get("answers") or [record["response"]]),
         )
 
