@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import ShuffledSampler
 from .errors import UserError
+from .files import hash_of_file, read_json, write_folder, write_json, write_whole
 from .loading import load_adapter_weights, load_base, one_line_errors
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
 MODEL_FOLDER = "model"
 EVENTS_FOLDER = "tensorboard"
-
-
-def hash_of_file(path: Path) -> str:
-    """The SHA-256 of what a file holds."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_replaceable(folder: Path) -> None:
-    """That :func:`write_folder` can put another folder in the place of this one.
-
-    Raises:
-        ValueError: if it is the current one.
-    """
-    if folder.resolve() == Path.cwd():
-        raise UserError(f"output: expected another folder than the current one, got {folder}")
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Has ``write`` fill a temporary folder beside ``folder`` and puts that in its place.
-
-    A process killed in the middle leaves a temporary folder (removed by the next call), never a
-    ``folder`` with parts missing.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for path in temporary.rglob("*"):
-        _to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    _to_disk(temporary)
-    os.replace(temporary, path)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file is on the disk: a name must not get there before its content."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether there is no such path, or a folder with nothing but what a killed write left."""
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(path.name.startswith(".") and path.suffix == ".tmp" for path in folder.iterdir())
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+HASHES_FILE = "sha256.json"
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -139,12 +76,40 @@ def save_checkpoint(
     def write(folder: Path) -> None:
         save_model(model, tokenizer, folder / MODEL_FOLDER)
         torch.save(state, folder / STATE_FILE)
+        write_json(folder / HASHES_FILE, _hashes(folder))
 
     newest = output / CHECKPOINTS / f"step-{step:08d}"
     write_folder(newest, write)
     for folder in _checkpoints(output):
         if folder != newest:
             shutil.rmtree(folder)
+
+
+def check_checkpoint(output: Path) -> int:
+    """That the newest checkpoint is as it was written; returns its step, or 0 if there is none.
+
+    Raises:
+        ValueError: naming the file that is not.
+    """
+    checkpoints = _checkpoints(output)
+    if not checkpoints:
+        return 0
+    newest = checkpoints[-1]
+    written, there = read_json(newest / HASHES_FILE), _hashes(newest)
+    for name in sorted(written.keys() | there.keys()):
+        if written.get(name) != there.get(name):
+            got = "another" if name in there else "none"
+            raise UserError(
+                f"{newest / name}: expected the file as it was written, got {got}; without "
+                f"{newest} training begins anew"
+            )
+    return int(newest.name.removeprefix("step-"))
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(checkpoint)): hash_of_file(path) for path in files}
+    return {name: value for name, value in hashes.items() if name != HASHES_FILE}
 
 
 def load_checkpoint(
@@ -187,8 +152,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        write_file(path, "".join(f"{row}\n" for row in rows[:step]))
+        rows = path.read_bytes().split(b"\n")[:step] if path.exists() else []
+        write_whole(path, lambda new: new.write_bytes(b"".join(row + b"\n" for row in rows)))
         self._file = path.open("a", encoding="utf-8")
         self._events = _event_writer(path.parent / EVENTS_FOLDER, step)
 
@@ -201,6 +166,10 @@ class MetricsLog:
                 if name != "step":
                     self._events.add_scalar(name, value, int(row["step"]))
             self._events.flush()
+
+    def to_disk(self) -> None:
+        """Waits until all rows are on the disk, where a checkpoint after them will be."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -219,4 +188,24 @@ def _event_writer(folder: Path, step: int) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return check_metrics(path, path.read_bytes().count(b"\n"))
+
+
+def check_metrics(path: Path, steps: int) -> list[dict[str, float]]:
+    """The rows of the first ``steps`` steps in a metrics file.
+
+    Raises:
+        ValueError: naming the file and the line that is not the row of its step.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number in range(1, steps + 1):
+        try:
+            row = json.loads(lines[number - 1])
+            numbers = all(isinstance(value, int | float) for value in row.values())
+        except (IndexError, ValueError, AttributeError, RecursionError):
+            row, numbers = {}, False
+        if not numbers or row.get("step") != number:
+            raise UserError(f"{path}, line {number}: expected the numbers of step {number}")
+        rows.append(row)
+    return rows

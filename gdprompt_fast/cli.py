@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -13,45 +12,41 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import (
-    check_replaceable,
-    hash_of_file,
-    is_empty,
-    save_model,
-    write_file,
-    write_folder,
-    write_json,
-)
+from .checkpoint import save_model
 from .data import SOURCES, make_data
-from .data_folder import SAMPLES, check_data_folder, counts_table, samples, write_data
+from .data_folder import SAMPLES, counts_table, is_data_folder, samples, write_data
 from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
 from .errors import UserError
 from .evaluation import (
     InnerStep,
     check_inner_step,
+    check_squad_ids,
     evaluate,
     tune_inner_lr,
     whole_groups,
     write_predictions,
+    write_squad_predictions,
 )
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
+from .files import hash_of_file, recover, write_file, write_folder, write_json
 from .job import hub_and_weights, limits, load_job
 from .loading import (
     DTYPES,
     choose_device,
     load_config,
-    load_examples,
     load_model,
     positions,
     print_notes,
     room_before_answer,
 )
+from .outputs import Outputs, check_differ, is_marked, written_by
 from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
 from .prepare import PrepareOptions, fine_tune
 from .presets import preset_arguments
-from .report import PAGE_FILE, results_page, results_table
-from .run import TestSet, as_results, claim_output, run, summaries
+from .reading import Reader, write_dropped
+from .report import PAGE_FILE, is_page, results_page, results_table
+from .run import TestSet, as_results, check_output, claim_output, run, summaries
 from .search import GRID, search_outer_lr, short_trainings
 from .train import TrainOptions
 
@@ -60,9 +55,28 @@ DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
     *("allow_missing", "device", "eval_batch_size", "grid", "output"),
-    *("prepare", "preset", "preset_section", "resume", "teacher_cache"),
+    *("dropped", "overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
+}
+INPUTS = (
+    *("model", "data", "test_data", "joint_data", "teacher", "teacher_cache", "preset"),
+    *("source", "test_source"),
+)
+
+# What --overwrite replaces. Without it that is refused; an input is never replaced.
+REPLACES = "replace an --output that is not empty, and all in it"
+OVERWRITE = {
+    "data": f"{REPLACES}; data that this command wrote, unchanged, needs no leave",
+    **dict.fromkeys(("demo", "prepare", "train", "search-outer-lr"), REPLACES),
+    "evaluate": "replace files that exist; --results and --dropped of this command need no leave",
+    "plan": "replace a --json that this command did not write",
+    "experiment": f"{REPLACES}, unless it is one of experiments, which is gone on with",
+    "report": "replace a page that this command did not write",
 }
 
+TRIPLES = (
+    'JSONL or a JSON array of {"context", "query", "response"}, gzipped or not; "question", '
+    '"privileged_context", "prompt" and the first of "answers" are taken for them'
+)
 Work = Callable[[], None]
 
 
@@ -86,6 +100,9 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: boo
     try:
         if hasattr(args, "preset_section") and args.preset:
             args = _with_preset(args, arguments)
+        for path in _paths(args).values():
+            recover(path)
+            recover(path.parent)
         work: Work = args.prepare(args)
     except (UserError, OSError) as error:
         if debug:
@@ -104,7 +121,7 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: boo
 
 def prepare_data(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt data`` but for what it writes and prints."""
-    check_data_folder(args.output)
+    _outputs(args).check_folder(args.output, is_data_folder)
     data = make_data(
         args.name,
         args.train,
@@ -113,11 +130,13 @@ def prepare_data(args: argparse.Namespace) -> Work:
         args.source,
         args.test_source,
         args.max_characters,
+        args.encoding,
     )
 
     def work() -> None:
         settings = {n: v for n, v in _settings(args).items() if n not in ("command", "name")}
         write_data(data, args.output, args.name, settings)
+        write_dropped(args.dropped, args.command, data.dropped)
         print(counts_table(data, SOURCES[args.name].paper))
         print(f"\n{samples(data.train.take(SAMPLES))}\n\nwritten to {args.output}")
 
@@ -138,6 +157,7 @@ def _with_preset(args: argparse.Namespace, arguments: list[str]) -> argparse.Nam
 
 def prepare_demo(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt demo``."""
+    check_output(args.output, args.resume, _outputs(args))
     demo = make_demo(
         choose_device(args.device),
         args.steps,
@@ -145,7 +165,8 @@ def prepare_demo(args: argparse.Namespace) -> Work:
         args.test_examples,
         args.eval_batch_size,
     )
-    claim_output(args.output, {**_settings(args), **asdict(demo.options)}, args.resume)
+    settings = {**_settings(args), **asdict(demo.options)}
+    claim_output(args.output, settings, args.resume, _outputs(args))
     print(
         f"the bundled model, {len(demo.examples)} questions on passages to train on and "
         f"{len(demo.test.examples)} to measure on, with no person and no thing in common"
@@ -156,21 +177,20 @@ def prepare_demo(args: argparse.Namespace) -> Work:
 def prepare_prepare(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt prepare``: its input, checked and loaded."""
     options = PrepareOptions(**{f.name: getattr(args, f.name) for f in fields(PrepareOptions)})
-    check_replaceable(args.output)
-    if not is_empty(args.output):
-        raise UserError(f"output: expected a new or empty folder, got {args.output}")
+    _outputs(args).check_folder(args.output)
     if args.examples < 1:
         raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
     device = choose_device(args.device)
     model, tokenizer = load_model(args.model, "float32", device, **hub_and_weights(args))
     print_notes(model, tokenizer)
-    triples = load_examples(args.data, model, tokenizer, limits(args, positions(model)))
-    chosen = list(triples.examples)
+    reader = Reader.of(args)
+    chosen = reader.examples(args.data, model, tokenizer, limits(args, positions(model)))
     random.Random(options.seed).shuffle(chosen)  # a file comes in order of its articles
     chosen = chosen[: args.examples]
-    print(f"{args.data}: {triples}; fine-tuning on {len(chosen)}")
+    print(f"fine-tuning on {len(chosen)}")
 
     def work() -> None:
+        write_dropped(args.dropped, args.command, reader.dropped)
         fine_tune(model, chosen, options)
         write_folder(args.output, lambda folder: save_model(model, tokenizer, folder))
         print(f"model: {args.output}")
@@ -180,10 +200,13 @@ def prepare_prepare(args: argparse.Namespace) -> Work:
 
 def prepare_train(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt train``: its input, checked and loaded."""
-    job = load_job(args, _train_options(args))
-    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
+    options = _train_options(args)
+    check_output(args.output, args.resume, _outputs(args))
+    job = load_job(args, options)
+    claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
+        write_dropped(args.dropped, args.command, job.reader.dropped)
         teacher = job.build_teacher_cache()
         run(
             job.model,
@@ -204,10 +227,12 @@ def prepare_search(args: argparse.Namespace) -> Work:
     trainings = short_trainings(_train_options(args), args.grid, args.steps_per_rate)
     if args.test_data is None:
         raise UserError("test_data: expected held-out triples to score the rates on, got none")
+    check_output(args.output, args.resume, _outputs(args))
     job = load_job(args, trainings[0])
-    claim_output(args.output, {**_settings(args), **_contents(args)}, args.resume)
+    claim_output(args.output, _run_settings(args), args.resume, _outputs(args))
 
     def work() -> None:
+        write_dropped(args.dropped, args.command, job.reader.dropped)
         search_outer_lr(job, trainings, args.output)
 
     return work
@@ -216,20 +241,27 @@ def prepare_search(args: argparse.Namespace) -> Work:
 def prepare_evaluate(args: argparse.Namespace) -> Work:
     """Everything before the long work of ``gdprompt evaluate``: its input, checked and loaded."""
     asked = InnerStep(args.inner_lr, args.inner_steps, args.inner_params)
-    _check_file("results", args.results)
-    _check_file("predictions", args.predictions)
+    outputs = _outputs(args)
+    outputs.check_file("results", args.results, lambda path: is_marked(path, args.command))
+    outputs.check_file("predictions", args.predictions)
+    outputs.check_file("squad_predictions", args.squad_predictions)
+    if args.squad_predictions and not args.answer_tokens:
+        raise UserError("squad_predictions: expected answer_tokens >= 1, got 0: there is no answer")
     device = choose_device(args.device)
     model, tokenizer = load_model(args.model, args.dtype, device, **hub_and_weights(args))
     print_notes(model, tokenizer)
     check_inner_step(model, asked, args.one_after_another)
     room = room_before_answer(model, args.answer_tokens)
-    triples = load_examples(args.data, model, tokenizer, limits(args, room))
-    print(f"{args.data}: {triples}")
-    test = TestSet(triples.examples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
+    reader = Reader.of(args)
+    triples = reader.examples(args.data, model, tokenizer, limits(args, room))
+    test = TestSet(triples, args.inner_lr_grid, args.eval_batch_size, args.answer_tokens)
     examples = whole_groups(test.examples, args.contexts_per_group)
+    if args.squad_predictions:
+        check_squad_ids(examples)
     grouping = {n: vars(args)[n] for n in ("contexts_per_group", "one_after_another")}
 
     def work() -> None:
+        write_dropped(args.dropped, args.command, reader.dropped)
         inner = asked
         if args.tune_inner_lr:
             grid, size = test.inner_lr_grid, test.batch_size
@@ -247,9 +279,11 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
         print(f"\n{len(examples)} examples, ± one standard error:\n")
         print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
-            write_json(args.results, result)
+            write_json(args.results, {**written_by(args.command), **result})
         if args.predictions:
-            write_predictions(args.predictions, examples, scores, tokenizer)
+            write_predictions(args.predictions, examples, scores)
+        if args.squad_predictions:
+            write_squad_predictions(args.squad_predictions, examples, scores)
 
     return work
 
@@ -258,13 +292,13 @@ def prepare_plan(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt plan`` but for what it prints."""
     setting = Setting(**{f.name: getattr(args, f.name) for f in fields(Setting)})
     memory = None if args.memory is None else parse_memory(args.memory)
-    _check_file("json", args.json)
+    _outputs(args).check_file("json", args.json, lambda path: is_marked(path, args.command))
     plan = make_plan(load_config(args.model, args.revision), setting, memory)
 
     def work() -> None:
         print(plan_table(args.model, plan))
         if args.json:
-            write_json(args.json, plan_json(args.model, plan))
+            write_json(args.json, {**written_by(args.command), **plan_json(args.model, plan)})
 
     return work
 
@@ -278,6 +312,7 @@ def prepare_experiment_of(args: argparse.Namespace) -> Work:
         args.seeds,
         args.model,
         args.device,
+        _outputs(args),
         **hub_and_weights(args),
     )
 
@@ -285,6 +320,7 @@ def prepare_experiment_of(args: argparse.Namespace) -> Work:
 def prepare_report(args: argparse.Namespace) -> Work:
     """The whole of ``gdprompt report`` but for what it prints."""
     page, path = results_page(args.folder), args.folder / PAGE_FILE
+    _outputs(args).check_file(PAGE_FILE, path, is_page)
 
     def work() -> None:
         write_file(path, page)
@@ -293,13 +329,22 @@ def prepare_report(args: argparse.Namespace) -> Work:
     return work
 
 
-def _check_file(option: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{option}: expected a file in an existing folder, got {path}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{option}: expected a file that can be written, got {path}")
+def _paths(args: argparse.Namespace) -> dict[str, Path]:
+    """The files and folders that the options name; a model may be a name on the hub instead."""
+    named = ("model", "teacher", "preset")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return {n: Path(v) for n, v in given.items() if isinstance(v, Path) or n in named}
+
+
+def _outputs(args: argparse.Namespace) -> Outputs:
+    """What a command must not write over; the file of dropped records is checked at once."""
+    paths = _paths(args)
+    outputs = Outputs(
+        {n: p for n, p in paths.items() if n in INPUTS and p.exists()}, args.overwrite
+    )
+    check_differ(**{n: path for n, path in paths.items() if n not in INPUTS})
+    outputs.check_file("dropped", paths.get("dropped"), lambda path: is_marked(path, args.command))
+    return outputs
 
 
 def _train_options(args: argparse.Namespace) -> TrainOptions:
@@ -312,10 +357,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {n: str(value) if isinstance(value, Path) else value for n, value in settings.items()}
 
 
-def _contents(args: argparse.Namespace) -> dict[str, str]:
-    """What the files of triples hold, of which ``_settings`` has the names."""
+def _run_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings, and what the files of triples hold that they name."""
     files = {name: getattr(args, name) for name in ("data", "test_data", "joint_data")}
-    return {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
+    hashes = {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
+    return {**_settings(args), **hashes}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -344,6 +390,9 @@ def _command(
         name, help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(prepare=prepare)
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"{OVERWRITE[name]}; never an input"
+    )
     return parser
 
 
@@ -370,6 +419,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument(
         "--max-characters", type=int, help="drop a record with longer texts (squad: 1500)"
     )
+    _add_reading(parser)
 
 
 def _add_demo(commands: Any) -> None:
@@ -393,9 +443,7 @@ def _add_prepare(commands: Any) -> None:
     parser = _command(commands, "prepare", what, prepare_prepare)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
     _add_model(parser)
-    parser.add_argument(
-        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
-    )
+    parser.add_argument("--data", type=Path, required=True, help=TRIPLES)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--examples", type=int, default=1000, help="take the first so many records")
     _add_limits(parser)
@@ -472,6 +520,11 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--results", type=Path, help="JSON file to write the results to")
     parser.add_argument("--predictions", type=Path, help="JSONL file to write every answer to")
+    parser.add_argument(
+        "--squad-predictions",
+        type=Path,
+        help="JSON file to write Fine-Tuning's answers to by id, as SQuAD's official script takes",
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -550,14 +603,27 @@ def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument(
-        "--data", type=Path, required=True, help='JSONL of {"context", "query", "response"}'
-    )
+    parser.add_argument("--data", type=Path, required=True, help=TRIPLES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights")
     _add_limits(parser)
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encoding", default="utf-8", help="of the files read, as utf-16")
+    parser.add_argument(
+        "--dropped", type=Path, help="JSON file to write to which records were dropped, and why"
+    )
+
+
 def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """How records become examples, and which do not."""
+    _add_reading(parser)
+    parser.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="ask as a user's turn and take the response as the assistant's, in the words of the "
+        "tokenizer's chat template; the context of the inner step stays running text",
+    )
     for part, tokens in (("context", 256), ("query", 128), ("prompt", 384)):
         parser.add_argument(
             f"--max-{part}-tokens",

@@ -8,30 +8,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import check_replaceable, write_folder, write_json
 from .data import SOURCES, TrainTest, write_triples
-from .errors import UserError
+from .files import hash_of_file, read_json, write_folder, write_json
+from .outputs import is_marked, written_by
 
+DATA = "data"
 TRAIN_FILE, TEST_FILE, ABOUT_FILE = "train.jsonl", "test.jsonl", "data.json"
 FILES = {TRAIN_FILE, TEST_FILE, ABOUT_FILE}
 SAMPLES = 3
 
 
-def check_data_folder(folder: Path) -> None:
-    """Makes sure that writing ``folder`` replaces nothing but data of an earlier call.
+def is_data_folder(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_data` wrote, unchanged, and nothing else."""
+    if {path.name for path in folder.iterdir()} != FILES or not is_marked(
+        folder / ABOUT_FILE, DATA
+    ):
+        return False
+    return read_json(folder / ABOUT_FILE).get("sha256") == _hashes(folder)
 
-    Raises:
-        ValueError: if it is a file or holds anything else.
-    """
-    check_replaceable(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: expected a folder, got the file {folder}")
-    others = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()
-    if others:
-        raise UserError(
-            f"output: expected a new folder or one with {', '.join(sorted(FILES))} only, got "
-            f"{folder} with {sorted(others)[0]}"
-        )
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: hash_of_file(folder / name) for name in (TRAIN_FILE, TEST_FILE)}
 
 
 def write_data(data: TrainTest, folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -51,7 +48,8 @@ def write_data(data: TrainTest, folder: Path, name: str, settings: dict[str, Any
     def write(temporary: Path) -> None:
         write_triples(data.train, temporary / TRAIN_FILE)
         write_triples(data.test, temporary / TEST_FILE)
-        write_json(temporary / ABOUT_FILE, about)
+        hashes = {"sha256": _hashes(temporary)}
+        write_json(temporary / ABOUT_FILE, {**written_by(DATA), **about, **hashes})
 
     write_folder(folder, write)
 

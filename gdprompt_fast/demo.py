@@ -8,7 +8,6 @@ that neither this training nor its own has mentioned.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 import torch
 
 from .bundled import bundled_folder
-from .checkpoint import read_metrics, write_file, write_json
+from .checkpoint import read_metrics
 from .data import Example, Limits, make_people_data, tokenise_triples
 from .errors import UserError
 from .evaluation import Summary
+from .files import write_file, write_json
 from .loading import load_model, positions
 from .report import draw_figure, results_table
 from .run import (
@@ -31,6 +31,7 @@ from .run import (
     describe_samples,
     measure,
     measure_at_best,
+    read_results,
     summaries,
 )
 from .teacher import TeacherCache
@@ -105,7 +106,7 @@ def run_demo(demo: Demo, output: Path) -> None:
     What is there already, of an interrupted run, is not done again.
     """
     path = output / RESULTS_FILE
-    results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_results(path) if path.exists() else {}
     if "before" not in results:
         model, tokenizer = load_model(bundled_folder(), "float32", demo.device)
         results["before"] = measure_at_best(model, tokenizer, demo.options, demo.test)
@@ -130,7 +131,6 @@ def _train_arm(demo: Demo, objective: str, output: Path) -> dict[str, object]:
         teacher = TeacherCache.build(
             output / "teacher",
             model,
-            tokenizer,
             demo.examples,
             options.answer_tokens,
             options.teacher_batch_size,
@@ -156,12 +156,8 @@ def describe_demo(results: Results, demo: Demo) -> str:
     ]
     for name in ARMS.values():
         lines.append(f"{name}: {_shares(before, measured[name])}")
-    _, tokenizer = load_model(bundled_folder(), "float32", torch.device("cpu"))
-    after = results[ARMS["kl"]]
-    return (
-        "\n".join([*lines, *describe_samples(demo.test, tokenizer, results["before"], after)])
-        + "\n"
-    )
+    samples = describe_samples(demo.test, results["before"], results[ARMS["kl"]])
+    return "\n".join([*lines, *samples]) + "\n"
 
 
 def _shares(prompt_before: Summary, after: dict[str, Summary]) -> str:

@@ -20,13 +20,13 @@ from .loading import (
     check_same_tokens,
     check_same_vocabulary,
     choose_device,
-    load_examples,
     load_model,
     positions,
     print_notes,
     room_before_answer,
 )
 from .options import select_inner
+from .reading import Reader
 from .run import TestSet
 from .teacher import TeacherCache, cache_key, check_cache
 from .train import TrainOptions
@@ -41,6 +41,7 @@ class Job:
         teacher_cache: the folder of its answers.
         test: what to measure on, if anything.
         joint: what to fine-tune on in the same steps, if anything.
+        reader: what read them, which knows the records it dropped.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Job:
     teacher_cache: Path
     test: TestSet | None
     joint: list[Example] | None
+    reader: Reader
 
     def build_teacher_cache(self) -> TeacherCache | None:
         """Has the teacher answer what it has not answered yet; then its memory is free."""
@@ -59,7 +61,6 @@ class Job:
         cache = TeacherCache.build(
             self.teacher_cache,
             self.teacher,
-            self.tokenizer,
             self.examples,
             self.options.answer_tokens,
             self.options.teacher_batch_size,
@@ -79,10 +80,10 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
     teacher = _teacher_of(model, tokenizer, args, options, device)
     cache = args.teacher_cache or args.output / "teacher"
 
+    reader = Reader.of(args)
+
     def read(path: Path, room: int) -> list[Example]:
-        triples = load_examples(path, model, tokenizer, limits(args, room))
-        print(f"{path}: {triples}")
-        return triples.examples
+        return reader.examples(path, model, tokenizer, limits(args, room))
 
     answered_by = [] if teacher is None else [model, teacher]
     rooms = [room_before_answer(each, options.answer_tokens) for each in answered_by]
@@ -96,8 +97,8 @@ def load_job(args: Namespace, options: TrainOptions) -> Job:
         joint = read(args.joint_data, positions(model))
     if teacher is not None and cache.exists():
         answer = (options.answer_tokens, options.teacher_batch_size)
-        check_cache(cache, cache_key(teacher, tokenizer, examples, *answer))
-    return Job(model, tokenizer, examples, options, teacher, cache, test, joint)
+        check_cache(cache, cache_key(teacher, examples, *answer))
+    return Job(model, tokenizer, examples, options, teacher, cache, test, joint, reader)
 
 
 def _model_to_train(

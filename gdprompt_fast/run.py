@@ -11,17 +11,19 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import is_empty, read_metrics, write_file, write_json
+from .checkpoint import read_metrics
 from .data import Example
 from .errors import UserError
-from .evaluation import InnerStep, Scores, Summary, decode, evaluate, tune_inner_lr
+from .evaluation import SETTINGS, InnerStep, Scores, Summary, evaluate, tune_inner_lr
+from .files import is_empty, read_json, write_file, write_folder, write_json
 from .options import check_inner
+from .outputs import Outputs
 from .report import draw_figure, not_improved, results_table
 from .teacher import TeacherCache
-from .train import METRICS_FILE, TrainOptions, train
+from .train import METRICS_FILE, TrainOptions, check_training, train
 
 SETTINGS_FILE = "run.json"
-RESULTS_FILE = "results.json"
+RESULTS_FILE, RATE_FILE = "results.json", "result.json"  # of runs, of a rate of the search
 TABLE_FILE = "results.md"
 FIGURE_FILE = "figure.png"
 SAMPLES = 3  # answers shown
@@ -54,29 +56,51 @@ class TestSet:
             check_inner(inner_lr, inner_steps=1)
 
 
-def claim_output(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Makes ``output`` the folder of a run with these settings.
+def check_output(output: Path, resume: bool, outputs: Outputs) -> None:
+    """That ``output`` can be the folder of a new run, or has one to go on with, unharmed.
 
     Raises:
-        ValueError: if it holds a run already and ``resume`` is off, or a run with other settings.
+        ValueError: if it holds anything that is not to be gone on with, or replaced.
     """
+    if resume and (output / SETTINGS_FILE).exists():
+        for folder in (output, *filter(Path.is_dir, output.iterdir())):
+            check_training(folder)
+        for path in (*output.glob(RESULTS_FILE), *output.glob(f"*/{RATE_FILE}")):
+            read_results(path)
+        return
+    if (output / SETTINGS_FILE).exists() and not outputs.overwrite:
+        raise UserError(
+            f"output: expected a folder without a run, got {output}; add --resume to continue it "
+            "or --overwrite to replace it, or give another --output"
+        )
+    if resume and not is_empty(output):
+        raise UserError(f"output: expected a run to continue or an empty folder, got {output}")
+    if not resume and not is_empty(output):
+        outputs.check_folder(output)
+
+
+def claim_output(output: Path, settings: Mapping[str, Any], resume: bool, outputs: Outputs) -> None:
+    """Makes ``output``, which :func:`check_output` has let pass, the folder of a run with these
+    settings.
+
+    Raises:
+        ValueError: if it is that of a run with other settings.
+    """
+    if not resume:
+        check_output(output, resume, outputs)  # again: others may have begun in the meantime
     path = output / SETTINGS_FILE
     known = json.loads(json.dumps(settings))
-    if path.exists():
-        if not resume:
-            raise UserError(
-                f"output: expected a folder without a run, got {output}; "
-                "add --resume to continue it or give another --output"
-            )
-        old = json.loads(path.read_text(encoding="utf-8"))
+    if not resume and not is_empty(output):
+        write_folder(output, lambda folder: write_json(folder / SETTINGS_FILE, known))
+        return
+    if resume and path.exists():
+        old = read_json(path)
         for name in sorted(old.keys() | known.keys()):
             if old.get(name) != known.get(name):
                 raise UserError(
                     f"{name}: expected {old.get(name)!r} as in the run in {output}, "
                     f"got {known.get(name)!r}"
                 )
-    elif not is_empty(output):
-        raise UserError(f"output: expected a new or empty folder, got {output}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, known)
 
@@ -97,7 +121,7 @@ def run(
     """
     model.eval()
     path = output / RESULTS_FILE
-    results: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_results(path) if path.exists() else {}
     if test is not None and "before" not in results:
         results["before"] = measure_at_best(model, tokenizer, options, test)
         write_json(path, results)
@@ -105,7 +129,7 @@ def run(
     if test is not None:
         results["after"] = measure(model, tokenizer, options.inner, test)
         write_json(path, results)
-        text = describe_results(results, tokenizer, test)
+        text = describe_results(results, test)
         write_file(output / TABLE_FILE, text)
         print(f"\n{text}")
     metrics = read_metrics(output / METRICS_FILE)
@@ -142,6 +166,38 @@ def measure_at_best(
     return {**measure(model, tokenizer, tuned.inner, test), "inner_lr_tried": tried}
 
 
+def read_results(path: Path) -> Results:
+    """The results in a file that a run, or the search for a rate, wrote, by name.
+
+    Raises:
+        ValueError: naming the file, if they are not as they were written.
+    """
+    content = read_json(path)
+    results = {"": content} if path.name == RATE_FILE else content
+    for name, result in results.items():
+        if not (_is_result(result) and (name != "before" or "inner_lr_tried" in result)):
+            raise UserError(
+                f"{path}: expected results as they were written, got others {name}; without the "
+                "file they are measured again"
+            )
+    return results
+
+
+def _is_result(result: Any) -> bool:
+    if isinstance(result, dict) and isinstance(result.get("diverged"), str):
+        return True
+    try:
+        measured = summaries({"": result})[""]
+        needed = [result["inner"]["lr"]]
+        texts = [*result["fine_tuned_answers"], *result.get("inner_lr_tried", [])]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    needed += [number for of in measured.values() for number in (of.accuracy, of.token_accuracy)]
+    fields = [value for of in measured.values() for value in vars(of).values() if value is not None]
+    numbers = all(isinstance(value, int | float) for value in needed + fields)
+    return measured.keys() == SETTINGS.keys() and numbers and all(isinstance(t, str) for t in texts)
+
+
 def summaries(results: Results) -> dict[str, dict[str, Summary]]:
     """The summaries in results read from JSON, by name and setting."""
     return {
@@ -150,7 +206,7 @@ def summaries(results: Results) -> dict[str, dict[str, Summary]]:
     }
 
 
-def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test: TestSet) -> str:
+def describe_results(results: Results, test: TestSet) -> str:
     """The table of a finished run, what did not improve, and a few answers."""
     measured = summaries(results)
     before, after = results["before"], results["after"]
@@ -164,13 +220,12 @@ def describe_results(results: Results, tokenizer: PreTrainedTokenizerBase, test:
         f"after: η = {after['inner']['lr']:g}, as trained.",
         *not_improved(measured["before"], measured["after"]),
     ]
-    lines += describe_samples(test, tokenizer, before, after)
+    lines += describe_samples(test, before, after)
     return "\n".join(lines) + "\n"
 
 
 def describe_samples(
     test: TestSet,
-    tokenizer: PreTrainedTokenizerBase,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> list[str]:
@@ -180,9 +235,9 @@ def describe_samples(
     for example, answer_before, answer_after in zip(test.examples, *answers, strict=False):
         lines += [
             "",
-            f"passage: {decode(tokenizer, example.context)}",
-            f"query:   {decode(tokenizer, example.query)}",
-            f"gold:    {decode(tokenizer, example.response)}",
+            f"passage: {example.texts.context}",
+            f"query:   {example.texts.query}",
+            f"gold:    {example.texts.response}",
             f"before:  {answer_before}",
             f"after:   {answer_after}",
         ]

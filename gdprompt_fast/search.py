@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -13,15 +12,15 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CHECKPOINTS, MODEL_FOLDER, write_file, write_json
+from .checkpoint import CHECKPOINTS, MODEL_FOLDER
 from .errors import UserError
+from .files import write_file, write_json
 from .job import Job
 from .report.table import markdown_table, metric_cell
-from .run import measure, summaries
+from .run import RATE_FILE, measure, read_results, summaries
 from .teacher import TeacherCache
 from .train import TrainOptions, train
 
-RATE_FILE = "result.json"
 SEARCH_FILE = "search.json"
 TABLE_FILE = "search.md"
 GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
@@ -68,7 +67,7 @@ def search_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -
                 for name, parameter in trained.items():
                     parameter.copy_(start[name])
             write_json(folder / RATE_FILE, _try_rate(job, options, folder, teacher))
-        results[options.outer_lr] = json.loads((folder / RATE_FILE).read_text(encoding="utf-8"))
+        results[options.outer_lr] = read_results(folder / RATE_FILE)[""]
         for made in (CHECKPOINTS, MODEL_FOLDER):  # several times the size of the model
             shutil.rmtree(folder / made, ignore_errors=True)
     best = _best(results)

@@ -16,14 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import (
     MODEL_FOLDER,
     MetricsLog,
+    check_checkpoint,
+    check_metrics,
     load_checkpoint,
     save_checkpoint,
     save_model,
-    write_folder,
 )
 from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
 from .errors import UserError
 from .evaluation import InnerStep
+from .files import write_folder
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput, check_inner, check_integers, option, warmup_then_cosine
 from .prepare import fine_tuning_backward, row_loss
@@ -32,6 +34,7 @@ from .targets import TeacherTargets
 from .teacher import TeacherCache
 
 METRICS_FILE = "metrics.jsonl"
+LOSS = "query_loss"  # the curve that is drawn
 COUNTS = (
     "batch_size",
     "contexts_per_group",
@@ -174,6 +177,7 @@ def train(
     if joint is not None:
         samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
     output.mkdir(parents=True, exist_ok=True)
+    check_training(output)
     start = load_checkpoint(output, model, optimizer, samplers)
     began, tokens = time.perf_counter(), 0
     with (
@@ -201,8 +205,21 @@ def train(
             )
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
+                metrics.to_disk()
                 save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
+
+
+def check_training(output: Path) -> None:
+    """That what a training has left in ``output`` can be gone on with.
+
+    Raises:
+        ValueError: naming the file, and its line, that is not as it was written.
+    """
+    path = output / METRICS_FILE
+    for number, row in enumerate(check_metrics(path, check_checkpoint(output)), start=1):
+        if LOSS not in row:
+            raise UserError(f'{path}, line {number}: expected a "{LOSS}", got none')
 
 
 def _check_teacher(

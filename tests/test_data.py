@@ -88,7 +88,7 @@ def test_all_right_answers_are_kept_and_default_to_the_response(tmp_path: Path) 
 
 def test_blank_lines_and_other_fields_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "triples.jsonl"
-    path.write_text("\n" + json.dumps({**TRIPLE, "id": 7}) + "\n\n")
+    path.write_text("\n" + json.dumps({**TRIPLE, "note": 7}) + "\n\n")
     assert read_triples(path).to_list() == [TRIPLE]
 
 

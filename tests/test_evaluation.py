@@ -83,9 +83,6 @@ def examples() -> list[Example]:
 class SpelledIds:
     """Stands for a tokenizer: its text of tokens is their ids, special ones too."""
 
-    def __init__(self, eos: int) -> None:
-        self.eos_token_id = eos
-
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids))
 
@@ -160,6 +157,11 @@ def ending_in_some(model: torch.nn.Module, examples: Sequence[Example]) -> int:
     return answers[0][3]
 
 
+def ending_with(end: int, examples: Sequence[Example]) -> list[Example]:
+    """The same examples with another token that ends their responses."""
+    return with_responses(examples, [[*example.response[:-1], end] for example in examples])
+
+
 @pytest.mark.parametrize("contexts", [1, 3], ids=["own θ'", "θ' of 3 contexts"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -167,9 +169,9 @@ def test_a_batch_is_scored_and_answered_as_group_by_group_to_the_token(
     build: Callable[[], torch.nn.Module], setting: str, contexts: int, examples: list[Example]
 ) -> None:
     model = build()
-    tokenizer = SpelledIds(ending_in_some(model, examples))
+    examples = ending_with(ending_in_some(model, examples), examples)
     options: dict[str, Any] = dict(
-        tokenizer=tokenizer, answer_tokens=12, contexts_per_group=contexts
+        tokenizer=SpelledIds(), answer_tokens=12, contexts_per_group=contexts
     )
     together = scores_in(setting, model, examples, batch_size=7, **options)
     assert len(together) == len(examples) // contexts * contexts
@@ -222,7 +224,7 @@ def test_fine_tuning_scores_and_answers_at_the_adapted_weights_of_the_group(
 ) -> None:
     model = build()
     before = copy.deepcopy(model.state_dict())
-    tokenizer = SpelledIds(eos=2)
+    tokenizer = SpelledIds()
     scores = scores_in(
         "fine_tuning",
         model,
@@ -395,13 +397,13 @@ def test_predictions_survive_writing_and_reading(
     examples = [replace(examples[0], answers=line_breaks), *examples[1:]]
     scores = evaluate(model, tokenizer, examples, INNER, 4, answer_tokens=5, contexts_per_group=2)
     path = tmp_path / "predictions.jsonl"
-    write_predictions(path, examples, scores, tokenizer)
+    write_predictions(path, examples, scores)
     rows = read_predictions(path)
     assert len(rows) == 6  # the seventh example is no whole group
     assert rows[0]["answers"] == list(line_breaks)
     for index, row in enumerate(rows):
-        assert row["context"].startswith("the ") and "<s>" not in row["context"]
-        assert row["query"] == tokenizer.decode(examples[index].query[1:])
+        texts = (row["context"], row["query"], row["response"])
+        assert texts == examples[index].texts[:3]
         assert list(row["settings"]) == list(SETTINGS)
         for setting, of in row["settings"].items():
             assert of == {
@@ -413,7 +415,7 @@ def test_predictions_survive_writing_and_reading(
                 "nll": float(scores[setting].nll[index]),
             }
     lost = replace(SCORES, nll=torch.full((4,), math.nan))
-    write_predictions(path, examples, {"prompt": lost}, tokenizer)
+    write_predictions(path, examples, {"prompt": lost})
     of = read_predictions(path)[0]["settings"]["prompt"]
     assert of["nll"] is None and of["answer"] is None and of["f1"] is None
 

@@ -45,6 +45,7 @@ from gdprompt_fast.experiments.run import run_experiment
 from gdprompt_fast.experiments.stages import run_stage
 from gdprompt_fast.experiments.table4 import classify
 from gdprompt_fast.experiments.table5 import mean_of_draws
+from gdprompt_fast.outputs import Outputs
 from gdprompt_fast.presets import load_preset
 from gdprompt_fast.report import results_page
 
@@ -539,7 +540,9 @@ def test_a_bad_preset_is_one_clear_line_before_any_work(
     changed[section][key] = value
     monkeypatch.setattr(command, "load_preset", lambda name: changed)
     with pytest.raises(ValueError, match=message):
-        command.prepare_experiment("table2", "tiny.toml", tmp_path / "new", None, None, "cpu")
+        command.prepare_experiment(
+            "table2", "tiny.toml", tmp_path / "new", None, None, "cpu", Outputs({}, False)
+        )
     assert not (tmp_path / "new").exists()
 
 

@@ -1,4 +1,4 @@
-"""One planted fault for each way of being wrong: the step refuses, or ``check_exactness`` finds it."""
+"""A planted fault for each way of being wrong: the step refuses or ``check_exactness`` finds it."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_a_text_is_cut_into_context_one_word_and_continuation() -> None:
     cut = Cut(min_words=30, min_context_words=10, max_context_words=20, response_words=5)
     texts = [" ".join(f"w{i}" for i in range(length)) for length in range(28, 60)]
     corpus = cut_articles([texts], cut, seed=0)
-    assert corpus.dropped == {"fewer than 30 words": 2}
+    assert corpus.counts == {"fewer than 30 words": 2}
     (records,) = corpus.groups
     assert len(records) == 30
     for text, record in zip(texts[2:], records, strict=True):
@@ -302,7 +302,7 @@ def test_squad_keeps_all_answers_and_drops_empty_and_repeated_questions() -> Non
             }
         ],
     ]
-    assert corpus.dropped == {"question repeated": 1, "empty context, question or answer": 2}
+    assert corpus.counts == {"question repeated": 1, "empty context, question or answer": 2}
 
 
 def test_a_single_squad_file_is_divided_by_article(tmp_path: Path) -> None:
@@ -390,6 +390,12 @@ def test_bad_arguments_are_errors_that_name_them(tmp_path: Path) -> None:
         make_data("people", train=0)
     with pytest.raises(ValueError, match=r"mine\.jsonl: expected SQuAD's official JSON layout"):
         make_data("squad", source=path)
+    half = tmp_path / "half.json"
+    half.write_text(
+        squad_file(tmp_path / "squad.json", "ab").read_text().replace("About", "\\ud83d")
+    )
+    with pytest.raises(ValueError, match=r"half\.json: expected SQuAD's .*surrogates not allowed"):
+        make_data("squad", source=half)
     with pytest.raises(ValueError, match="expected paragraphs of at least 128 words"):
         make_data("wikitext", source=path)
 
@@ -460,7 +466,7 @@ def test_the_command_replaces_its_own_data_only(
     assert len(read_triples(tmp_path / "people" / "train.jsonl")) == 4
     (tmp_path / "people" / "notes.txt").write_text("mine")
     assert main([*command, "5"]) == 2
-    assert "output: expected a new folder" in capsys.readouterr().err
+    assert "output: expected a new or empty folder" in capsys.readouterr().err
     assert len(read_triples(tmp_path / "people" / "train.jsonl")) == 4
 
 

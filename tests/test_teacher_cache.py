@@ -56,7 +56,7 @@ def build(
     folder: Path, examples: list[Example], teacher: torch.nn.Module | None = None, **changes: int
 ) -> TeacherCache:
     settings = {"answer_tokens": 3, "batch_size": 2, **changes}
-    return TeacherCache.build(folder, teacher or llama(1), TOKENIZER, examples, **settings)
+    return TeacherCache.build(folder, teacher or llama(1), examples, **settings)
 
 
 def test_a_step_on_cached_targets_is_the_step_taught_on_the_fly(
@@ -101,12 +101,12 @@ def test_a_killed_build_goes_on_after_its_last_shard_to_the_same_bits(
 ) -> None:
     build(tmp_path / "whole", examples)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == ["key.json", *(f"shard-0000{number}.safetensors" for number in range(3))]
+    assert names == ["key.json", "sha256.json", *(f"shard-0000{n}.safetensors" for n in range(3))]
     with monkeypatch.context() as patch:
         patch.setattr(cache, "teach", killed_after(3, teach))
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "killed", examples)
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names[:2]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names[:3]
     with monkeypatch.context() as patch:
         patch.setattr(cache, "teach", killed_after(4, teach))  # of six batches two are there
         build(tmp_path / "killed", examples)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gdprompt_fast.train
 from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
-from gdprompt_fast.checkpoint import MetricsLog, read_metrics, write_folder
+from gdprompt_fast.checkpoint import MetricsLog, read_metrics
 from gdprompt_fast.data import (
     Example,
     Limits,
@@ -102,7 +102,7 @@ def run(
     teacher = None
     if options.objective == "kl":
         teacher = TeacherCache.build(
-            output / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+            output / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
         )
     train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -200,7 +200,7 @@ def test_a_teacher_goes_with_the_objective_and_the_examples(
     examples: list[Example], tmp_path: Path
 ) -> None:
     teacher = TeacherCache.build(
-        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
     )
     for options, given in ((KL, None), (GOLD, teacher)):
         with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
@@ -358,7 +358,7 @@ def test_the_loss_of_prompted_responses_is_that_of_the_teachers_answers(
     run(options, examples, tmp_path)
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     teacher = TeacherCache.build(
-        tmp_path / "teacher", tiny_llama(seed=1).eval(), TOKENIZER, examples, 3, batch_size=4
+        tmp_path / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
     )
     answered, targets = teacher.batch(ShuffledSampler(5, options.seed).take(2))
     model = tiny_llama().eval()
@@ -418,20 +418,6 @@ def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: 
 def test_a_bad_option_is_an_error_that_names_it(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
         dataclasses.replace(GOLD, **{name: value})
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-
-    def half(path: Path) -> None:
-        (path / "one").write_text("1")
-        raise Killed
-
-    with pytest.raises(Killed):
-        write_folder(folder, half)
-    assert not folder.exists()
-    write_folder(folder, lambda path: (path / "two").write_text("2"))  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "two"]
 
 
 def test_reopened_metrics_forget_rows_after_the_checkpoint(tmp_path: Path) -> None:

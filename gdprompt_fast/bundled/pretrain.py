@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..checkpoint import save_model, write_folder
+from ..checkpoint import save_model
 from ..data import (
     Limits,
     Rows,
@@ -37,6 +37,8 @@ from ..data import (
 )
 from ..data.words import word_tokenizer
 from ..evaluation import InnerStep, evaluate
+from ..files import write_folder
+from ..outputs import Outputs
 from ..prepare import row_loss
 from ..progress import progress_bar
 
@@ -231,6 +233,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    Outputs(inputs={}, overwrite=False).check_folder(arguments.output)
     start = time.perf_counter()
     model, tokenizer = pretrain(arguments.seed)
     write_folder(arguments.output, lambda folder: save_model(model, tokenizer, folder))

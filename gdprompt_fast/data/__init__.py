@@ -1,6 +1,7 @@
 """Triples of context, query and response: generating, reading, tokenising, batching."""
 
 from .characters import characters_vocabulary, make_characters
+from .chat import ChatTokeniser
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
 from .people import (
     make_people_articles,
@@ -10,13 +11,23 @@ from .people import (
 )
 from .sampler import ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
-from .tokenise import Example, Limits, TokenisedTriples, TripleTokeniser, batched, tokenise_triples
-from .triples import TrainTest, read_triples, write_triples
+from .tokenise import (
+    Example,
+    Limits,
+    TokenisedTriples,
+    TripleTokeniser,
+    batched,
+    end_token,
+    tokenise_triples,
+)
+from .triples import Records, TrainTest, read_records, read_triples, write_triples
 
 __all__ = [
     "SOURCES",
+    "ChatTokeniser",
     "Example",
     "Limits",
+    "Records",
     "Rows",
     "ShuffledSampler",
     "Source",
@@ -25,6 +36,7 @@ __all__ = [
     "TripleTokeniser",
     "batched",
     "characters_vocabulary",
+    "end_token",
     "make_characters",
     "make_data",
     "make_people_articles",
@@ -35,6 +47,7 @@ __all__ = [
     "people_vocabulary",
     "prompt_rows",
     "query_rows",
+    "read_records",
     "read_triples",
     "response_rows",
     "tokenise_triples",

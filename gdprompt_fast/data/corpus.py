@@ -24,28 +24,33 @@ class Corpus:
     Attributes:
         groups: lists of triples that speak of the same, such as an article's; a group is never
             divided between training and test set.
-        dropped: by reason, how many records could not be used.
+        dropped: by reason, the records that could not be used.
     """
 
     groups: list[list[Record]]
-    dropped: dict[str, int]
+    dropped: dict[str, list[Record]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By reason, how many records could not be used."""
+        return {why: len(records) for why, records in self.dropped.items()}
 
     def records(self) -> list[Record]:
         """The triples of all groups, in their order."""
         return [record for group in self.groups for record in group]
 
     def without(self, unwanted: Callable[[Record], bool], why: str) -> Corpus:
-        """The triples that are not ``unwanted``; the others are counted under ``why``."""
+        """The triples that are not ``unwanted``; the others are dropped for ``why``."""
         groups = [[record for record in group if not unwanted(record)] for group in self.groups]
-        lost = sum(map(len, self.groups)) - sum(map(len, groups))
-        dropped = {**self.dropped, why: self.dropped.get(why, 0) + lost} if lost else self.dropped
+        lost = [record for record in self.records() if unwanted(record)]
+        dropped = {**self.dropped, why: self.dropped.get(why, []) + lost} if lost else self.dropped
         return Corpus([group for group in groups if group], dropped)
 
     def split(self, test_size: int | None, seed: int) -> tuple[Corpus, Corpus]:
         """Training and test part, by whole groups in a seeded draw.
 
         The test part gets groups until it has ``test_size`` records, or a tenth of all. What was
-        dropped is counted in the training part.
+        dropped is said of the training part.
 
         Raises:
             ValueError: if that leaves nothing to train on.

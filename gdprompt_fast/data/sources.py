@@ -16,7 +16,8 @@ from .characters import TEST_SIZE, TRAIN_SIZE, make_characters
 from .corpus import Corpus, Record
 from .people import make_people_articles, make_people_data
 from .squad import read_squad_file, read_squad_hub
-from .triples import FIELDS, TrainTest, read_triples
+from .texts import UTF_8
+from .triples import FIELDS, TrainTest, read_records
 from .wikitext import Cut, cut_articles, read_wikitext_file, read_wikitext_hub
 
 # Four facts are 36 words and their repetition at least 24: the context has all facts, the response
@@ -32,7 +33,7 @@ class Source:
         what: a line that describes it.
         paper: how many triples the paper has, to "train" and to "test"; empty if it has none.
         generate: train size, test size and seed to triples.
-        read_file: file and seed to triples.
+        read_file: file, seed and encoding to triples.
         read_hub: ``train`` or ``test`` and seed to triples.
         max_characters: records with more, of all their texts together, are too long, unless another
             number is asked for.
@@ -42,7 +43,7 @@ class Source:
     what: str
     paper: dict[str, int]
     generate: Callable[[int, int, int], TrainTest] | None = None
-    read_file: Callable[[Path, int], Corpus] | None = None
+    read_file: Callable[[Path, int, str], Corpus] | None = None
     read_hub: Callable[[str, int], Corpus] | None = None
     max_characters: int | None = None
     revision: int = 1
@@ -58,14 +59,17 @@ def make_people_text(train_size: int, test_size: int, seed: int) -> TrainTest:
     return TrainTest(Dataset.from_list(train), Dataset.from_list(test), counts)
 
 
-def read_jsonl(path: Path, seed: int) -> Corpus:
+def read_jsonl(path: Path, seed: int, encoding: str) -> Corpus:
     """Triples of a JSONL file, those of a context in a group.
 
     Raises:
         ValueError: naming file and line, if a record is not a triple.
     """
     groups: dict[str, list[Record]] = {}
-    for record in read_triples(path).to_list():
+    records = read_records(path, encoding)
+    if records.read_as:
+        print(f"{path}: {records.read_as}")
+    for record in records.rows:
         groups.setdefault(record["context"], []).append(record)
     return Corpus(list(groups.values()), {})
 
@@ -95,7 +99,7 @@ SOURCES = {
     "squad": Source(
         "SQuAD, from the hub or from files of the official JSON layout",
         {"train": 82_031, "test": 10_380},
-        read_file=lambda path, seed: read_squad_file(path),
+        read_file=lambda path, seed, encoding: read_squad_file(path, encoding),
         read_hub=lambda split, seed: read_squad_hub(split),
         max_characters=1500,  # about 350 tokens; leaves out one record in twenty
     ),
@@ -117,6 +121,7 @@ def make_data(
     source: Path | None = None,
     test_source: Path | None = None,
     max_characters: int | None = None,
+    encoding: str = UTF_8,
 ) -> TrainTest:
     """Triples to train and to test on, of one of :data:`SOURCES`.
 
@@ -134,6 +139,7 @@ def make_data(
         test_source: file with the test set, where ``source`` has only the training set.
         max_characters: records with more, of all their texts together, are dropped; None: the
             source's own limit, if it has one (1,500 for SQuAD).
+        encoding: of the files.
 
     Raises:
         ValueError: naming the argument, if there is no such source, if it needs or does not take
@@ -147,7 +153,7 @@ def make_data(
             raise UserError(f"{option}: expected an integer >= 1, got {size}")
     generate = SOURCES[name].generate
     if generate is None:
-        corpora = _read(name, source, test_source, seed)
+        corpora = _read(name, source, test_source, seed, encoding)
         limit = max_characters or SOURCES[name].max_characters
         if limit is not None:
             corpora = [_without_longer(corpus, limit) for corpus in corpora]
@@ -160,7 +166,9 @@ def make_data(
     return generate(train or TRAIN_SIZE, test or TEST_SIZE, seed)
 
 
-def _read(name: str, source: Path | None, test_source: Path | None, seed: int) -> list[Corpus]:
+def _read(
+    name: str, source: Path | None, test_source: Path | None, seed: int, encoding: str
+) -> list[Corpus]:
     """Training and test set, or the one file that both are to be taken from."""
     read_file, read_hub = SOURCES[name].read_file, SOURCES[name].read_hub
     if source is None and test_source is None and read_hub is not None:
@@ -170,7 +178,7 @@ def _read(name: str, source: Path | None, test_source: Path | None, seed: int) -
     for option, path in (("source", source), ("test_source", test_source)):
         if path is not None and not path.is_file():
             raise UserError(f"{option}: expected a file, got {path}")
-    return [read_file(path, seed) for path in (source, test_source) if path is not None]
+    return [read_file(path, seed, encoding) for path in (source, test_source) if path is not None]
 
 
 def _without_longer(corpus: Corpus, max_characters: int) -> Corpus:
@@ -189,9 +197,14 @@ def _chosen(
     train_rows = _draw("train", train.records(), train_size, seed)
     test_rows = _draw("test", test.records(), test_size, seed)
     counts = Counter({"train": len(train_rows), "test": len(test_rows)})
+    dropped: list[Record] = []
     for corpus in (train, test):
-        counts.update({f"dropped: {why}": count for why, count in corpus.dropped.items()})
-    return TrainTest(Dataset.from_list(train_rows), Dataset.from_list(test_rows), dict(counts))
+        counts.update({f"dropped: {why}": count for why, count in corpus.counts.items()})
+        for why, records in corpus.dropped.items():
+            dropped += [{"reason": why, **record} for record in records]
+    return TrainTest(
+        Dataset.from_list(train_rows), Dataset.from_list(test_rows), dict(counts), dropped
+    )
 
 
 def _draw(part: str, records: list[Record], size: int | None, seed: int) -> list[Record]:

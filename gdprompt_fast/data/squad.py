@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
 from .corpus import Corpus, Record, load_hub
+from .texts import UTF_8, read_text
 
 HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": "train", "test": "validation"}  # SQuAD's own test set is not public
@@ -22,6 +22,7 @@ class Row(NamedTuple):
     context: str
     question: str
     answers: list[str]
+    id: str | None = None
 
 
 def squad_corpus(rows: Iterable[Row]) -> Corpus:
@@ -32,43 +33,40 @@ def squad_corpus(rows: Iterable[Row]) -> Corpus:
     is a question asked about the same context before.
     """
     groups: dict[str, list[Record]] = {}
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[Record]] = {}
     seen: set[tuple[str, str]] = set()
     for row in rows:
         context, question = row.context.strip(), row.question.strip()
         answers = list(dict.fromkeys(text.strip() for text in row.answers if text.strip()))
+        name = {} if row.id is None else {"id": row.id}
+        asked = {**name, "context": context, "query": question}
         if not (context and question and answers):
-            dropped["empty context, question or answer"] += 1
+            dropped.setdefault("empty context, question or answer", []).append(asked)
         elif (context, question) in seen:
-            dropped["question repeated"] += 1
+            dropped.setdefault("question repeated", []).append(asked)
         else:
             seen.add((context, question))
-            groups.setdefault(row.article, []).append(
-                {
-                    "context": context,
-                    "query": question,
-                    "response": answers[0],
-                    "answers": answers,
-                }
-            )
-    return Corpus(list(groups.values()), dict(dropped))
+            triple = {**asked, "response": answers[0], "answers": answers}
+            groups.setdefault(row.article, []).append(triple)
+    return Corpus(list(groups.values()), dropped)
 
 
-def read_squad_file(path: Path) -> Corpus:
+def read_squad_file(path: Path, encoding: str = UTF_8) -> Corpus:
     """Triples of a JSON file of SQuAD's official layout.
 
     Raises:
         ValueError: if the file has another layout or no usable question.
     """
+    text = read_text(path, encoding)
     try:
-        corpus = squad_corpus(_rows(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        corpus = squad_corpus(_rows(json.loads(text)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected SQuAD's official JSON layout (data, paragraphs, qas, answers), got "
             f"{type(error).__name__}: {error}"
         ) from None
     if not corpus.groups:
-        raise UserError(f"{path}: expected at least one usable question, got {corpus.dropped}")
+        raise UserError(f"{path}: expected at least one usable question, got {corpus.counts}")
     return corpus
 
 
@@ -77,7 +75,10 @@ def _rows(content: dict[str, list]) -> Iterator[Row]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 answers = [answer["text"] for answer in qa["answers"]]
-                yield Row(article["title"], paragraph["context"], qa["question"], answers)
+                context, question, name = paragraph["context"], qa["question"], qa.get("id")
+                "".join((context, question, *answers)).encode()  # no half of a character
+                name = None if name is None else str(name)
+                yield Row(article["title"], context, question, answers, name)
 
 
 def read_squad_hub(split: str) -> Corpus:
@@ -88,5 +89,6 @@ def read_squad_hub(split: str) -> Corpus:
     """
     rows = load_hub(HUB, None, HUB_SPLITS[split])
     return squad_corpus(
-        Row(row["title"], row["context"], row["question"], row["answers"]["text"]) for row in rows
+        Row(row["title"], row["context"], row["question"], row["answers"]["text"], row.get("id"))
+        for row in rows
     )

@@ -8,7 +8,8 @@ The rule, the same for every tokenizer:
 - The response's tokens are those of the joined text after its longest common prefix with the same
   text without the response. So the space before an answer goes to whichever side the vocabulary
   puts it on (" Anna" or "is "), and a piece that spans the join belongs to the response.
-- A response ends with EOS, so that a model can say that its answer is complete.
+- A response ends with EOS, so that a model can say that its answer is complete; in a chat (see
+  ``chat.py``) with the token that ends a turn.
 - The response has the same tokens in the query row and in the prompt row: the teacher speaks about
   the tokens that the student is asked for. A record that breaks this is dropped.
 """
@@ -33,6 +34,15 @@ OPENING_WORDS = ["In", "Once", "The", "When", "Who"]  # how do texts that begin 
 Item = TypeVar("Item")
 
 
+class Texts(NamedTuple):
+    """A triple as it was read."""
+
+    context: str
+    query: str
+    response: str
+    id: str | None
+
+
 @dataclass(frozen=True)
 class Example:
     """The token ids of a triple, each row opened with BOS where the tokenizer does so.
@@ -42,6 +52,7 @@ class Example:
         query: the query alone, without its response.
         prompt: context ⊕ query, without its response.
         response: the response and EOS; it follows ``query`` or ``prompt`` in their rows.
+        texts: what the ids are of.
         answers: the texts that count as right answers, for scoring what a model generates.
     """
 
@@ -49,7 +60,13 @@ class Example:
     query: array[int]
     prompt: array[int]
     response: array[int]
+    texts: Texts
     answers: tuple[str, ...] = ()
+
+
+def end_token(examples: Sequence[Example]) -> int:
+    """The token that every gold response ends with, and so a generated answer should."""
+    return examples[0].response[-1]
 
 
 @dataclass(frozen=True)
@@ -69,36 +86,48 @@ class Limits:
 
 @dataclass(frozen=True)
 class TokenisedTriples:
-    """The examples kept and, by reason, how many records were dropped.
+    """The examples kept, and which records were dropped.
 
     Attributes:
         kept: for every example the index of its record.
+        reasons: for every record that was dropped, by its index, why.
     """
 
     examples: list[Example]
-    dropped: dict[str, int]
     kept: list[int]
+    reasons: dict[int, str]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """By reason, how many records were dropped."""
+        return dict(Counter(self.reasons.values()))
 
     def __str__(self) -> str:
         reasons = "".join(f"; dropped {count}: {why}" for why, count in self.dropped.items())
-        total = len(self.examples) + sum(self.dropped.values())
+        total = len(self.examples) + len(self.reasons)
         return f"{len(self.examples)} of {total} records kept{reasons}"
 
 
 def tokenise_triples(
-    records: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    records: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    rule: type[TripleTokeniser] | None = None,
 ) -> TokenisedTriples:
     """Tokenises triples and drops, by reason and count, those that cannot be used.
 
     A record's optional "answers" are kept as texts; without them its response is the one answer.
 
+    Args:
+        rule: None: :class:`TripleTokeniser`.
+
     Raises:
         ValueError: if the tokenizer has no EOS, or if nothing is left.
     """
-    tokeniser = TripleTokeniser(tokenizer)
+    tokeniser = (rule or TripleTokeniser)(tokenizer)
     examples: list[Example] = []
     kept: list[int] = []
-    dropped: Counter[str] = Counter()
+    reasons: dict[int, str] = {}
     chunks = batched(records, RECORDS_AT_ONCE)
     tokenised = (example for chunk in chunks for example in tokeniser.examples(chunk))
     for index, example in enumerate(tokenised):
@@ -107,8 +136,8 @@ def tokenise_triples(
             examples.append(example)
             kept.append(index)
         else:
-            dropped[str(reason)] += 1
-    triples = TokenisedTriples(examples, dict(dropped), kept)
+            reasons[index] = str(reason)
+    triples = TokenisedTriples(examples, kept, reasons)
     if not examples:
         raise UserError(f"data: expected at least one usable record, got none: {triples}")
     return triples
@@ -144,26 +173,23 @@ class TripleTokeniser:
         if tokenizer.eos_token_id is None:
             raise UserError("tokenizer: expected an eos_token to end a response with, got none")
         self.tokenizer = tokenizer
-        self.eos: int = tokenizer.eos_token_id
+        self.end: int = tokenizer.eos_token_id  # of every response
         self._bos_ids, self._bos_text = _opening(tokenizer)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts that each open a row."""
-        opened = [self._bos_text + text for text in texts]
-        ids = self.tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._bos_ids + row for row in ids]
+        return [self._bos_ids + row for row in self._ids([self._bos_text + t for t in texts])]
 
     def examples(self, records: Sequence[Mapping[str, Any]]) -> list[Example | None]:
         """The ids of triples; None where the response differs between query row and prompt row."""
         responses = [record["response"] for record in records]
         contexts = self.rows([record["context"] for record in records])
         queries = self._split([record["query"] for record in records], responses)
-        prompts = self._split([join(r["context"], r["query"]) for r in records], responses)
-        answers = [tuple(record.get("answers") or [record["response"]]) for record in records]
-        return list(map(self._example, contexts, queries, prompts, answers))
+        prompts = self._split([self._prompt(r["context"], r["query"]) for r in records], responses)
+        return list(map(self._example, records, contexts, queries, prompts))
 
     def _example(
-        self, context: list[int], query: Split, prompt: Split, answers: tuple[str, ...]
+        self, record: Mapping[str, Any], context: list[int], query: Split, prompt: Split
     ) -> Example | None:
         if not query.response or query.response != prompt.response:
             return None
@@ -171,17 +197,25 @@ class TripleTokeniser:
             context=array("i", context),
             query=array("i", query.start),
             prompt=array("i", prompt.start),
-            response=array("i", [*query.response, self.eos]),
-            answers=answers,
+            response=array("i", [*query.response, self.end]),
+            texts=Texts(record["context"], record["query"], record["response"], record.get("id")),
+            answers=tuple(record.get("answers") or [record["response"]]),
         )
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _prompt(self, context: str, query: str) -> str:
+        return join(context, query)
 
     def _split(self, starts: Sequence[str], responses: Sequence[str]) -> list[Split]:
         joined = list(map(join, starts, responses))
         without = list(map(str.removesuffix, joined, responses))
-        return list(map(_split_at_common_prefix, self.rows(joined), self.rows(without)))
+        return list(map(split_at_common_prefix, self.rows(joined), self.rows(without)))
 
 
-def _split_at_common_prefix(ids: list[int], before: list[int]) -> Split:
+def split_at_common_prefix(ids: list[int], before: list[int]) -> Split:
+    """``ids`` divided where they begin to differ from ``before``."""
     shared = sum(1 for _ in takewhile(bool, map(eq, ids, before)))
     return Split(ids[:shared], ids[shared:])
 

@@ -1,24 +1,31 @@
-"""Records of {"context", "query", "response"} and, optionally, "answers": read from JSONL with
-errors that name the line.
+"""Records of {"context", "query", "response"} and, optionally, "answers" and "id": read from JSONL
+or a JSON array with errors that name the line.
 
 "response" is what a model is trained on, "answers" are all texts that count as right, the response
-among them.
+among them. Where a field is missing, the names that other data sets have for it are looked for:
+those of ``datasets``' SQuAD and of the paper.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from datasets import Dataset
 
 from ..errors import UserError
+from .texts import UTF_8, read_text
 
 FIELDS = ("context", "query", "response")
-ANSWERS = "answers"
+ANSWERS, ID = "answers", "id"
+OTHER_NAMES = {"context": ("privileged_context", "prompt"), "query": ("question",), "response": ()}
+ARRAY, SPACE = re.compile(r"\s*\["), re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
@@ -26,20 +33,44 @@ class TrainTest:
     """Triples to train on and triples to test on.
 
     Attributes:
-        train: rows of "context", "query", "response" and, of some sources, "answers".
+        train: rows of "context", "query", "response" and, of some sources, "answers" and "id".
         test: the same.
         counts: how many records were kept ("train", "test") and, by reason, dropped.
+        dropped: those, each with its "reason".
     """
 
     train: Dataset
     test: Dataset
     counts: dict[str, int]
+    dropped: Sequence[Mapping[str, Any]] = ()
 
 
-def read_triples(path: str | Path) -> Dataset:
-    """Triples of texts from a JSONL file, an object a line; blank lines are ignored.
+@dataclass(frozen=True)
+class Records:
+    """The triples of a file.
 
-    If any record has "answers", a record without them gets its response as its one answer.
+    Attributes:
+        rows: all with the same fields.
+        lines: where each begins in the file.
+        read_as: the names that were taken for our own, in words; empty if none were.
+    """
+
+    rows: list[dict[str, Any]]
+    lines: list[int]
+    read_as: str
+
+
+def read_triples(path: str | Path, encoding: str = UTF_8) -> Dataset:
+    """The triples of texts of :func:`read_records`."""
+    return Dataset.from_list(read_records(path, encoding).rows)
+
+
+def read_records(path: str | Path, encoding: str = UTF_8) -> Records:
+    """Triples of texts from a JSONL file, an object a line, or from a JSON array, gzipped or not;
+    blank lines are ignored.
+
+    If any record has "answers", a record without them gets its response as its one answer. An "id"
+    is kept as text, if it is a text or an integer.
 
     Raises:
         ValueError: naming the file, the line and the field, if a line is not JSON or a field is
@@ -48,55 +79,122 @@ def read_triples(path: str | Path) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: expected a JSONL file of triples, got no such file")
-    records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                records.append(_parse(line, f"{path}, line {number}"))
-    if not records:
+    text = read_text(path, encoding)
+    objects = _elements(text, path) if ARRAY.match(text) else _lines(text, path)
+    rows, lines, read_as = [], [], dict[str, None]()
+    for line, content in objects:
+        row, names = _triple(content, f"{path}, line {line}")
+        rows.append(row)
+        lines.append(line)
+        read_as |= names
+    if not rows:
         raise UserError(f"{path}: expected at least one record, got none")
-    if any(ANSWERS in record for record in records):
-        for record in records:
-            record.setdefault(ANSWERS, [record["response"]])
-    return Dataset.from_list(records)
+    if any(ANSWERS in row for row in rows):
+        for row in rows:
+            row.setdefault(ANSWERS, [row["response"]])
+    if any(ID in row for row in rows):
+        for row in rows:
+            row.setdefault(ID, None)
+    return Records(rows, lines, ", ".join(read_as))
 
 
 def write_triples(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Writes triples as the JSONL that :func:`read_triples` reads."""
-    with Path(path).open("w", encoding="utf-8") as out:
+    with Path(path).open("w", encoding=UTF_8) as out:
         for record in records:
-            out.write(json.dumps(_known_fields(record), ensure_ascii=False) + "\n")
+            answers = {} if record.get(ANSWERS) is None else {ANSWERS: list(record[ANSWERS])}
+            name = {} if record.get(ID) is None else {ID: record[ID]}
+            row = name | {field: record[field] for field in FIELDS} | answers
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _known_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    answers = {} if record.get(ANSWERS) is None else {ANSWERS: list(record[ANSWERS])}
-    return {field: record[field] for field in FIELDS} | answers
+def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the content of every line of JSONL."""
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _no_json(path, number, error) from None
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: expected a JSON object, got invalid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
+def _elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """The first line and the content of every element of a JSON array."""
+    decoder = json.JSONDecoder()
+    start, line = 0, 1
+    at = _after_space(text, text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        line += text.count("\n", start, at)
+        start = at
+        try:
+            content, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, line, error) from None
+        yield line, content
+        at = _after_space(text, at)
+        if text[at : at + 1] not in (",", "]"):
+            raise _no_json(path, line, "no comma or end of the array after it")
+        if text[at] == ",":
+            at = _after_space(text, at + 1)
+    if _after_space(text, at + 1) != len(text):
+        raise _no_json(path, line, "more after the end of the array")
+
+
+def _after_space(text: str, at: int) -> int:
+    found = SPACE.match(text, at)
+    assert found is not None
+    return found.end()
+
+
+def _no_json(path: Path, line: int, error: Exception | str) -> UserError:
+    return UserError(f"{path}, line {line}: expected a JSON object, got invalid JSON ({error})")
+
+
+def _triple(content: Any, where: str) -> tuple[dict[str, Any], dict[str, None]]:
+    """The known fields of a record, and the names that were taken for them, in words."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(content).__name__}")
+    row, read_as = dict[str, Any](), dict[str, None]()
+    if isinstance(content.get(ID), str | int) and not isinstance(content[ID], bool):
+        row[ID] = _text(str(content[ID]), ID, where)
+    answers = _answers(content.get(ANSWERS), where)
     for field in FIELDS:
-        if field not in record:
-            raise UserError(f'{where}: expected the field "{field}", got only {sorted(record)}')
-        value = record[field]
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f'{where}: expected "{field}" to be a non-empty string, got {value!r}')
-    if ANSWERS in record and not _are_texts(record[ANSWERS]):
+        name = next((n for n in (field, *OTHER_NAMES[field]) if n in content), None)
+        if name is not None:
+            row[field] = _text(content[name], name, where)
+        elif field == "response" and answers:
+            row[field], name = answers[0], f"the first of {ANSWERS}"
+        else:
+            raise UserError(
+                f'{where}: expected the field "{field}", got only {short(sorted(content))}'
+            )
+        if name != field:
+            read_as[f"{name} read as {field}"] = None
+    return row | ({ANSWERS: answers} if answers else {}), read_as
+
+
+def _answers(value: Any, where: str) -> list[str]:
+    """The gold answers: a list of texts, or as ``datasets`` has them; none if there is no value."""
+    if value is None:
+        return []
+    texts = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(texts, list) or not texts:
         raise UserError(
-            f'{where}: expected "{ANSWERS}" to be a list of non-empty strings, '
-            f"got {record[ANSWERS]!r}"
+            f'{where}: expected "{ANSWERS}" to be a list of non-empty strings, got {short(value)}'
         )
-    return _known_fields(record)
+    read = [_text(text, ANSWERS, where) for text in texts]
+    return list(dict.fromkeys(read)) if isinstance(value, dict) else read
 
 
-def _are_texts(answers: Any) -> bool:
-    return (
-        isinstance(answers, list)
-        and bool(answers)
-        and all(isinstance(answer, str) and answer.strip() for answer in answers)
-    )
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        kind = "a list of non-empty strings" if field == ANSWERS else "a non-empty string"
+        raise UserError(f'{where}: expected "{field}" to be {kind}, got {short(value)}')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise UserError(
+            f'{where}: expected "{field}" to be text, got half a character, {half}, in it'
+        ) from None
+    return value

@@ -7,6 +7,7 @@ next ones are the response. One triple is made of a paragraph; a short paragraph
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -17,11 +18,13 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import progress_bar
 from .corpus import Corpus, Record, load_hub
+from .texts import UTF_8, read_text
 
 TITLE = re.compile(r"= [^=].* =")  # " = = Section = = " has more of them
 HEADING = re.compile(r"=.*=")
 HUB = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 ROWS_AT_ONCE = 1000
+BEGINNING = 80  # characters of a dropped paragraph that are kept to say which it was
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ def cut_text(text: str, cut: Cut, rng: random.Random) -> Record | None:
 def cut_articles(articles: Iterable[list[str]], cut: Cut, seed: int) -> Corpus:
     """A triple of every text that is long enough; the triples of an article are a group."""
     rng = random.Random(seed)
-    groups, short = [], 0
+    groups: list[list[Record]] = []
+    short: list[Record] = []
     for texts in articles:
         triples = [cut_text(text, cut, rng) for text in texts]
         group = [triple for triple in triples if triple is not None]
-        short += len(triples) - len(group)
+        pairs = zip(texts, triples, strict=True)
+        short += [{"begins": text[:BEGINNING]} for text, triple in pairs if triple is None]
         if group:
             groups.append(group)
     return Corpus(groups, {f"fewer than {cut.min_words} words": short} if short else {})
@@ -104,14 +109,14 @@ def articles_of(lines: Iterable[str]) -> Iterator[list[str]]:
         yield paragraphs
 
 
-def read_wikitext_file(path: Path, seed: int) -> Corpus:
+def read_wikitext_file(path: Path, seed: int, encoding: str = UTF_8) -> Corpus:
     """Triples of a text file of WikiText's layout, cut as :data:`PARAGRAPHS` says.
 
     Raises:
         ValueError: if no paragraph is long enough.
     """
-    with path.open(encoding="utf-8") as lines:
-        corpus = cut_articles(articles_of(lines), PARAGRAPHS, seed)
+    lines = io.StringIO(read_text(path, encoding), newline=None)
+    corpus = cut_articles(articles_of(lines), PARAGRAPHS, seed)
     if not corpus.groups:
         raise UserError(
             f"{path}: expected paragraphs of at least {PARAGRAPHS.min_words} words, a line each, "

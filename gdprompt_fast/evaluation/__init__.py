@@ -3,7 +3,12 @@
 from .adapted import InnerStep, check_inner_step
 from .answers import decode, exact_match, f1, normalise
 from .irrelevant import with_irrelevant_contexts
-from .predictions import read_predictions, write_predictions
+from .predictions import (
+    check_squad_ids,
+    read_predictions,
+    write_predictions,
+    write_squad_predictions,
+)
 from .scores import Scores, Summary, score_rows
 from .settings import SETTINGS, evaluate, fine_tuning_scores, whole_groups
 from .tuning import TunedInnerStep, tune_inner_lr
@@ -15,6 +20,7 @@ __all__ = [
     "Summary",
     "TunedInnerStep",
     "check_inner_step",
+    "check_squad_ids",
     "decode",
     "evaluate",
     "exact_match",
@@ -27,4 +33,5 @@ __all__ = [
     "whole_groups",
     "with_irrelevant_contexts",
     "write_predictions",
+    "write_squad_predictions",
 ]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from ..checkpoint import write_file
 from ..data import Example
-from .answers import decode
+from ..errors import UserError
+from ..files import write_file, write_json
 from .scores import Scores, finite
 
 
@@ -19,10 +18,10 @@ def write_predictions(
     path: Path,
     examples: Sequence[Example],
     scores: Mapping[str, Scores],
-    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes JSONL, whole or not at all: {"context", "query", "answers" (the gold ones),
-    "settings": {setting: {"answer", "exact_match", "f1", "correct", "token_accuracy", "nll"}}}.
+    """Writes JSONL, whole or not at all: {"id" (if it has one), "context", "query", "response",
+    "answers" (the gold ones), "settings": {setting: {"answer", "exact_match", "f1", "correct",
+    "token_accuracy", "nll"}}}. The texts are those of the record that was read.
 
     The first three of a setting are null where no answers were generated, an NLL where it is not
     finite.
@@ -36,14 +35,40 @@ def write_predictions(
     columns = {setting: _rows(scores_of) for setting, scores_of in scores.items()}
     lines = []
     for index, example in enumerate(examples[:count]):
+        texts = {n: text for n, text in example.texts._asdict().items() if text is not None}
         row = {
-            "context": decode(tokenizer, example.context),
-            "query": decode(tokenizer, example.query),
+            **({"id": texts.pop("id")} if "id" in texts else {}),
+            **texts,
             "answers": list(example.answers),
             "settings": {setting: rows[index] for setting, rows in columns.items()},
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines))
+
+
+def check_squad_ids(examples: Sequence[Example]) -> None:
+    """That :func:`write_squad_predictions` has an id for every answer.
+
+    Raises:
+        ValueError: if an example has none, or that of another.
+    """
+    ids = Counter(example.texts.id for example in examples)
+    for name, count in ids.items():
+        if name is None or count > 1:
+            raise UserError(
+                'squad_predictions: expected records with an "id" each, all of them different, got '
+                f"{count} {'without one' if name is None else f'with {name!r}'}"
+            )
+
+
+def write_squad_predictions(
+    path: Path, examples: Sequence[Example], scores: Mapping[str, Scores]
+) -> None:
+    """Writes what SQuAD's official script takes: the answers of Fine-Tuning by id."""
+    answers = scores["fine_tuning"].answers
+    assert answers is not None
+    pairs = zip(examples, answers, strict=True)
+    write_json(path, {str(example.texts.id): answer for example, answer in pairs})
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:

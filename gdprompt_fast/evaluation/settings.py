@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Example, batched, response_rows
+from ..data import Example, batched, end_token, response_rows
 from ..errors import UserError
 from ..loading import positions
 from ..progress import progress_bar
@@ -31,15 +31,15 @@ Adapt = Callable[[list[Example]], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Answerer:
-    """Generates greedy answers of at most ``max_tokens``, as texts."""
+    """Generates greedy answers of at most ``max_tokens`` up to the token ``end``, as texts."""
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    end: int
 
     def answers(self, model: nn.Module, starts: Sequence[Sequence[int]]) -> list[str]:
-        """What the model says after each start, up to EOS."""
-        eos = self.tokenizer.eos_token_id
-        ids = greedy_answers(model, starts, eos, self.max_tokens)
+        """What the model says after each start."""
+        ids = greedy_answers(model, starts, self.end, self.max_tokens)
         return [decode(self.tokenizer, answer) for answer in ids]
 
 
@@ -85,7 +85,8 @@ def evaluate(
     _check_evaluation(model, examples, batch_size, settings, answer_tokens)
     if "fine_tuning" in settings:
         check_inner_step(model, inner, one_after_another)
-    answerer = Answerer(tokenizer, answer_tokens) if answer_tokens else None
+    end = end_token(examples)
+    answerer = Answerer(tokenizer, answer_tokens, end) if answer_tokens else None
     scores = {}
     for setting in settings:
         if setting == "fine_tuning":

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..files import is_empty, write_folder
 from ..loading import choose_device
+from ..outputs import Outputs
 from ..presets import load_preset
 from . import EXPERIMENTS, Preset, make_labs
-from .run import run_experiment
+from .lab import STAGES
+from .run import is_experiment, run_experiment
 
 OWN_PRESETS = ("small", "paper")
 
@@ -20,6 +23,7 @@ def prepare_experiment(
     seeds: Sequence[int] | None,
     model: str | None,
     device: str,
+    outputs: Outputs,
     revision: str | None = None,
     allow_missing: bool = False,
 ) -> Callable[[], None]:
@@ -32,12 +36,20 @@ def prepare_experiment(
         seeds: None: the preset's.
         model: None: the preset's.
         device: as ``choose_device`` takes it.
+        outputs: what must not be written over.
         revision: of the model on the hub; None: the preset's.
         allow_missing: as ``load_model`` takes it.
 
     Raises:
         ValueError: naming the option or the preset's section, what was expected and what was given.
     """
+    foreign = not (output / STAGES).is_dir() and not is_empty(output)
+    if foreign:
+        outputs.check_folder(output)
+    else:
+        for file in (output / f"{name}{suffix}" for suffix in (".json", ".md", ".png")):
+            if file.exists():
+                outputs.check_file(file.name, file, is_experiment)
     sections = load_preset(f"experiments-{preset}" if preset in OWN_PRESETS else preset)
     general = dict(sections.get("model", {}))
     if model is not None:
@@ -53,6 +65,9 @@ def prepare_experiment(
     experiment = EXPERIMENTS[name]
     experiment.check(read, read.section(name, experiment.settings))
     labs = make_labs(read, output, choose_device(device), allow_missing)
+
+    if foreign:
+        write_folder(output, lambda folder: (folder / STAGES).mkdir())
 
     def work() -> None:
         markdown = run_experiment(name, labs)

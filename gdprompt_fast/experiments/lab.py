@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..bundled import bundled_folder
-from ..checkpoint import is_empty
 from ..errors import UserError
 from ..loading import find_model, load_config
 from .preset import Preset
@@ -78,12 +77,8 @@ def make_labs(
     """A lab for every seed of the preset.
 
     Raises:
-        ValueError: if the model is not there, or ``output`` is the folder of something else.
+        ValueError: if the model is not there.
     """
-    if not (output / STAGES).is_dir() and not is_empty(output):
-        raise UserError(
-            f"output: expected a new or empty folder or one of experiments, got {output}"
-        )
     model = base_model(preset.model, preset.revision)
     config = load_config(str(model))
     room = getattr(config, "max_position_embeddings", None)

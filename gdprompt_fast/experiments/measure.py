@@ -92,7 +92,7 @@ def answered(lab: Lab, question: Question) -> Stage:
                 contexts_per_group=question.contexts,
                 one_after_another=question.one_after_another,
             )
-        write_predictions(folder / PREDICTIONS_FILE, chosen, scores, tokenizer)
+        write_predictions(folder / PREDICTIONS_FILE, chosen, scores)
         return {setting: asdict(of.summary()) for setting, of in scores.items()}
 
     wanted = {

@@ -8,11 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_file, write_json, write_whole
+from ..errors import UserError
+from ..files import read_json, write_file, write_json, write_whole
 from ..report import draw_tables, experiment_markdown
 from . import EXPERIMENTS
 from .lab import Lab
 from .stages import versions
+
+
+def is_experiment(path: Path) -> bool:
+    """Whether a file is of those that :func:`run_experiment` wrote: beside a JSON that says so."""
+    try:
+        content = read_json(path.with_suffix(".json"))
+    except (OSError, UserError):
+        return False
+    return content.get("experiment") == path.stem
 
 
 def run_experiment(name: str, labs: Sequence[Lab]) -> Path:

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
 import transformers
 
 from .. import __version__
-from ..checkpoint import write_json
 from ..errors import UserError
+from ..files import read_json, write_json
 
 STAGE_FILE = "stage.json"
 
@@ -77,7 +78,10 @@ def run_stage(folder: Path, settings: Mapping[str, Any], work: Callable[[Path], 
         "result": None,
     }
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        read = read_json(path)
+        if record.keys() != read.keys() or not isinstance(read["settings"], dict):
+            raise UserError(f"{path}: expected {', '.join(record)} of a stage, got {short(read)}")
+        record = read
         _check_same(folder, record["settings"], settings)
     if record["result"] is None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import MODEL_FOLDER, hash_of_file, save_model, write_folder
+from ..checkpoint import MODEL_FOLDER, save_model
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
+from ..files import hash_of_file, write_folder
 from ..loading import check_vocabulary, load_model, load_tokenizer
 from ..prepare import fine_tune
 from ..teacher import TeacherCache
@@ -139,5 +140,5 @@ def teacher_cache(lab: Lab, task: str, folder: Path, options: TrainOptions) -> T
     prompted = examples(lab, task, "train", teacher, tokenizer)
     batch_size = options.teacher_batch_size
     return TeacherCache.build(
-        folder / CACHE_FOLDER, teacher, tokenizer, prompted, options.answer_tokens, batch_size
+        folder / CACHE_FOLDER, teacher, prompted, options.answer_tokens, batch_size
     )

@@ -9,21 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Example, Limits, TokenisedTriples, read_triples, tokenise_triples
+from ..data import Example
 from ..errors import UserError
-
-
-def load_examples(
-    path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
-) -> TokenisedTriples:
-    """The examples in a JSONL file that the model can read, and how many were dropped.
-
-    Raises:
-        ValueError: naming the file and the line, or the tokenizer and model that do not fit.
-    """
-    triples = tokenise_triples(read_triples(path), tokenizer, limits)
-    check_vocabulary(triples.examples, model)
-    return triples
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from .experiment import draw_tables, experiment_markdown
 from .figure import draw_figure
-from .html import PAGE_FILE, results_page
+from .html import PAGE_FILE, is_page, results_page
 from .table import not_improved, results_table
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "draw_figure",
     "draw_tables",
     "experiment_markdown",
+    "is_page",
     "not_improved",
     "results_page",
     "results_table",

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"
+GENERATOR = '<meta name="generator" content="gdprompt report"/>'
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -56,12 +58,21 @@ def results_page(folder: Path) -> str:
     return _page(f"Results in {folder.resolve().name}", sections)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that :func:`results_page` made."""
+    return GENERATOR.encode() in path.read_bytes().partition(b"</head>")[0]
+
+
 def _experiments(folder: Path) -> Iterator[Section]:
     """The experiments finished in ``folder`` and in those in it."""
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("experiment") == path.stem:
-            yield Section(content["title"], _experiment(content, path.with_suffix(".png")))
+        try:
+            content = json.loads(path.read_bytes())
+            if isinstance(content, dict) and content.get("experiment") == path.stem:
+                yield Section(content["title"], _experiment(content, path.with_suffix(".png")))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: expected results as written, got {reason}") from None
 
 
 def _experiment(content: dict[str, Any], figure: Path) -> str:
@@ -91,7 +102,7 @@ def _runs(folder: Path) -> Iterator[Section]:
             body = [
                 _image(figure, name),
                 f"<pre>{escape(text)}</pre>",
-                _details("Settings", json.loads(settings.read_text(encoding="utf-8"))),
+                _details("Settings", read_json(settings)),
             ]
             yield Section(f"Run: {name}", "\n".join(body))
 
@@ -145,6 +156,6 @@ def _page(title: str, sections: Sequence[Section]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"{GENERATOR}\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{contents}\n{body}\n</body>\n</html>\n"
     )

@@ -1,8 +1,8 @@
 """The teacher's answers and its predictions of them on disk: computed once, before training.
 
-A cache is a folder of ``key.json``, which says what it was made from, and of shards. A shard has
-the answers to some examples and the teacher's final hidden states at their tokens, a few KB a
-token; with the teacher's head, which stays in memory, they are all that the KL objective needs.
+A cache is a folder of ``key.json``, which says what it was made from, of shards and their hashes. A
+shard has the answers to some examples and the teacher's final hidden states at their tokens, a few
+KB a token; with the teacher's head, which stays in memory, that is all that the KL objective needs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..architecture import backbone_and_head, causal_lm
-from ..checkpoint import is_empty, write_json, write_whole
-from ..data import Example, batched, with_responses
+from ..data import Example, batched, end_token, with_responses
 from ..errors import UserError
+from ..files import hash_of_file, is_empty, read_json, write_json, write_whole
 from ..progress import progress_bar
 from ..targets import TeacherTargets
 from .targets import teach
 
-KEY_FILE = "key.json"
+KEY_FILE, HASHES_FILE = "key.json", "sha256.json"
 SHARD_EXAMPLES = 1024  # at most; a killed build loses the work on one shard
 NOT_OF_THE_FUNCTION = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -44,9 +43,9 @@ class TeacherCache:
         answered: the same examples with the teacher's answers as responses.
     """
 
-    def __init__(self, folder: Path, examples: Sequence[Example], head: Tensor) -> None:
+    def __init__(self, shards: Sequence[Path], examples: Sequence[Example], head: Tensor) -> None:
         self._head = head
-        self._shards = [safe_open(path, framework="pt") for path in _shard_files(folder)]
+        self._shards = [safe_open(path, framework="pt") for path in shards]
         self._place: dict[int, tuple[int, int]] = {}  # shard, and row of its hidden states
         answers: dict[int, list[int]] = {}
         for number, shard in enumerate(self._shards):
@@ -63,7 +62,6 @@ class TeacherCache:
     def build(
         folder: Path,
         teacher: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         answer_tokens: int,
         batch_size: int,
@@ -81,14 +79,14 @@ class TeacherCache:
         Raises:
             ValueError: if the folder is the cache of another model, data or settings, or no cache.
         """
-        key = cache_key(teacher, tokenizer, examples, answer_tokens, batch_size)
+        key = cache_key(teacher, examples, answer_tokens, batch_size)
         check_cache(folder, key)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / KEY_FILE, key)
-        _fill(folder, teacher, tokenizer.eos_token_id, examples, answer_tokens, batch_size)
+        shards = _fill(folder, teacher, end_token(examples), examples, answer_tokens, batch_size)
         # A copy: the head that was given may be that of a model about to be trained.
         head = backbone_and_head(teacher)[1].weight.detach().clone()
-        return TeacherCache(folder, examples, head)
+        return TeacherCache(shards, examples, head)
 
     def batch(self, indices: Sequence[int]) -> tuple[list[Example], TeacherTargets]:
         """These examples with the teacher's answers as responses, and its predictions of them."""
@@ -106,7 +104,6 @@ class TeacherCache:
 
 def cache_key(
     teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     answer_tokens: int,
     batch_size: int,
@@ -117,7 +114,7 @@ def cache_key(
         "config": _hash_of_config(teacher),
         "data": _hash_of_prompts(examples),
         "answer_tokens": answer_tokens,
-        "eos_token": int(tokenizer.eos_token_id),
+        "eos_token": end_token(examples),
         "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
         "batch_size": batch_size,  # rows of other batches are padded and rounded in other ways
         "shard_examples": SHARD_EXAMPLES,
@@ -128,11 +125,11 @@ def check_cache(folder: Path, key: Key) -> None:
     """``folder`` is new, empty or a cache with this key.
 
     Raises:
-        ValueError: if it is not, naming the parts that differ.
+        ValueError: if it is not, naming the parts that differ or the shard that was changed.
     """
     path = folder / KEY_FILE
     if path.exists():
-        old: Key = json.loads(path.read_text(encoding="utf-8"))
+        old: Key = read_json(path)
         parts = [name for name in key if old.get(name) != key[name]]
         if parts:
             there, here = ({part: of.get(part) for part in parts} for of in (old, key))
@@ -140,6 +137,12 @@ def check_cache(folder: Path, key: Key) -> None:
                 f"teacher_cache: {folder} was made with another {' and '.join(parts)}: "
                 f"expected {there}, got {here}"
             )
+        for name, written in _hashes(folder).items():
+            if (folder / name).is_file() and hash_of_file(folder / name) != written:
+                raise UserError(
+                    f"{folder / name}: expected the file as it was written, got another; without "
+                    "it, it is made again"
+                )
     elif not is_empty(folder):
         raise UserError(f"teacher_cache: expected a cache or a new or empty folder, got {folder}")
 
@@ -151,15 +154,18 @@ def _fill(
     examples: Sequence[Example],
     answer_tokens: int,
     batch_size: int,
-) -> None:
-    """Writes the shards that are not there."""
+) -> list[Path]:
+    """All shards, after writing those that are not there."""
     # Longest first: little padding, and a batch too large for the memory fails at once.
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].prompt), index))
     shards = list(batched(batched(order, batch_size), max(1, SHARD_EXAMPLES // batch_size)))
-    done = len(_shard_files(folder))
-    sizes = [sum(map(len, shard)) for shard in shards]
-    with progress_bar(sum(sizes), "teacher", "ex", done=sum(sizes[:done])) as bar:
-        for number, shard in enumerate(shards[done:], done):
+    paths = [folder / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
+    hashes = _hashes(folder)
+    left = [i for i, path in enumerate(paths) if path.name not in hashes or not path.is_file()]
+    to_do = sum(len(indices) for number in left for indices in shards[number])
+    with progress_bar(len(examples), "teacher", "ex", done=len(examples) - to_do) as bar:
+        for number in left:
+            shard = shards[number]
             answers: list[array[int]] = []
             hidden: list[Tensor] = []
             for indices in shard:
@@ -175,11 +181,16 @@ def _fill(
                 "answers": torch.tensor([token for answer in answers for token in answer]),
                 "hidden": torch.cat(hidden),
             }
-            write_whole(folder / f"shard-{number:05d}.safetensors", partial(save_file, tensors))
+            write_whole(paths[number], partial(save_file, tensors))
+            hashes[paths[number].name] = hash_of_file(paths[number])
+            write_json(folder / HASHES_FILE, hashes)
+    return paths
 
 
-def _shard_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.safetensors"))
+def _hashes(folder: Path) -> dict[str, str]:
+    """By name, the hashes of the shards that were written as a whole."""
+    path = folder / HASHES_FILE
+    return read_json(path) if path.exists() else {}
 
 
 def _hash_of_weights(model: nn.Module) -> str:

@@ -1,0 +1,63 @@
+"""Files of triples as the command line names them, and what became of their records."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .data import ChatTokeniser, Example, Limits, TripleTokeniser, read_records, tokenise_triples
+from .files import write_json
+from .loading import check_vocabulary
+from .outputs import written_by
+
+
+@dataclass
+class Reader:
+    """Reads files of triples, says what it did, and remembers which records were dropped.
+
+    Attributes:
+        encoding: of the files.
+        tokeniser: the rule from texts to tokens.
+        dropped: {"file", "line", "id", "reason"} of every record dropped so far.
+    """
+
+    encoding: str
+    tokeniser: type[TripleTokeniser] = TripleTokeniser
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, args: Namespace) -> Reader:
+        """The reader that the options of the command line ask for."""
+        return cls(args.encoding, ChatTokeniser if args.chat_template else TripleTokeniser)
+
+    def examples(
+        self, path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    ) -> list[Example]:
+        """The examples in a file that the model can read.
+
+        Raises:
+            ValueError: naming the file and the line, or the tokenizer and model that do not fit.
+        """
+        records = read_records(path, self.encoding)
+        triples = tokenise_triples(records.rows, tokenizer, limits, self.tokeniser)
+        check_vocabulary(triples.examples, model)
+        if records.read_as:
+            print(f"{path}: {records.read_as}")
+        print(f"{path}: {triples}")
+        for index, reason in triples.reasons.items():
+            place = {"file": str(path), "line": records.lines[index]}
+            name = records.rows[index].get("id")
+            self.dropped.append({**place, "id": name, "reason": reason})
+        return triples.examples
+
+
+def write_dropped(path: Path | None, command: str, dropped: Sequence[Mapping[str, Any]]) -> None:
+    """Writes which records were dropped and why as JSON, if asked for."""
+    if path is not None:
+        write_json(path, {**written_by(command), "dropped": list(dropped)})
