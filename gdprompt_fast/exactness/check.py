@@ -22,14 +22,19 @@ from .gradient import (
     power_of,
     rounding_of,
 )
+from .memory import obstacle_to
 from .objective import Objective, StepArguments
+from .padding import without_padding_token
 from .precision import bf16_precision
 from .report import CANNOT_TELL, EXACT, NOT_EXACT, ExactnessReport, Finding
 from .weights import copied, left_as_it_was
 
 POWER = 10.0  # the second-order term must be so many times the difference allowed
+LOOK = (
+    "Do not train with this: look for what the engine does not see, a hook on or a wrapper around "
+    "the causal LM, or changed code in one of its layers."
+)
 UNCERTAIN = 0.05  # of the slope along the meta-gradient: with more allowed, nothing is shown
-COPIES = 9  # of the weights, in the dtype of the check, alive at once
 
 
 def check_exactness(
@@ -89,47 +94,24 @@ def check_exactness(
     with left_as_it_was(model):
         as_called = _as_called(model, replace(step, backend=ran))
         notes: list[str] = []
-        if _fp64_possible(model, ran, notes):
+        for dtype in (torch.float64, torch.float32):
+            obstacle = obstacle_to(dtype, model, ran, inner_params)
             try:
-                return _report(model, step, ran, torch.float64, as_called, notes)
+                if obstacle is None:
+                    return _report(model, step, ran, dtype, as_called, notes)
             except (RuntimeError, MemoryError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                notes = [f"float64 failed ({reason}): compared in float32."]
-        return _report(model, step, ran, torch.float32, as_called, notes)
+                if dtype == torch.float32:
+                    raise
+                obstacle = str(error).strip().partition("\n")[0]
+            name = str(dtype).removeprefix("torch.")
+            notes.append(f"The gradients could not be compared in {name}: {obstacle}.")
+    return _without_gradients(step, ran, as_called, notes)
 
 
 def _as_called(model: nn.Module, step: StepArguments) -> Finding:
     dtypes = {compute_dtype(model), *(p.dtype for p in model.parameters())} - {None}
     rtol = max(rounding_of(dtype) for dtype in dtypes if dtype is not None)
     return as_called_finding(model, step, Objective(model, step), rtol)
-
-
-def _fp64_possible(model: nn.Module, backend: str, notes: list[str]) -> bool:
-    """Whether the check can be in fp64; if not, ``notes`` gets the reason."""
-    if backend == "triton":
-        notes.append("Triton has no float64: compared in float32.")
-        return False
-    needed = COPIES * 8 * sum(p.numel() for p in model.parameters())
-    available = _available_bytes(next(model.parameters()).device)
-    if available is not None and needed > 0.9 * available:
-        notes.append(
-            f"float64 needs about {needed / 1e9:.1f} GB, of which {available / 1e9:.1f} GB are "
-            "free: compared in float32."
-        )
-        return False
-    return True
-
-
-def _available_bytes(device: torch.device) -> int | None:
-    """Free memory; None where that is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -142,6 +124,24 @@ class _Compared:
     gradients: EngineGradients
 
 
+def _without_gradients(
+    step: StepArguments, backend: str, as_called: Finding, notes: list[str]
+) -> ExactnessReport:
+    """What can be said where there is no memory for more than the step itself."""
+    differs = not as_called.agrees
+    return ExactnessReport(
+        NOT_EXACT if differs else CANNOT_TELL,
+        ((_difference(as_called),) if differs else ()) + tuple(notes),
+        (LOOK,) if differs else ("Check a smaller model of the same code, or with more memory.",),
+        (as_called,),
+        None,
+        0.0,
+        "none",
+        backend,
+        float(step.inner_lr),
+    )
+
+
 def _report(
     model: nn.Module,
     step: StepArguments,
@@ -151,14 +151,15 @@ def _report(
     notes: list[str],
 ) -> ExactnessReport:
     device = step.batch.context_ids.device.type
+    comparable, note = without_padding_token(model, step)
     with copied(model, dtype), torch.autocast(device, enabled=False):
-        compared = _compare(model, replace(step.in_dtype(dtype), backend=backend), dtype)
-    precision = bf16_precision(model, step, compared.gradients)
+        compared = _compare(model, replace(comparable.in_dtype(dtype), backend=backend), dtype)
+    precision = bf16_precision(model, comparable, compared.gradients)
     findings = (as_called, *compared.findings)
     verdict, reasons, suggestions, suggested = _judge(findings, compared, float(step.inner_lr))
     return ExactnessReport(
         verdict,
-        (*reasons, *notes),
+        (*reasons, *note, *notes),
         suggestions,
         findings,
         precision,
@@ -197,15 +198,7 @@ def _judge(
     differing = [finding for finding in findings if not finding.agrees]
     main, power = compared.main, compared.power
     if differing:
-        reasons = tuple(
-            f"{f.name}: the two differ by {f.difference:.2g}, allowed is {f.allowed:.2g}."
-            for f in differing
-        )
-        suggestion = (
-            "Do not train with this: look for what the engine does not see, a hook on or a wrapper "
-            "around the causal LM, or changed code in one of its layers."
-        )
-        return NOT_EXACT, reasons, (suggestion,), None
+        return NOT_EXACT, tuple(_difference(finding) for finding in differing), (LOOK,), None
     if main is None or main.allowed > UNCERTAIN * abs(main.engine or 0.0):
         reason = "Along the meta-gradient itself the objective is too noisy to differentiate."
         return CANNOT_TELL, (reason,), ("Check on other examples, or in float32 weights.",), None
@@ -223,3 +216,10 @@ def _judge(
         f"off by {power.times_allowed:.2g} times what is allowed."
     )
     return EXACT, (reason,), (), None
+
+
+def _difference(finding: Finding) -> str:
+    return (
+        f"{finding.name}: the two differ by {finding.difference:.2g}, "
+        f"allowed is {finding.allowed:.2g}."
+    )

@@ -59,7 +59,7 @@ class ExactnessReport:
         reasons: what the verdict rests on, a sentence each.
         suggestions: what to do about it.
         findings: every comparison.
-        precision: what bf16 makes of the meta-gradient.
+        precision: what bf16 makes of the meta-gradient; None where there was no memory for it.
         power: how many times its allowed difference the second-order term is, in the direction
             that shows it best: a step that drops it is found out if this is above 1.
         dtype: that the gradients were compared in.
@@ -72,7 +72,7 @@ class ExactnessReport:
     reasons: tuple[str, ...]
     suggestions: tuple[str, ...]
     findings: tuple[Finding, ...]
-    precision: Precision
+    precision: Precision | None
     power: float
     dtype: str
     backend: str
@@ -88,7 +88,14 @@ class ExactnessReport:
         """Everything as Markdown that reads well in a terminal."""
         from ..report.table import markdown_table  # the drawing of figures comes with it
 
-        heading = ["in " + self.dtype, "engine", "model's own", "difference", "allowed", ""]
+        heading = [
+            f"gradients in {self.dtype}",
+            "engine",
+            "model's own",
+            "difference",
+            "allowed",
+            "",
+        ]
         rows = [
             [
                 finding.name,
@@ -100,20 +107,12 @@ class ExactnessReport:
             ]
             for finding in self.findings
         ]
-        lines = [markdown_table([heading, *rows]), "", self._precision_table(markdown_table), ""]
+        lines = [markdown_table([heading, *rows]), ""]
+        if self.precision is not None:
+            lines += [markdown_table(_precision_rows(self.precision)), ""]
         lines += [f"{self.verdict} (backend {self.backend}, η = {self.inner_lr:g})"]
         lines += [f"- {sentence}" for sentence in (*self.reasons, *self.suggestions)]
         return "\n".join(lines)
-
-    def _precision_table(self, markdown_table: Any) -> str:
-        rows = [["against the exact meta-gradient", "cosine", "ratio of norms"]]
-        for name, (cosine, ratio) in (
-            ("the meta-gradient in bf16", self.precision.gradient),
-            ("its second-order term in bf16", self.precision.second_order),
-            ("first order instead, without rounding", self.precision.first_order),
-        ):
-            rows.append([name, f"{cosine:.4f}", f"{ratio:.4f}"])
-        return str(markdown_table(rows))
 
     def to_json(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dictionaries."""
@@ -126,3 +125,14 @@ class ExactnessReport:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.7g}"
+
+
+def _precision_rows(precision: Precision) -> list[list[str]]:
+    rows = [["against the exact meta-gradient", "cosine", "ratio of norms"]]
+    for name, (cosine, ratio) in (
+        ("the meta-gradient in bf16", precision.gradient),
+        ("its second-order term in bf16", precision.second_order),
+        ("first order instead, without rounding", precision.first_order),
+    ):
+        rows.append([name, f"{cosine:.4f}", f"{ratio:.4f}"])
+    return rows
