@@ -117,5 +117,5 @@ def _about_bf16(report: ExactnessReport) -> list[str]:
         return []
     return [
         f"In bfloat16 the meta-gradient has a cosine of {gradient:.3f} with the exact one, its "
-        f"second-order term of {second_order:.3f}: compute in float32, or take a smaller inner_lr."
+        f"second-order term of {second_order:.3f}: compute in float32."
     ]

@@ -159,7 +159,7 @@ class Directions:
             yield self.finding(f"along random direction {seed}", unit, sensitive=False), unit
 
 
-ACROSS = "along its second-order term by differences, across the first-order one"
+ACROSS = "along H ∂outer/∂θ', across the first-order one"
 
 
 def _unit(direction: Vector) -> Vector:
