@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 RATIO = 2.5  # between one step size and the next smaller
 MOST = 7  # step sizes
-NOISE_POINTS = 7
+NOISE_POINTS = 9
+TRUSTED = 0.01  # of a correction by extrapolation is doubtful: entries can agree by chance
 
 Function = Callable[[float], float]
 
@@ -30,41 +31,55 @@ def central_difference(f: Function, first_step: float, noise: float, enough: flo
 
     D(ε) = (f(ε) − f(−ε)) / 2ε = f' + c ε² + …, so neighbours in the tableau agree where ε is small
     enough for the dropped terms and large enough for the noise, and the entry is taken whose
-    disagreement with its neighbours plus noise / ε is least.
+    disagreement with a lower order and a larger step size, and noise / ε, is least.
 
     Args:
         noise: the standard deviation of the rounding of f.
         enough: stop at this uncertainty.
 
     Raises:
-        FloatingPointError: if f is finite at no step size.
+        FloatingPointError: if f is finite at less than three step sizes in a row.
     """
     before: list[float] = []
+    last: Derivative | None = None
     best: Derivative | None = None
     for index in range(MOST):
         step = first_step / RATIO**index
-        row = [(f(step) - f(-step)) / (2 * step)]
-        if not math.isfinite(row[0]):
-            before = []
-            continue
-        entries = []
-        for order, last in enumerate(before, 1):
-            factor = RATIO ** (2 * order)
-            row.append((factor * row[-1] - last) / (factor - 1))
-            disagreement = max(abs(row[-1] - row[-2]), abs(row[-1] - last))
-            entries.append(Derivative(row[-1], disagreement + noise / step, step))
-        before = row
-        if not entries:
-            continue
-        found = min(entries, key=lambda entry: entry.uncertainty)
-        if best is None or found.uncertainty < best.uncertainty:
-            best = found
-        noise_has_taken_over = noise / step > 2 * best.uncertainty
-        if best.uncertainty <= enough or noise_has_taken_over:
-            break
+        before = _row((f(step) - f(-step)) / (2 * step), before)
+        found = _best_of(before, noise / step, step)
+        if found is not None and last is not None:
+            moved_by = abs(found.value - last.value)
+            sure = replace(found, uncertainty=max(found.uncertainty, moved_by))
+            if best is None or sure.uncertainty < best.uncertainty:
+                best = sure
+            if best.uncertainty <= enough or noise / step > 2 * best.uncertainty:
+                break
+        last = found
     if best is None:
         raise FloatingPointError("objective: expected finite values near the weights, got none")
     return best
+
+
+def _row(difference: float, before: list[float]) -> list[float]:
+    """The next row of the tableau: order by order, extrapolated with the row before; none after a
+    difference that is not finite.
+    """
+    if not math.isfinite(difference):
+        return []
+    row = [difference]
+    for order, last in enumerate(before, 1):
+        factor = RATIO ** (2 * order)
+        row.append((factor * row[-1] - last) / (factor - 1))
+    return row
+
+
+def _best_of(row: list[float], noise: float, step: float) -> Derivative | None:
+    """The entry that differs least from the one of an order less; None for a row of one."""
+    entries = []
+    for less, value in pairwise(row):
+        disagreement = max(abs(value - less), TRUSTED * abs(value - row[0]))
+        entries.append(Derivative(value, disagreement + noise, step))
+    return min(entries, key=lambda entry: entry.uncertainty, default=None)
 
 
 def rounding_noise(f: Function, step: float) -> float:

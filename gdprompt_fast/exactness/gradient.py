@@ -18,7 +18,7 @@ RANDOM = 2  # directions
 CURVATURE_STEP = 1e-3  # the displacement for H u, over the norm of the weights
 NOISE_STEP = 1e-5
 LARGEST_STEP = 0.03
-LARGEST_CHANGE = 0.3  # of the objective along its gradient, over itself
+LARGEST_CHANGE = 0.1  # of the objective along its gradient, over itself
 
 
 @dataclass(frozen=True)

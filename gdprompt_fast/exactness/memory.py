@@ -10,7 +10,7 @@ from ..options import InnerParams, select_inner
 # Vectors alive at once beside the copy of the model: θ', the inner gradient, ∂outer/∂θ' and sums on
 # the way, of what is moved; the meta-gradients, their difference, the model's own terms and a
 # direction, of what is trained.
-OF_MOVED, OF_TRAINED = 4, 7
+OF_MOVED, OF_TRAINED = 5, 9
 
 
 def obstacle_to(
