@@ -15,6 +15,7 @@ from .report import Finding
 from .weights import Vector, combined, dot, moved, norm, random_like, scaled
 
 RANDOM = 2  # directions
+MARGIN = 5  # times the uncertainty are allowed: the noise is estimated from a few values
 CURVATURE_STEP = 1e-3  # the displacement for H u, over the norm of the weights
 NOISE_STEP = 1e-5
 LARGEST_STEP = 0.03
@@ -109,7 +110,7 @@ class Directions:
         """The derivative along a unit vector: ⟨g, v⟩ and central differences.
 
         What counts as equal is relative to ⟨g, v⟩, or to its size if its terms had random signs,
-        (Σ g² v²)^½, and three times the uncertainty more.
+        (Σ g² v²)^½, and ``MARGIN`` times the uncertainty more.
 
         Args:
             sensitive: whether φ changes along it as along its gradient, or slowly, as along a
@@ -130,7 +131,7 @@ class Directions:
         own = central_difference(
             lambda step: self._value_at(direction, step), step, self.noise, enough
         )
-        allowed = self.rtol * scale + 3 * own.uncertainty
+        allowed = self.rtol * scale + MARGIN * own.uncertainty
         difference = abs(predicted - own.value)
         return Finding(name, predicted, own.value, difference, allowed, own.uncertainty)
 
