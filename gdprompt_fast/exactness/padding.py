@@ -20,7 +20,7 @@ def without_padding_token(
     engine and the reference: there, differences of the objective show another derivative.
     """
     embedding = causal_lm(model).get_input_embeddings()
-    token, batch = embedding.padding_idx, step.batch
+    token, batch = getattr(embedding, "padding_idx", None), step.batch
     texts = [(batch.context_ids, batch.context_mask), (batch.query_ids, batch.query_mask)]
     texts += [] if step.lm_batch is None else [step.lm_batch]
     if token is None or not any(_is_read(token, *text) for text in texts):
