@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from gdprompt_fast import MetaBatch, TeacherTargets, check_exactness, fast_meta_step
 from gdprompt_fast.cli import main
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.exactness import check, command, engine, gradient, objective
+from gdprompt_fast.exactness import check, command, engine, gradient, memory, objective
 from gdprompt_fast.exactness.differences import central_difference, rounding_noise
 from gdprompt_fast.exactness.report import Precision
 
@@ -121,6 +121,18 @@ def test_without_memory_for_fp64_it_is_fp32_and_without_that_nothing_can_be_told
     sizes[torch.float32] = "a lot too"
     report = check_exactness(model, batch, **GOLD)
     assert report.verdict == "cannot tell" and "a lot too" in report.table()
+
+
+def test_memory_is_counted_before_it_is_taken(
+    tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    assert memory.obstacle_to(torch.float64, model, "torch", "full") is None
+    assert "Triton" in str(memory.obstacle_to(torch.float64, model, "triton", "full"))
+    bytes_of_weights = 8 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(memory, "_available_bytes", lambda _: 10 * bytes_of_weights)
+    assert "are free" in str(memory.obstacle_to(torch.float64, model, "torch", "full"))
+    assert memory.obstacle_to(torch.float32, model, "torch", "full") is None
 
 
 def test_code_that_cannot_run_in_fp64_is_checked_in_fp32(

@@ -66,11 +66,10 @@ def check_exactness(
 
     Weights are exchanged for fp64 copies where memory and backend allow (Triton has no fp64),
     otherwise for fp32 ones; the rounding of φ is measured and its effect is part of what counts as
-    equal. On tiny models the smallest fault found in the second-order term is one of 3e-5 to 1e-3 of
-    it in fp64 and of 0.1 to 1 % in fp32, from η = 0.1 to 0.001; of noise on the whole gradient,
-    3e-5 to 3e-4 and 3e-4 to 5e-3 of its norm. The cost is about that of 100 meta steps on the
-    batch: give it an example or a few. The model is left as it was, to the bit, also after an
-    exception.
+    equal. The smallest fault found on tiny models, from η = 0.1 to 0.001: in the second-order
+    term 3e-5 to 1e-3 of it in fp64, 0.1 to 1 % in fp32; noise on the whole gradient, 3e-5 to 3e-4
+    and 3e-4 to 5e-3 of its norm. The cost is about that of 100 meta steps on the batch: give it an
+    example or a few. The model is left as it was, to the bit, also after an exception.
 
     Args:
         model, batch, …: as in :func:`gdprompt_fast.fast_meta_step`.
