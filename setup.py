@@ -14,6 +14,7 @@ SUBPACKAGES = [
     "bundled",
     "data",
     "evaluation",
+    "exactness",
     "experiments",
     "kernels",
     "loading",

@@ -3,6 +3,7 @@
 from pathlib import Path as _Path
 
 from .batch import MetaBatch
+from .exactness import ExactnessReport, check_exactness
 from .meta.inner import InnerUpdate, inner_step
 from .meta.step import fast_meta_step
 from .options import MetaStepOutput
@@ -11,10 +12,12 @@ from .targets import TeacherTargets
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExactnessReport",
     "InnerUpdate",
     "MetaBatch",
     "MetaStepOutput",
     "TeacherTargets",
+    "check_exactness",
     "fast_meta_step",
     "inner_step",
     "reference_meta_step",

@@ -27,6 +27,7 @@ from .evaluation import (
     write_predictions,
     write_squad_predictions,
 )
+from .exactness.command import CHECKED, check_before_training, prepare_exactness
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
 from .files import hash_of_file, recover, write_file, write_folder, write_json
@@ -54,7 +55,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"  # of every command: shows the traceback of an error
 # What may change when a run is continued: a search, for one, may go on to other rates.
 FREE = {
-    *("allow_missing", "device", "eval_batch_size", "grid", "output"),
+    *("allow_missing", "check", "device", "eval_batch_size", "grid", "output"),
     *("dropped", "overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
 }
 INPUTS = (
@@ -68,7 +69,7 @@ OVERWRITE = {
     "data": f"{REPLACES}; data that this command wrote, unchanged, needs no leave",
     **dict.fromkeys(("demo", "prepare", "train", "search-outer-lr"), REPLACES),
     "evaluate": "replace files that exist; --results and --dropped of this command need no leave",
-    "plan": "replace a --json that this command did not write",
+    **dict.fromkeys(("check", "plan"), "replace a --json that this command did not write"),
     "experiment": f"{REPLACES}, unless it is one of experiments, which is gone on with",
     "report": "replace a page that this command did not write",
 }
@@ -77,7 +78,7 @@ TRIPLES = (
     'JSONL or a JSON array of {"context", "query", "response"}, gzipped or not; "question", '
     '"privileged_context", "prompt" and the first of "answers" are taken for them'
 )
-Work = Callable[[], None]
+Work = Callable[[], int | None]  # an exit code of its own, or None for 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,13 +111,12 @@ def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: boo
         print(f"gdprompt {args.command}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     try:
-        work()
+        return work() or 0
     except (FloatingPointError, OSError, UserError) as error:
         if debug:
             raise
         print(f"gdprompt {args.command}: stopped: {error}", file=sys.stderr)
         return FAILED
-    return 0
 
 
 def prepare_data(args: argparse.Namespace) -> Work:
@@ -208,6 +208,8 @@ def prepare_train(args: argparse.Namespace) -> Work:
     def work() -> None:
         write_dropped(args.dropped, args.command, job.reader.dropped)
         teacher = job.build_teacher_cache()
+        if args.check:
+            check_before_training(job, teacher, args.output)
         run(
             job.model,
             job.tokenizer,
@@ -220,6 +222,13 @@ def prepare_train(args: argparse.Namespace) -> Work:
         )
 
     return work
+
+
+def prepare_check(args: argparse.Namespace) -> Work:
+    """Everything before the long work of ``gdprompt check``: its input, checked and loaded."""
+    _outputs(args).check_file("json", args.json, lambda path: is_marked(path, args.command))
+    options = TrainOptions(**{name: getattr(args, name) for name in CHECKED})
+    return prepare_exactness(args, options)
 
 
 def prepare_search(args: argparse.Namespace) -> Work:
@@ -374,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_demo(commands)
     _add_prepare(commands)
+    _add_check(commands)
     _add_train(commands)
     _add_search(commands)
     _add_evaluate(commands)
@@ -452,7 +462,28 @@ def _add_prepare(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     what = "Meta-train a transformers model on triples of context, query and response."
-    _add_training(_command(commands, "train", what, prepare_train))
+    parser = _command(commands, "train", what, prepare_train)
+    _add_training(parser)
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first of all gdprompt check on one example; train nothing where it is not exact",
+    )
+
+
+def _add_check(commands: Any) -> None:
+    what = (
+        "Whether the engine's meta-gradient is this model's exact one: against the model's own "
+        "forward, whatever was changed in it. Exit code 0: it is; 1: it is not, or cannot be told."
+    )
+    parser = _command(commands, "check", what, prepare_check)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: cuda or cpu")
+    _add_model_and_data(parser)
+    parser.add_argument("--examples", type=int, default=2, help="take the first so many records")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of LoRA adapters; 0: train all")
+    parser.add_argument("--json", type=Path, help="JSON file to write the report to")
+    _add_fields(parser, TrainOptions, CHECKED)
 
 
 def _add_search(commands: Any) -> None:
@@ -565,10 +596,14 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("folder", type=Path, help="an --output folder, or one with such folders")
 
 
-def _add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """An option for every field of a dataclass."""
+def _add_fields(
+    parser: argparse.ArgumentParser, settings: type, names: Sequence[str] | None = None
+) -> None:
+    """An option for every field of a dataclass, or for those of ``names``."""
     types = get_type_hints(settings)
     for field in fields(settings):
+        if names is not None and field.name not in names:
+            continue
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             type=types[field.name],

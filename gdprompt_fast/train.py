@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -187,13 +188,15 @@ def train(
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
             answered, targets = _answered(examples, drawn, teacher)
-            losses = _meta_step(model, examples, drawn, answered, targets, options)
+            arguments = step_arguments(model, examples, drawn, answered, targets, options)
+            with computing(model, options):  # adds the meta-gradient of the batch to .grad
+                losses = fast_meta_step(model, **arguments)
             row = _row(step, losses, options)
             if options.prompt_weight > 0 and step >= options.prompt_from:
                 row["prompt_loss"] = _prompt_backward(model, answered, options)
             if joint is not None:
                 batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-                with _compute_dtype(model, options):
+                with computing(model, options):
                     row["joint_loss"] = fine_tuning_backward(model, batch)
             row["gradient_norm"] = _update(optimizer, trained, options, step)
             metrics.write(row)
@@ -244,16 +247,16 @@ def _answered(
     return teacher.batch(indices)
 
 
-def _meta_step(
+def step_arguments(
     model: nn.Module,
     examples: Sequence[Example],
     units: Sequence[Sequence[int]],
     answered: Sequence[Example],
     targets: TeacherTargets | None,
     options: TrainOptions,
-) -> MetaStepOutput:
-    """Adds the meta-gradient of a batch to ``.grad``: of examples in units with one context each,
-    of which ``contexts_per_group`` neighbours share one θ'.
+) -> dict[str, Any]:
+    """What training gives :func:`gdprompt_fast.fast_meta_step` beside the model: of examples in
+    units with one context each, ``contexts_per_group`` neighbours share one θ'.
     """
     device: torch.device = next(model.parameters()).device
     lm_batch = None
@@ -261,20 +264,17 @@ def _meta_step(
         prompts = prompt_rows([examples[index] for unit in units for index in unit]).to(device)
         lm_batch = (prompts.ids, prompts.mask)
     context_of = [number for number, unit in enumerate(units) for _ in unit]
-    batch = meta_batch(answered, context_of, options.contexts_per_group)
-    with _compute_dtype(model, options):
-        return fast_meta_step(
-            model,
-            batch.to(device),
-            inner_lr=options.inner_lr,
-            inner_steps=options.inner_steps,
-            inner_params=options.inner_params,
-            objective=options.objective,
-            teacher=targets,
-            lm_weight=options.lm_weight,
-            lm_batch=lm_batch,
-            recompute=options.recompute,
-        )
+    return dict(
+        batch=meta_batch(answered, context_of, options.contexts_per_group).to(device),
+        inner_lr=options.inner_lr,
+        inner_steps=options.inner_steps,
+        inner_params=options.inner_params,
+        objective=options.objective,
+        teacher=targets,
+        lm_weight=options.lm_weight,
+        lm_batch=lm_batch,
+        recompute=options.recompute,
+    )
 
 
 def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: TrainOptions) -> float:
@@ -282,7 +282,7 @@ def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: Tra
     ``prompt_weight`` times that to ``.grad``.
     """
     device: torch.device = next(model.parameters()).device
-    with _compute_dtype(model, options):
+    with computing(model, options):
         loss = row_loss(model, prompt_rows(answered).to(device))
     (options.prompt_weight * loss).backward()
     return float(loss.detach())
@@ -306,7 +306,8 @@ def _update(
     return norm
 
 
-def _compute_dtype(model: nn.Module, options: TrainOptions) -> torch.autocast:
+def computing(model: nn.Module, options: TrainOptions) -> torch.autocast:
+    """Inside, steps compute in ``compute_dtype``."""
     device: torch.device = next(model.parameters()).device
     return torch.autocast(device.type, torch.bfloat16, enabled=options.compute_dtype == "bfloat16")
 

@@ -1,0 +1,111 @@
+"""The model's weights while it is checked: exchanged for copies, moved along directions, and put
+back to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Vector = dict[str, Tensor]  # by the names of parameters; one that is not there is zero
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards, also after an exception, every parameter has the data, the ``.grad`` and the
+    ``requires_grad`` it had, and every module is in its mode.
+
+    Inside, ``.grad`` is None and nothing may write into a parameter's data; see :func:`moved` and
+    :func:`copied`, which exchange it.
+    """
+    weights = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, *_ in weights:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, data, grad, requires_grad in weights:
+            parameter.grad = None  # of another dtype, perhaps
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def copied(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Inside, the model computes with copies of its weights, in ``dtype`` if one is given, and
+    whatever hooks of a gradient do to them is lost. Buffers stay: transformers keeps rotary tables
+    in fp32 whatever the weights.
+    """
+    copies = {name: p.data.to(dtype or p.dtype, copy=True) for name, p in model.named_parameters()}
+    with _exchanged(model, copies):
+        yield
+
+
+@contextmanager
+def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """Inside, the model is at θ + step · direction."""
+    named = dict(model.named_parameters())
+    with _exchanged(model, {n: named[n].data.add(v, alpha=step) for n, v in direction.items()}):
+        yield
+
+
+@contextmanager
+def _exchanged(model: nn.Module, data: Mapping[str, Tensor]) -> Iterator[None]:
+    named = dict(model.named_parameters())
+    before = {name: named[name].data for name in data}
+    try:
+        for name, tensor in data.items():
+            named[name].data = tensor
+        yield
+    finally:
+        for name, tensor in before.items():
+            named[name].grad = None
+            named[name].data = tensor
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """⟨a, b⟩, summed in fp64."""
+    return math.fsum(
+        float((a[name].double() * b[name].double()).sum()) for name in a.keys() & b.keys()
+    )
+
+
+def norm(a: Vector) -> float:
+    """‖a‖."""
+    return math.hypot(*(float(tensor.norm(dtype=torch.float64)) for tensor in a.values()))
+
+
+def combined(a: Vector, b: Vector, factor: float) -> Vector:
+    """a + factor · b."""
+    out = dict(a)
+    for name, tensor in b.items():
+        out[name] = out[name].add(tensor, alpha=factor) if name in out else factor * tensor
+    return out
+
+
+def scaled(a: Vector, factor: float) -> Vector:
+    """factor · a."""
+    return {name: factor * tensor for name, tensor in a.items()}
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """⟨a, b⟩ / ‖a‖‖b‖; 0 where one of them is zero."""
+    lengths = norm(a) * norm(b)
+    return dot(a, b) / lengths if lengths > 0 else 0.0
+
+
+def random_like(a: Mapping[str, Tensor], seed: int) -> Vector:
+    """Standard normal numbers in the shapes of ``a``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        for name, tensor in a.items()
+    }
