@@ -263,26 +263,31 @@ def nothing(model: Any, draw: random.Random) -> Undo:
     return NOTHING
 
 
-TAMPERS: tuple[Tamper, ...] = (
+# What a step runs as it is, but for layers that the inner step moves.
+RUN: tuple[Tamper, ...] = (
     attention_implementation,
-    backward_hook,
-    compiled_layer,
-    detaching_hook,
     flags,
     forward_hook,
     frozen,
-    global_hook,
     hook_in_a_block,
-    hook_that_reads_a_weight,
     nothing,
-    opaque_function,
     patched_class,
     patched_function,
     pre_hook,
     replaced_forward,
     replaced_outer_forward,
-    shared_module,
     shared_weight,
     subclass,
     wrapper,
 )
+# What cannot be run, or not exactly.
+REFUSED: tuple[Tamper, ...] = (
+    backward_hook,
+    compiled_layer,
+    detaching_hook,
+    global_hook,
+    hook_that_reads_a_weight,
+    opaque_function,
+    shared_module,
+)
+TAMPERS = (*RUN, *REFUSED)

@@ -129,7 +129,8 @@ class AdaptedModel:
     def hidden_states(self, ids_BT: Tensor, rows: GroupedRows, level: int) -> Tensor:
         """Final hidden states [B, T, D] at θ after ``level`` inner steps."""
         self.state.rows, self.state.level = rows, level
-        return self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+        inputs = dict(input_ids=ids_BT, use_cache=False, return_dict=True)
+        return self.backbone(**inputs).last_hidden_state
 
     def inner_step(self, loss: Tensor, retain_graph: bool) -> None:
         """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second

@@ -65,7 +65,9 @@ def check_attention_options(module: nn.Module, options: dict[str, Any]) -> None:
     """
     causal = options.pop("is_causal", None)
     if not (getattr(module, "is_causal", True) and causal in (None, True)):
-        raise UserError(f"model: expected causal attention, got is_causal=False in {module}")
+        raise UserError(
+            f"model: expected causal attention, got is_causal=False in {type(module).__name__}"
+        )
     for name, value in options.items():
         if name not in _NEUTRAL and value is not None and value is not False and value != 0.0:
             raise UserError(
