@@ -558,7 +558,8 @@ def test_the_model_may_be_on_the_hub_and_without_all_its_weights(
     edit_weights(model, lambda weights: {n: w for n, w in weights.items() if "mlp" not in n})
     to_cache(model, tmp_path / "hub", "org/tiny", "v1")
     monkeypatch.setattr(command, "load_preset", lambda name: copy.deepcopy(sections))
-    run = ("table4", "tiny.toml", tmp_path / "new", None, "org/tiny", "cpu", "v1")
+    outputs = Outputs({}, False)
+    run = ("table4", "tiny.toml", tmp_path / "new", None, "org/tiny", "cpu", outputs, "v1")
     with pytest.raises(UserError, match=r"3 missing \(model.layers.0.mlp.down_proj.weight"):
         command.prepare_experiment(*run)()
     (lab,) = make_labs(

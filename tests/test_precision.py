@@ -197,3 +197,79 @@ def test_an_adapted_bf16_model_runs(make_batch: Build) -> None:
     with update.applied_to(model, groups=torch.arange(3)):
         logits = model(input_ids=batch.query_ids).logits
     assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_inside_applied_to_is_near_what_float32_gives(
+    name: str, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model(name).float(), make_batch()
+    update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
+    with torch.no_grad(), bf16():
+        unadapted = model(batch.query_ids).logits.float()
+    with update.applied_to(model, torch.arange(3)):
+        right = model(batch.query_ids).logits
+        with bf16():
+            logits = model(batch.query_ids).logits
+    assert logits.dtype == torch.bfloat16
+    error = float((logits.float() - right).norm())
+    assert error < 0.05 * float(right.norm())
+    assert error < 0.2 * float((unadapted - right).norm())
+
+
+def prepared(model: Any) -> Any:
+    """By accelerate, as a training script prepares it."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is an optional dependency")
+    return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model).eval()
+
+
+def decorated(model: Any) -> Any:
+    model.forward = bf16()(model.forward)
+    return model
+
+
+@pytest.mark.parametrize("prepare", [prepared, decorated], ids=lambda f: f.__name__)
+def test_a_model_whose_forward_is_under_autocast_is_computed_with_in_bf16(
+    prepare: Callable[[Any], Any], tiny_model: Build, make_batch: Build
+) -> None:
+    batch, options = make_batch(), dict(objective="gold", inner_lr=0.1, lm_weight=0.2)
+    with bf16():
+        _, expected = gradients_of(fast_meta_step, tiny_model().float(), batch, **options)
+    model = prepare(tiny_model().float())
+    _, got = gradients_of(fast_meta_step, model, batch, **options)
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+    update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
+    with update.applied_to(model, torch.arange(3)):
+        assert model(batch.query_ids).logits.isfinite().all()
+
+
+def test_autocast_held_open_across_updates_does_not_go_on_with_old_weights(
+    tiny_model: Build, make_batch: Build
+) -> None:
+    batch = make_batch()
+
+    def trained(held: bool) -> tuple[Any, torch.Tensor]:
+        model = tiny_model().float()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=held):
+            for _ in range(3):
+                with bf16():
+                    fast_meta_step(model, batch, objective="gold", inner_lr=0.1)
+                    with torch.no_grad():
+                        model(batch.query_ids)  # fills the cache of cast weights
+                optimizer.step()
+                optimizer.zero_grad()
+            with bf16():
+                update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
+                with update.applied_to(model, torch.arange(3)):
+                    logits = model(batch.query_ids).logits
+        return model, logits
+
+    (held, held_logits), (closed, logits) = trained(True), trained(False)
+    for one, other in zip(held.parameters(), closed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(held_logits, logits)

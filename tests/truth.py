@@ -93,7 +93,7 @@ def moved(model: nn.Module, direction: Gradients, by: float) -> Iterator[None]:
 
 
 def derivative(
-    model: nn.Module, direction: Gradients, at: Callable[[], float], step: float = 2e-5
+    model: nn.Module, direction: Gradients, at: Callable[[], float], step: float
 ) -> float:
     """The directional derivative of ``at()``, by central differences of fourth order."""
     values = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -11,6 +12,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -104,15 +106,17 @@ def _on_hub(name: str, revision: str | None) -> FoundModel:
 
 
 def _snapshot(name: str, revision: str | None, *wanted: str) -> Path:
+    def fetch(**options: Any) -> Path:
+        patterns: Any = dict(allow_patterns=[*wanted], ignore_patterns=OTHER_COPIES)
+        return Path(snapshot_download(name, revision=revision, **patterns, **options))
+
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=[*wanted], ignore_patterns=OTHER_COPIES
-            )
-        )
+        return fetch()
     except IncompleteSnapshotError as error:
         # Something of the repository is not here, perhaps nothing that is needed.
         return Path(error.snapshot_path)
+    except OfflineModeIsEnabled:  # with a commit, also where the cache has it
+        return fetch(local_files_only=True)
 
 
 def _not_found(name: str, revision: str | None, error: Exception) -> UserError:
