@@ -52,6 +52,27 @@ def check_contexts(context_ids: Any, context_mask: Any) -> None:
         )
 
 
+def check_loss_mask(loss_mask: Any, context_ids: Tensor, context_mask: Tensor) -> Tensor:
+    """Which context tokens' NLL counts, [C, Tc]; None stands for all real ones.
+
+    Raises:
+        UserError: for padding, or a row without a token that counts after its first.
+    """
+    if loss_mask is None:
+        return context_mask
+    check_mask("context_loss_mask", loss_mask, context_ids, "[C, Tc]")
+    if (loss_mask & ~context_mask).any():
+        row = int((loss_mask & ~context_mask).any(1).nonzero()[0])
+        raise UserError(f"context_loss_mask: expected real tokens, got padding in row {row}")
+    if not loss_mask[:, 1:].any(1).all():
+        row = int((~loss_mask[:, 1:].any(1)).nonzero()[0])
+        raise UserError(
+            "context_loss_mask: expected a token after the first in every row, which has nothing "
+            f"to be predicted from, got none in row {row}"
+        )
+    return loss_mask
+
+
 def check_group(name: str, group: Any, rows: int, like: Tensor) -> Tensor:
     """``group`` as a LongTensor [rows] of non-negative indices; None stands for one group per
     row.
@@ -82,8 +103,8 @@ class MetaBatch:
     """Contexts to take the inner step on and queries to answer after it.
 
     A *group* owns one θ': its inner loss is the mean over its contexts of each context's mean
-    next-token NLL, and any number of queries is answered at it. Padding is on the right; padded
-    positions have no loss.
+    next-token NLL over the tokens that count, and any number of queries is answered at it. Padding
+    is on the right; padded positions have no loss.
 
     Args:
         context_ids: LongTensor [C, Tc].
@@ -95,6 +116,9 @@ class MetaBatch:
             (C == Q).
         query_group: LongTensor [Q], the group whose θ' answers each query; the row's own by
             default.
+        context_loss_mask: BoolTensor [C, Tc], True on the context tokens whose NLL counts, as those
+            of an edit's target or of an answer; all real tokens by default. The first token of a
+            row never counts, nothing predicts it.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -107,6 +131,7 @@ class MetaBatch:
     response_mask: Tensor
     context_group: Tensor = None  # type: ignore[assignment]  # filled in below, never None afterwards
     query_group: Tensor = None  # type: ignore[assignment]
+    context_loss_mask: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check_contexts(self.context_ids, self.context_mask)
@@ -134,6 +159,8 @@ class MetaBatch:
             )
         object.__setattr__(self, "context_group", context_group)
         object.__setattr__(self, "query_group", query_group)
+        loss_mask = check_loss_mask(self.context_loss_mask, self.context_ids, self.context_mask)
+        object.__setattr__(self, "context_loss_mask", loss_mask)
 
     @property
     def groups(self) -> int:

@@ -130,7 +130,10 @@ def check_step(
     first_order: bool,
     backend: str,
     recompute: str,
-    verify: str,
+    verify: str = "first",
+    micro_groups: int | None = None,
+    query_count: int | None = None,
+    lm_count: int | None = None,
 ) -> str:
     """Checks the arguments of a meta step before anything is computed.
 
@@ -164,6 +167,13 @@ def check_step(
     if recompute not in ("none", "block"):
         raise UserError(f'recompute: expected "none" or "block", got {recompute!r}')
     check_verify(verify)
+    for name, count in (
+        ("micro_groups", micro_groups),
+        ("query_count", query_count),
+        ("lm_count", lm_count),
+    ):
+        if count is not None and (type(count) is not int or count < 1):
+            raise UserError(f"{name}: expected an integer >= 1 or None, got {count!r}")
     if lm_batch is not None:
         check_lm_batch(lm_batch, model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -206,13 +216,11 @@ def check_inner_loss(loss_G: Tensor, step: int, first_group: int = 0) -> None:
         )
 
 
-def context_weights(
-    batch_group: Tensor, groups: int, context_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def context_weights(batch_group: Tensor, groups: int, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of the inner loss: of each context in its group's mean [C], and of each position t in
     its context's mean over the tokens t+1 it predicts [C, Tc] (the last position predicts none).
     """
     per_group = torch.bincount(batch_group, minlength=groups)
-    predicts = torch.zeros_like(context_mask, dtype=torch.float64)
-    predicts[:, :-1] = context_mask[:, 1:].double()
+    predicts = torch.zeros_like(loss_mask, dtype=torch.float64)
+    predicts[:, :-1] = loss_mask[:, 1:].double()
     return 1.0 / per_group[batch_group].double(), predicts / predicts.sum(1, keepdim=True)

@@ -76,6 +76,13 @@ class TeacherTargets:
         hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)
         return TeacherTargets(hidden=hidden, head=head.weight.detach())
 
+    def select(self, tokens_R: Tensor) -> TeacherTargets:
+        """The targets of some of the response tokens, by a BoolTensor [R]."""
+        if self.logits is not None:
+            return TeacherTargets(logits=self.logits[tokens_R])
+        assert self.hidden is not None
+        return TeacherTargets(hidden=self.hidden[tokens_R], head=self.head)
+
     @property
     def tokens(self) -> int:
         """The number of response tokens, R."""

@@ -58,6 +58,9 @@ class TrainOptions:
     batch_size: int = option(
         16, "models adapted in an outer step, each to a group of contexts (one by default)"
     )
+    micro_batch: int = option(
+        0, "of those models, so many at a time, in the memory of so many; 0: all at once"
+    )
     contexts_per_group: int = option(1, "contexts that one model is adapted to at once")
     queries_per_context: int = option(
         1, "at most so many examples with the same context share its inner step"
@@ -107,7 +110,14 @@ class TrainOptions:
         for name in ("outer_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("steps", "warmup_steps", "lm_weight", "prompt_weight", "prompt_from"):
+        for name in (
+            "steps",
+            "warmup_steps",
+            "micro_batch",
+            "lm_weight",
+            "prompt_weight",
+            "prompt_from",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if self.prompt_weight > 0 and 0 < self.steps <= self.prompt_from:
@@ -190,7 +200,9 @@ def train(
             answered, targets = _answered(examples, drawn, teacher)
             arguments = step_arguments(model, examples, drawn, answered, targets, options)
             with computing(model, options):  # adds the meta-gradient of the batch to .grad
-                losses = fast_meta_step(model, **arguments)
+                losses = fast_meta_step(
+                    model, **arguments, micro_groups=options.micro_batch or None
+                )
             row = _row(step, losses, options)
             if options.prompt_weight > 0 and step >= options.prompt_from:
                 row["prompt_loss"] = _prompt_backward(model, answered, options)

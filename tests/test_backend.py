@@ -232,8 +232,7 @@ def test_the_dtype_of_a_step_under_autocast_is_what_it_computes_in(
 
 def check_backend(model: torch.nn.Module, batch: MetaBatch) -> str:
     """The backend of ``"auto"``, of a step that does not run."""
-    options = ("gold", None, "sum", 0.0, None, False, "auto", "none", "first")
-    return check_step(model, batch, 0.1, 1, *options)
+    return check_step(model, batch, 0.1, 1, "gold", None, "sum", 0.0, None, False, "auto", "none")
 
 
 def test_the_backend_is_put_back_after_an_error() -> None:

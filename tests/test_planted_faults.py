@@ -217,6 +217,9 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
 }
 
 
+EXACT: set[str] = set()  # the models for which that has been shown
+
+
 @pytest.mark.parametrize("fault", ENGINE)
 def test_a_fault_in_the_engine_is_found(
     fault: str, tiny_model: Build, make_batch: Build, monkeypatch: Patch
@@ -224,7 +227,9 @@ def test_a_fault_in_the_engine_is_found(
     name, plant = ENGINE[fault]
     model, batch = tiny_model(name), make_batch("grouped" if "group" in fault else "one-each")
     batch.query_ids[:3, :3] = batch.context_ids[:3, :3]  # queries are about their contexts
-    assert check_exactness(model, batch, **OPTIONS).exact
+    if name not in EXACT:  # without the fault
+        assert check_exactness(model, batch, **OPTIONS).exact
+        EXACT.add(name)
     plant(monkeypatch)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -37,7 +37,7 @@ def objective(
             rows = (batch.context_group == group).nonzero().flatten().tolist()
             before = [p.detach().clone() for p in inner]
             for _ in range(inner_steps):
-                loss = sum(_nll(model, batch.context_ids[r][batch.context_mask[r]]) for r in rows)
+                loss = sum(_nll(model, batch, row) for row in rows)
                 gradients = torch.autograd.grad(loss / len(rows), inner, allow_unused=True)
                 with torch.no_grad():
                     for p, g in zip(inner, gradients, strict=True):
@@ -54,7 +54,7 @@ def objective(
     if lm_weight:
         with torch.no_grad():
             rows = range(len(batch.context_ids))
-            lm = sum(_nll(model, batch.context_ids[r][batch.context_mask[r]]) for r in rows)
+            lm = sum(_nll(model, batch, row) for row in rows)
         total += lm_weight * float(lm) / len(batch.context_ids)
     return total
 
@@ -65,8 +65,10 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits[0]
 
 
-def _nll(model: nn.Module, ids: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(model, ids)[:-1], ids[1:])
+def _nll(model: nn.Module, batch: MetaBatch, row: int) -> Tensor:
+    real = batch.context_mask[row]
+    ids, counted = batch.context_ids[row][real], batch.context_loss_mask[row][real][1:]
+    return F.cross_entropy(_logits(model, ids)[:-1][counted], ids[1:][counted])
 
 
 def _response(model: nn.Module, batch: MetaBatch, row: int) -> float:

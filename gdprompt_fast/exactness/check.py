@@ -92,7 +92,7 @@ def check_exactness(
         recompute,
     )
     checked = {name: value for name, value in vars(step).items() if name != "inner_params"}
-    ran = check_step(model, first_order=False, verify="first", **checked)
+    ran = check_step(model, first_order=False, **checked)
     with left_as_it_was(model):
         as_called = _as_called(model, replace(step, backend=ran))
         notes: list[str] = []

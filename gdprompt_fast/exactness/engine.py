@@ -71,7 +71,7 @@ def logits_at_adapted(model: nn.Module, step: StepArguments) -> Iterator[RowLogi
     with _forward(model, step):
         engine = AdaptedModel(model, select_inner(model, step.inner_params), state)
         with engine.differentiable(step.recompute):
-            tokens = (batch.context_ids, batch.context_mask)
+            tokens = (batch.context_ids, batch.context_loss_mask)
             take_inner_steps(engine, *tokens, contexts, step.inner_steps)
             hidden = engine.hidden_states(batch.query_ids, queries, step.inner_steps).detach()
     yield from _logits(engine, hidden, batch.query_ids, batch.query_mask, batch.query_group)

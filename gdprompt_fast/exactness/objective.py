@@ -154,15 +154,19 @@ class Objective:
         batch = self.step.batch
         rows = (batch.context_group == group).nonzero().flatten().tolist()
         for row in rows:
-            ids = batch.context_ids[row][batch.context_mask[row]]
-            yield from self._next_token_nll(ids, 1 / len(rows))
+            real = batch.context_mask[row]
+            counted = batch.context_loss_mask[row][real]
+            yield from self._next_token_nll(batch.context_ids[row][real], counted, 1 / len(rows))
 
     def _lm(self) -> Iterator[Tensor]:
         batch = self.step.batch
         pair = self.step.lm_batch
-        all_ids, mask = (batch.context_ids, batch.context_mask) if pair is None else pair
-        for ids, real in zip(all_ids, mask, strict=True):
-            yield from self._next_token_nll(ids[real], 1 / len(all_ids))
+        if pair is None:
+            rows = (batch.context_ids, batch.context_mask, batch.context_loss_mask)
+        else:
+            rows = (*pair, pair[1])
+        for ids, real, counted in zip(*rows, strict=True):
+            yield from self._next_token_nll(ids[real], counted[real], 1 / len(rows[0]))
 
     def _outer(self, group: int) -> Iterator[Tensor]:
         batch, step = self.step.batch, self.step
@@ -191,9 +195,9 @@ class Objective:
         ruled_out = target == -torch.inf
         return (target.exp() * (target - log_p).masked_fill(ruled_out, 0)).sum(-1)
 
-    def _next_token_nll(self, ids_T: Tensor, weight: float) -> Iterator[Tensor]:
-        """The mean next-token NLL of a row, times ``weight``, in parts."""
-        predicting = torch.arange(len(ids_T) - 1, device=ids_T.device)
+    def _next_token_nll(self, ids_T: Tensor, counted_T: Tensor, weight: float) -> Iterator[Tensor]:
+        """The mean next-token NLL of a row's tokens that count, times ``weight``, in parts."""
+        predicting = counted_T[1:].nonzero().flatten()
         for part in predicting.split(self._positions_at_once()):
             nll = F.cross_entropy(
                 self.logits(ids_T, part).double(), ids_T[part + 1], reduction="sum"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import check_ids, check_model, compute_dtype
-from ..batch import check_context_group, check_contexts, describe
+from ..batch import check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
@@ -29,18 +29,19 @@ from .verify import verify_model
 def take_inner_steps(
     adapted: AdaptedModel,
     context_ids: Tensor,
-    context_mask: Tensor,
+    loss_mask: Tensor,
     rows: GroupedRows,
     steps: int,
     keep_graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the inner steps; afterwards the sites of ``adapted`` are at θ'.
+    """Takes the inner steps on the tokens of ``loss_mask`` [C, Tc]; afterwards the sites of
+    ``adapted`` are at θ'.
 
     Returns:
         The mean next-token NLL of every context at θ, [C], with its graph if ``keep_graph``, and
         the mean over groups of the inner loss at θ, detached.
     """
-    share_C, weight_CT = context_weights(rows.group_B, rows.groups, context_mask)
+    share_C, weight_CT = context_weights(rows.group_B, rows.groups, loss_mask)
     adapted.vocabulary.vocabulary.begin_contexts(context_ids, rows)
     first: Tensor | None = None
     for step in range(steps):
@@ -111,6 +112,7 @@ def inner_step(
     inner_steps: int = 1,
     inner_params: InnerParams = "full",
     verify: str = "first",
+    context_loss_mask: Tensor | None = None,
 ) -> InnerUpdate:
     """θ'_i = θ − η ∇_θ L(c_i, θ) for every group i at once, kept in factors of the size of
     activations.
@@ -118,7 +120,8 @@ def inner_step(
     Args:
         model, inner_lr, inner_steps, inner_params, verify: as in
             :func:`gdprompt_fast.fast_meta_step`.
-        context_ids, context_mask, context_group: as in :class:`gdprompt_fast.MetaBatch`.
+        context_ids, context_mask, context_group, context_loss_mask: as in
+            :class:`gdprompt_fast.MetaBatch`.
 
     Returns:
         The update, to be applied with :meth:`InnerUpdate.applied_to`. The model and its ``.grad``
@@ -130,6 +133,7 @@ def inner_step(
     """
     check_model(model)
     check_contexts(context_ids, context_mask)
+    loss_mask = check_loss_mask(context_loss_mask, context_ids, context_mask)
     check_ids("context_ids", context_ids, model)
     check_inner(inner_lr, inner_steps)
     check_verify(verify)
@@ -145,7 +149,7 @@ def inner_step(
         adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable():
             take_inner_steps(
-                adapted, context_ids, context_mask, GroupedRows(group, groups), inner_steps
+                adapted, context_ids, loss_mask, GroupedRows(group, groups), inner_steps
             )
     adapted.detach(level=inner_steps)
     return InnerUpdate(adapted)

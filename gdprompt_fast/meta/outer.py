@@ -31,20 +31,27 @@ def outer_target(
     )
 
 
-def response_weights(batch: MetaBatch, outer_reduction: str, dtype: torch.dtype) -> Tensor:
-    """The weight of every response token in the outer loss, [R]."""
+def response_weights(
+    batch: MetaBatch, query_count: int, outer_reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """The weight of every response token in the mean over ``query_count`` queries, [R]."""
     lengths_Q = batch.response_mask.sum(1)
-    per_query = torch.full_like(lengths_Q, 1, dtype=dtype) / len(lengths_Q)
+    per_query = torch.full_like(lengths_Q, 1, dtype=dtype) / query_count
     if outer_reduction == "mean":
         per_query = per_query / lengths_Q
     return per_query.repeat_interleave(lengths_Q)
 
 
 def lm_backward(
-    model: nn.Module, lm_batch: LMBatch, weight: float, dtype: torch.dtype | None, recompute: str
+    model: nn.Module,
+    lm_batch: LMBatch,
+    count: int,
+    weight: float,
+    dtype: torch.dtype | None,
+    recompute: str,
 ) -> Tensor:
-    """The mean over rows of each row's mean next-token NLL at θ; adds weight times its gradient to
-    ``.grad``.
+    """The share of some rows in the mean over ``count`` of each row's mean next-token NLL at θ;
+    adds weight times its gradient to ``.grad``.
     """
     ids, mask = lm_batch
     one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -57,7 +64,7 @@ def lm_backward(
         rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
         target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]))
         losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
-        loss = (losses_N * weight_BT[predicts].to(losses_N.dtype)).sum() / len(ids)
+        loss = (losses_N * weight_BT[predicts].to(losses_N.dtype)).sum() / count
         if weight > 0:
             (weight * loss).backward()
         adapted.release()

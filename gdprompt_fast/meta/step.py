@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +26,7 @@ from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .inner import take_inner_steps
 from .outer import lm_backward, outer_target, response_weights
+from .parts import Counts, Part, counts_of, lm_parts_of, parts_of
 from .verify import verify_model
 
 
@@ -41,6 +45,9 @@ def fast_meta_step(
     backend: str = "auto",
     recompute: str = "none",
     verify: str = "first",
+    micro_groups: int | None = None,
+    query_count: int | None = None,
+    lm_count: int | None = None,
 ) -> MetaStepOutput:
     """Adds the exact meta-gradient of a batch to ``.grad``, as ``loss.backward()`` would.
 
@@ -85,6 +92,12 @@ def fast_meta_step(
         verify: ``"first"`` holds, at the first step on a model and whenever the model has changed,
             the engine's logits on the longest context against those of the model's own forward,
             and its graph against what is twice differentiable; ``"never"`` does not.
+        micro_groups: groups at a time, into the same ``.grad``: the memory of so many; None takes
+            all at once.
+        query_count, lm_count: the denominators of the mean over queries and of L_LM's mean over
+            rows, where the batch is a part of a larger one (gradient accumulation, many
+            processes), so that gradients and losses of the parts add up; None for the batch's own
+            numbers.
 
     Returns:
         Detached losses.
@@ -93,7 +106,7 @@ def fast_meta_step(
         ValueError: for a bad argument, before anything is computed, naming it, the expected and the
             given.
         FloatingPointError: if an inner loss or the teacher's predictions are not finite; ``.grad``
-            is untouched.
+            is untouched, but for what earlier micro-groups have added.
 
     Out of memory in the last backward leaves ``.grad`` None where it was None, and where it was
     not, with part of this step added: clear it before going on.
@@ -112,57 +125,95 @@ def fast_meta_step(
         backend,
         recompute,
         verify,
+        micro_groups,
+        query_count,
+        lm_count,
     )
     torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
     inner = select_inner(model, inner_params)
     if verify == "first":
         verify_model(model, batch.context_ids, batch.context_mask, inner, ran, recompute)
-    phase, dtype = Phase(second_order=not first_order), compute_dtype(model)
-    state = StepState(batch.groups, float(inner_lr), phase, dtype)
-    device = batch.context_ids.device
-    autocast = torch.autocast(device.type, enabled=False)  # the sites cast for themselves
+    counts = counts_of(batch, lm_batch, query_count, lm_count)
+    step = _Step(
+        model,
+        inner,
+        float(inner_lr),
+        inner_steps,
+        outer_reduction,
+        lm_weight,
+        lm_on_contexts=lm_batch is None,
+        second_order=not first_order,
+        dtype=compute_dtype(model),
+        recompute=recompute,
+        counts=counts,
+    )
+    autocast = torch.autocast(batch.context_ids.device.type, enabled=False)  # sites cast themselves
     with torch.enable_grad(), autocast, use_backend(ran), clean_after_error(model):
-        adapted = AdaptedModel(model, inner, state)
-        with adapted.differentiable(recompute):
-            contexts = GroupedRows(batch.context_group, batch.groups)
-            lm_on_contexts = lm_weight > 0 and lm_batch is None
-            nll_C, inner_loss = take_inner_steps(
-                adapted,
-                batch.context_ids,
-                batch.context_mask,
-                contexts,
-                inner_steps,
-                lm_on_contexts,
-            )
-            query_loss = _query_loss(adapted, batch, teacher, outer_reduction, inner_steps)
-            lm = nll_C.mean()
-            (query_loss + lm_weight * lm if lm_on_contexts else query_loss).backward()
-            adapted.release()
+        shares = [step.backward(part) for part in parts_of(batch, teacher, micro_groups)]
+        query_loss, lm_loss, inner_loss = map(_sum, zip(*shares, strict=True))
         if lm_batch is not None:
-            lm = lm_backward(model, lm_batch, lm_weight, dtype, recompute)
+            rows = lm_parts_of(lm_batch, batch.groups, micro_groups)
+            options = (counts.lm_rows, lm_weight, step.dtype, recompute)
+            lm_loss = _sum([lm_backward(model, part, *options) for part in rows])
     return MetaStepOutput(
-        outer_loss=query_loss.detach() + lm_weight * lm.detach(),
-        query_loss=query_loss.detach(),
-        lm_loss=lm.detach(),
-        inner_loss=inner_loss,
+        outer_loss=query_loss + lm_weight * lm_loss,
+        query_loss=query_loss,
+        lm_loss=lm_loss,
+        inner_loss=inner_loss / batch.groups,
         backend=ran,
     )
 
 
-def _query_loss(
-    adapted: AdaptedModel,
-    batch: MetaBatch,
-    teacher: TeacherTargets | None,
-    outer_reduction: str,
-    level: int,
-) -> Tensor:
-    """The mean over queries of the outer loss at each group's θ'."""
-    queries = GroupedRows(batch.query_group, batch.groups)
-    hidden_BTD = adapted.hidden_states(batch.query_ids, queries, level)
-    hidden_RD = predicting_states(hidden_BTD, batch.response_mask)
-    token_rows = GroupedRows(
-        batch.query_group.repeat_interleave(batch.response_mask.sum(1)), batch.groups
-    )
-    target = outer_target(batch, teacher, token_rows, adapted.state)
-    losses_R = adapted.vocabulary.response_loss(hidden_RD, target, token_rows)
-    return (losses_R * response_weights(batch, outer_reduction, losses_R.dtype)).sum()
+def _sum(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).sum()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the parts of a step have in common; the names are those of ``fast_meta_step``."""
+
+    model: nn.Module
+    inner: dict[str, nn.Parameter]
+    inner_lr: float
+    inner_steps: int
+    outer_reduction: str
+    lm_weight: float
+    lm_on_contexts: bool
+    second_order: bool
+    dtype: torch.dtype | None
+    recompute: str
+    counts: Counts
+
+    def backward(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds the meta-gradient of some groups to ``.grad``.
+
+        Returns:
+            Their shares of the query loss and of the contexts' L_LM, and the sum of their inner
+            losses, detached.
+        """
+        batch, steps = part.batch, self.inner_steps
+        state = StepState(batch.groups, self.inner_lr, Phase(self.second_order), self.dtype)
+        adapted = AdaptedModel(self.model, self.inner, state)
+        with adapted.differentiable(self.recompute):
+            rows = GroupedRows(batch.context_group, batch.groups)
+            keep_graph = self.lm_on_contexts and self.lm_weight > 0
+            tokens = batch.context_ids, batch.context_loss_mask
+            nll_C, inner_loss = take_inner_steps(adapted, *tokens, rows, steps, keep_graph)
+            query_loss = self._query_loss(adapted, part)
+            lm = nll_C.sum() / self.counts.lm_rows
+            (query_loss + self.lm_weight * lm if keep_graph else query_loss).backward()
+            adapted.release()
+        return query_loss.detach(), lm.detach(), inner_loss * batch.groups
+
+    def _query_loss(self, adapted: AdaptedModel, part: Part) -> Tensor:
+        """The share of the part's queries in the mean of the outer loss at each group's θ'."""
+        batch = part.batch
+        queries = GroupedRows(batch.query_group, batch.groups)
+        hidden_BTD = adapted.hidden_states(batch.query_ids, queries, self.inner_steps)
+        hidden_RD = predicting_states(hidden_BTD, batch.response_mask)
+        token_group = batch.query_group.repeat_interleave(batch.response_mask.sum(1))
+        rows = GroupedRows(token_group, batch.groups)
+        target = outer_target(batch, part.teacher, rows, adapted.state)
+        losses_R = adapted.vocabulary.response_loss(hidden_RD, target, rows)
+        weights = response_weights(batch, self.counts.queries, self.outer_reduction, losses_R.dtype)
+        return (losses_R * weights).sum()

@@ -87,7 +87,7 @@ class Task:
 
     def _examples(self) -> Example:
         batch = self.batch
-        targets = batch.context_ids.masked_fill(~batch.context_mask, NO_TARGET).roll(-1, 1)
+        targets = batch.context_ids.masked_fill(~batch.context_loss_mask, NO_TARGET).roll(-1, 1)
         targets[:, -1] = NO_TARGET
         predicts = batch.response_mask[:, 1:][:, self.positions]
         hidden = self.head.new_zeros(*predicts.shape, self.head.shape[1])

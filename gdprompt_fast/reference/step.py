@@ -64,7 +64,7 @@ def adapt(
 ) -> tuple[Parameters, Tensor]:
     """θ' of one group, with its graph, and the group's inner loss at θ."""
     rows = (batch.context_group == group).nonzero().flatten()
-    ids, mask = batch.context_ids[rows], batch.context_mask[rows]
+    ids, mask = batch.context_ids[rows], batch.context_loss_mask[rows]
     theta, at_theta = dict(inner), None
     for step in range(inner_steps):
         loss = next_token_nll(logits_at(model, theta, ids), ids, mask).mean()
@@ -93,6 +93,9 @@ def reference_meta_step(
     backend: str = "auto",
     recompute: str = "none",
     verify: str = "first",
+    micro_groups: int | None = None,
+    query_count: int | None = None,
+    lm_count: int | None = None,
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
@@ -114,6 +117,9 @@ def reference_meta_step(
         backend,
         recompute,
         verify,
+        micro_groups,
+        query_count,
+        lm_count,
     )
     if compute_dtype(model) is not None:
         raise UserError("model: expected no autocast around the reference, got an active one")
@@ -139,11 +145,12 @@ def reference_meta_step(
             if outer_reduction == "mean":
                 lengths = batch.response_mask[queries].sum(1)
                 losses = losses / lengths.repeat_interleave(lengths)
-            loss = losses.sum() / len(batch.query_ids)
+            loss = losses.sum() / (query_count or len(batch.query_ids))
             query_loss.append(loss.detach())
             loss.backward(inputs=trained)
-        ids, mask = lm_batch if lm_batch is not None else (batch.context_ids, batch.context_mask)
-        lm = next_token_nll(logits_at(model, {}, ids), ids, mask).mean()
+        contexts = batch.context_ids, batch.context_loss_mask
+        ids, mask = contexts if lm_batch is None else lm_batch
+        lm = next_token_nll(logits_at(model, {}, ids), ids, mask).sum() / (lm_count or len(ids))
         (lm_weight * lm).backward()
     query_total = torch.stack(query_loss).sum()
     return MetaStepOutput(
