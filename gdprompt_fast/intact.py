@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def is_shipped(function: Any, owner: Any) -> bool:
     """Whether a function is the one published with ``owner``, a class or function of the same
     package: it and everything that it wraps are code of that package's files, not a replacement.
     """
+    if isinstance(function, nn.Module):  # its forward may be replaced at any time
+        return _is_shipped.__wrapped__(function, owner)
+    return _is_shipped(function, owner)
+
+
+@lru_cache(maxsize=1024)
+def _is_shipped(function: Any, owner: Any) -> bool:
     package = sys.modules.get(owner.__module__.partition(".")[0])
     files = getattr(package, "__file__", None)
     if files is None:  # a class of a script: whatever it runs is its own

@@ -97,11 +97,18 @@ def replaced_forward(model: Any, draw: random.Random) -> Undo:
     return lambda: vars(module).pop("forward") and None
 
 
-def replaced_outer_forward(model: Any, draw: random.Random) -> Undo:
-    module = draw.choice([decoder(model), decoder(model).model])
+def _replace_forward(module: nn.Module) -> Undo:
     own = module.forward
     module.forward = lambda *args, **kwargs: scaled(own(*args, **kwargs))
     return lambda: vars(module).pop("forward") and None
+
+
+def replaced_forward_of_the_backbone(model: Any, draw: random.Random) -> Undo:
+    return _replace_forward(decoder(model).model)
+
+
+def replaced_forward_of_the_causal_lm(model: Any, draw: random.Random) -> Undo:
+    return _replace_forward(decoder(model))
 
 
 class Wrapper(nn.Module):
@@ -216,10 +223,8 @@ def flags(model: Any, draw: random.Random) -> Undo:
     module, name, value = draw.choice(
         [
             (layer.self_attn, "scaling", 0.5),
-            (layer.self_attn, "is_causal", False),
             (layer.input_layernorm, "variance_epsilon", 0.5),
             (layer.self_attn, "config", copy.deepcopy(layer.self_attn.config)),
-            (decoder(model).config, "return_dict", False),
         ]
     )
     if not hasattr(module, name):
@@ -227,6 +232,18 @@ def flags(model: Any, draw: random.Random) -> Undo:
     own = getattr(module, name)
     setattr(module, name, value)
     return lambda: setattr(module, name, own)
+
+
+def not_causal(model: Any, draw: random.Random) -> Undo:
+    attention = draw.choice(list(decoder(model).model.layers)).self_attn
+    attention.is_causal = False
+    return lambda: setattr(attention, "is_causal", True)
+
+
+def tuples_from_the_backbone(model: Any, draw: random.Random) -> Undo:
+    config = decoder(model).config
+    config.return_dict = False
+    return lambda: setattr(config, "return_dict", True)
 
 
 def frozen(model: Any, draw: random.Random) -> Undo:
@@ -275,7 +292,7 @@ RUN: tuple[Tamper, ...] = (
     patched_function,
     pre_hook,
     replaced_forward,
-    replaced_outer_forward,
+    replaced_forward_of_the_backbone,
     shared_weight,
     subclass,
     wrapper,
@@ -287,7 +304,10 @@ REFUSED: tuple[Tamper, ...] = (
     detaching_hook,
     global_hook,
     hook_that_reads_a_weight,
+    not_causal,
     opaque_function,
+    replaced_forward_of_the_causal_lm,
     shared_module,
+    tuples_from_the_backbone,
 )
 TAMPERS = (*RUN, *REFUSED)

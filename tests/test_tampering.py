@@ -22,7 +22,7 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.reference.compare import without_upcasts
 
 STEPS = (2e-5, 4e-6, 8e-7)  # the steeper the objective, the smaller
-DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "150"))
+DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "200"))
 SIZES: dict[str, Any] = dict(
     hidden_size=16,
     intermediate_size=24,
