@@ -18,7 +18,7 @@ from torch import Tensor
 from gdprompt_fast.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md")
+WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/measured.md")
 
 Row = dict[str, Any]
 

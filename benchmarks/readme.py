@@ -1,4 +1,5 @@
-"""Writes the newest measured rows into the README's table, so that no number is typed by hand.
+"""Writes the newest measured rows into the tables of docs/measured.md and, shorter, of the README,
+so that no number is typed by hand.
 
 python benchmarks/readme.py
 """
@@ -6,6 +7,7 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from baselines import WAYS
@@ -14,7 +16,7 @@ from figures import file_name
 from measuring import ROOT, Row, rows_of
 
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- engine table -->", "<!-- end of engine table -->"
 NAMES = {
     "ordinary": "ordinary step",
@@ -28,6 +30,9 @@ NAMES = {
     "vmap": "vmap",
 }
 FIGURES = ("examples", "context")
+# What the README shows.
+SHORT_CASES = ("llama-63m",)
+SHORT_WAYS = ("ordinary", "fast", "fast recomputed", "sequential", "vmap")
 
 
 def newest(rows: list[Row], device: str, case: str) -> list[Row]:
@@ -47,16 +52,16 @@ def title(row: Row) -> str:
     return f"Llama, {parameters} parameters, {row['examples']} examples, {tokens}"
 
 
-def table(rows: list[Row], device: str) -> str:
+def table(rows: list[Row], device: str, cases: Sequence[str], ways: Sequence[str]) -> str:
     lines = [
         "| case | way | time of a step | × ordinary step | peak over model and gradients | × "
         "ordinary |",
         "|---|---|---|---|---|---|",
     ]
-    for case in CASES:
+    for case in cases:
         measured = newest(rows, device, case)
         floor = next((r["peak_bytes"] for r in measured if r["provider"] == "ordinary"), None)
-        for row in measured:
+        for row in (row for row in measured if row["provider"] in ways):
             cells = [title(row), NAMES[row["provider"]]]
             if row["status"] == "measured":
                 ratio = row["ratio_to_ordinary"]
@@ -69,8 +74,9 @@ def table(rows: list[Row], device: str) -> str:
     return "\n".join(lines)
 
 
-def footnote(rows: list[Row], device: str) -> str:
-    shown = [row for case in CASES for row in newest(rows, device, case)]
+def footnote(rows: list[Row], device: str, cases: Sequence[str], ways: Sequence[str]) -> str:
+    found = [row for case in cases for row in newest(rows, device, case)]
+    shown = [row for row in found if row["provider"] in ways]
     rounds = [row["repeats"] for row in shown if row["status"] == "measured"]
     if not rounds:
         return ""
@@ -93,7 +99,7 @@ def figures(rows: list[Row], device: str) -> str:
     kind = "cpu" if device.startswith("CPU") else "cuda"
     paths = [(sweep, RESULTS / "figures" / file_name(sweep, kind)) for sweep in FIGURES]
     return "\n\n".join(
-        f"![Time and peak memory of a step against {sweep}]({path.relative_to(ROOT)})"
+        f"![Time and peak memory of a step against {sweep}](../{path.relative_to(ROOT)})"
         for sweep, path in paths
         if path.exists()
     )
@@ -101,19 +107,46 @@ def figures(rows: list[Row], device: str) -> str:
 
 def block(rows: list[Row]) -> str:
     """A table, a footnote and figures for every device with a measured case."""
-    timed = [row for row in rows if row["kind"] == "time" and row["case"] in CASES]
-    devices = dict.fromkeys(row["device"] for row in timed)
-    parts = [part(rows, device) for device in devices for part in (table, footnote, figures)]
+    parts = []
+    for device in _devices(rows):
+        parts += [part(rows, device, tuple(CASES), tuple(WAYS)) for part in (table, footnote)]
+        parts.append(figures(rows, device))
     return "\n\n".join(filter(None, parts))
 
 
+def short_block(rows: list[Row]) -> str:
+    """A few ways of one case, and a footnote, for every device."""
+    return "\n\n".join(
+        part(rows, device, SHORT_CASES, SHORT_WAYS)
+        for device in _devices([row for row in rows if row["case"] in SHORT_CASES])
+        for part in (table, footnote)
+    )
+
+
+def _devices(rows: list[Row]) -> dict[str, None]:
+    timed = [row for row in rows if row["kind"] == "time" and row["case"] in CASES]
+    return dict.fromkeys(row["device"] for row in timed)
+
+
+def pages(rows: list[Row]) -> dict[Path, str]:
+    """The pages with a table, as they are with these rows."""
+    return {
+        path: re.sub(
+            f"{BEGIN}.*{END}",
+            lambda _, content=content: f"{BEGIN}\n{content}\n{END}",
+            path.read_text(),
+            flags=re.DOTALL,
+        )
+        for path, content in ((README, short_block(rows)), (PAGE, block(rows)))
+    }
+
+
 def main() -> None:
-    measured = block(rows_of(RESULTS / "compare.jsonl"))
-    if not measured:
+    rows = rows_of(RESULTS / "compare.jsonl")
+    if not block(rows):
         raise SystemExit("expected a case of cases.py in results/compare.jsonl; run compare.py")
-    text = f"{BEGIN}\n{measured}\n{END}"
-    readme = README.read_text()
-    README.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, readme, flags=re.DOTALL))
+    for path, text in pages(rows).items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

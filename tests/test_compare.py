@@ -217,6 +217,13 @@ def test_the_readme_shows_the_newest_rows_of_every_way(script: Callable[[str], A
     assert "ran with backend torch" in text
 
 
+def test_the_pages_show_the_committed_rows(script: Callable[[str], Any]) -> None:
+    readme = script("readme")
+    for path, text in readme.pages(readme.rows_of(readme.RESULTS / "compare.jsonl")).items():
+        assert readme.BEGIN in text and "**`fast_meta_step`**" in text
+        assert path.read_text() == text, f"run benchmarks/readme.py: {path} shows other rows"
+
+
 def test_every_way_has_a_name_in_the_readme_and_a_colour(script: Callable[[str], Any]) -> None:
     ways = set(script("baselines").WAYS)
     assert set(script("readme").NAMES) == set(script("figures").COLOURS) == ways
