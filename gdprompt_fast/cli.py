@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
+from .check import CHECKED, check_before_training, prepare_exactness
 from .checkpoint import save_model
 from .data import SOURCES, make_data
 from .data_folder import SAMPLES, counts_table, is_data_folder, samples, write_data
@@ -27,7 +28,6 @@ from .evaluation import (
     write_predictions,
     write_squad_predictions,
 )
-from .exactness.command import CHECKED, check_before_training, prepare_exactness
 from .experiments import EXPERIMENTS
 from .experiments.command import OWN_PRESETS, prepare_experiment
 from .files import hash_of_file, recover, write_file, write_folder, write_json

@@ -16,7 +16,8 @@ from .checkpoint import CHECKPOINTS, MODEL_FOLDER
 from .errors import UserError
 from .files import write_file, write_json
 from .job import Job
-from .report.table import markdown_table, metric_cell
+from .markdown import markdown_table
+from .report.table import metric_cell
 from .run import RATE_FILE, measure, read_results, summaries
 from .teacher import TeacherCache
 from .train import TrainOptions, train

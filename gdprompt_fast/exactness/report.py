@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..markdown import markdown_table
+
 EXACT, NOT_EXACT, CANNOT_TELL = "exact", "not exact", "cannot tell"
 
 
@@ -86,8 +88,6 @@ class ExactnessReport:
 
     def table(self) -> str:
         """Everything as Markdown that reads well in a terminal."""
-        from ..report.table import markdown_table  # the drawing of figures comes with it
-
         heading = [
             f"gradients in {self.dtype}",
             "engine",

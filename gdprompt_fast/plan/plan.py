@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import UserError
+from ..markdown import markdown_table
 from ..progress import progress_bar
-from ..report.table import markdown_table
 from .prediction import (
     PARTS,
     Materialised,

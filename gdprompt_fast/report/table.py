@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ..evaluation import SETTINGS, Summary
+from ..markdown import markdown_table
 
 Summaries = Mapping[str, Summary]
 
@@ -76,14 +77,3 @@ def metric_cell(summary: Summary, field: str) -> str:
 
 def _number(value: float | None, digits: int, scale: float = 1) -> str:
     return ABSENT if value is None else f"{scale * value:.{digits}f}"
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table that reads well in a terminal; its first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
