@@ -263,6 +263,17 @@ def test_in_bfloat16_a_step_is_near_the_float32_one_and_trains_float32_weights(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("lm_on", ["contexts", "prompts"])
+def test_in_micro_batches_a_step_is_the_same(
+    lm_on: str, examples: list[Example], tmp_path: Path
+) -> None:
+    options = dataclasses.replace(GOLD, batch_size=5, lm_weight=0.5, lm_on=lm_on)
+    whole = first_step(options, examples, tmp_path / "a")
+    parts = first_step(options, examples, tmp_path / "b", micro_batch=2)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-5)
+
+
 def about_one_context(examples: list[Example]) -> list[Example]:
     """Five examples of which the first, the second and the last ask about the same context."""
     shared = examples[0].context
