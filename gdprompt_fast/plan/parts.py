@@ -1,4 +1,4 @@
-"""What the bytes at the peak belong to."""
+"""What the bytes that a step allocates belong to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from types import FrameType
 from torch import Tensor
 
 from ..memory import PeakMemory
+from .timeline import Timeline
 
 LOSS_TILES = "loss tiles"
 
 
 class PeakParts(PeakMemory):
-    """Counts as :class:`PeakMemory` does, and says to which part every byte at the peak belongs.
+    """Counts as :class:`PeakMemory` does, and says to which part every byte belongs.
 
     A storage belongs to the part whose name stood in ``part`` when it was made, or to the loss
     tiles if the passes over the vocabulary made it, until :meth:`mark` says otherwise.
@@ -30,7 +31,6 @@ class PeakParts(PeakMemory):
         self._parts: list[str] = []
         self._bytes: list[int] = []
         self._births_and_deaths: list[int] = []  # a number, or its complement
-        self._peak_at = 0
         super().__init__()
         for name, tensors in present.items():
             self.mark(name, tensors)
@@ -41,22 +41,14 @@ class PeakParts(PeakMemory):
             self._see(tensor)
             self._parts[self._number[tensor.untyped_storage()._cdata]] = part
 
-    def at_peak(self) -> dict[str, int]:
-        """The bytes alive at the peak, by part."""
-        alive = set()
-        for number in self._births_and_deaths[: self._peak_at]:
-            if number >= 0:
-                alive.add(number)
-            else:
-                alive.discard(~number)
-        parts: dict[str, int] = {}
-        for number in alive:
-            name = self._parts[number]
-            parts[name] = parts.get(name, 0) + self._bytes[number]
-        return parts
+    def timeline(self) -> Timeline:
+        """What was allocated and freed, by the parts as they are marked now."""
+        return Timeline.of(
+            (self._parts[n], self._bytes[n]) if n >= 0 else (self._parts[~n], -self._bytes[~n])
+            for n in self._births_and_deaths
+        )
 
     def _see(self, tensor: Tensor) -> bool:
-        peak_before = self.peak_bytes
         is_new = super()._see(tensor)
         if is_new:
             storage = tensor.untyped_storage()
@@ -64,8 +56,6 @@ class PeakParts(PeakMemory):
             self._parts.append(LOSS_TILES if _in_a_loss(sys._getframe(1)) else self.part)
             self._bytes.append(storage.nbytes())
             self._births_and_deaths.append(number)
-            if self.peak_bytes > peak_before:
-                self._peak_at = len(self._births_and_deaths)
         return is_new
 
     def _free(self, key: int) -> None:

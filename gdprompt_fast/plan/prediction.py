@@ -27,16 +27,16 @@ from ..update.embedding import EmbeddingSite
 from ..update.linear import LinearSite
 from ..update.site import MaterialisedSite
 from ..update.vocabulary import VocabularySite
+from .layers import Run, run_layers
 from .parts import LOSS_TILES, PeakParts
 from .setting import DTYPES, Setting
 from .shapes import ShapesOnly
+from .timeline import Parts, Timeline
 
 WEIGHTS, CAST, GRADIENTS = "weights", "weights cast for the step", "gradients"
 OPTIMIZER, TEACHER = "optimizer", "teacher's head and states"
 FACTORS, ACTIVATIONS = "factors of θ'", "activations"
 PARTS = (WEIGHTS, CAST, GRADIENTS, OPTIMIZER, TEACHER, FACTORS, ACTIVATIONS, LOSS_TILES)
-
-Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,22 @@ def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
         ValueError: naming the option that does not fit the model, or the model if it is of an
             unknown architecture.
     """
+    return _prediction(run_layers(lambda layers: run_step(layers, setting), config))
+
+
+def run_step(config: PreTrainedConfig, setting: Setting) -> Run:
+    """``fast_meta_step`` and the optimizer's, on the whole model."""
     model, batch = _model_on_meta(config, setting), _batch(setting)
     with ShapesOnly(), abridged_loops():
         _take_shapes(model)
         optimizer = _optimizer(model, setting.optimizer)
         teacher = _teacher(config, setting)
-        parts = _meta_step(model, batch, setting, teacher, optimizer)
-        return Prediction(_parameters(model), parts, _optimizer_step(model, optimizer))
+        meta_step = _meta_step(model, batch, setting, teacher, optimizer)
+        return Run(_parameters(model), meta_step, _optimizer_step(model, optimizer))
+
+
+def _prediction(run: Run) -> Prediction:
+    return Prediction(run.parameters, run.meta_step.at_peak(), run.optimizer_step.at_peak())
 
 
 def predict_sequential(config: PreTrainedConfig, setting: Setting) -> Prediction:
@@ -127,6 +136,18 @@ def _predict_autograd(
     step: Callable[[Task], None],
     with_gradients: bool,
 ) -> Prediction:
+    return _prediction(
+        run_layers(lambda layers: run_autograd(layers, setting, step, with_gradients), config)
+    )
+
+
+def run_autograd(
+    config: PreTrainedConfig,
+    setting: Setting,
+    step: Callable[[Task], None],
+    with_gradients: bool,
+) -> Run:
+    """MAML by autograd and the optimizer's step, on the whole model."""
     model, batch = _model_on_meta(config, setting), _batch(setting)
     with ShapesOnly():
         _take_shapes(model)
@@ -148,7 +169,7 @@ def _predict_autograd(
                 )
             )
         memory.mark(GRADIENTS, _gradients(model))
-        return Prediction(_parameters(model), memory.at_peak(), _optimizer_step(model, optimizer))
+        return Run(_parameters(model), memory.timeline(), _optimizer_step(model, optimizer))
 
 
 def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
@@ -252,7 +273,7 @@ def _meta_step(
     setting: Setting,
     teacher: TeacherTargets | None,
     optimizer: torch.optim.Optimizer | None,
-) -> Parts:
+) -> Timeline:
     memory = PeakParts(CAST, _present(model, teacher, optimizer))
     passes = 0
 
@@ -269,17 +290,17 @@ def _meta_step(
         fast_meta_step(model, batch, recompute=setting.recompute, verify="never", **options)
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
-    return memory.at_peak()
+    return memory.timeline()
 
 
-def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Parts:
+def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Timeline:
     if optimizer is None:
-        return {}
+        return Timeline([])
     memory = PeakParts(OPTIMIZER, _present(model, None, optimizer))
     memory.mark(GRADIENTS, _gradients(model))
     with memory:
         optimizer.step()
-    return memory.at_peak()
+    return memory.timeline()
 
 
 def _present(
