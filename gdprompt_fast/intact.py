@@ -179,7 +179,8 @@ def autocast_of_forward(module: nn.Module) -> ForwardAutocast | None:
     own, around = type(module).forward, ForwardAutocast()
     for each in _wrapped(getattr(replaced, "__func__", replaced)):
         if own in (each, getattr(each, "__func__", None)):
-            return around
+            # Of a copied module the copied wrapper still calls the first one's method.
+            return around if getattr(each, "__self__", module) is module else None
         if _file_of(each).endswith("torch/amp/autocast_mode.py"):
             autocast = inspect.getclosurevars(each).nonlocals["autocast_instance"]
             around = ForwardAutocast(True, autocast.fast_dtype if autocast._enabled else None)

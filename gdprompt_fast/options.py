@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -196,11 +197,30 @@ def clean_after_error(model: nn.Module) -> Iterator[None]:
     """A failed step leaves no ``.grad`` where there was none."""
     without_grad = [p for p in model.parameters() if p.grad is None]
     try:
-        yield
+        with nothing_changed_in_place():
+            yield
     except BaseException:
         for parameter in without_grad:
             parameter.grad = None
         raise
+
+
+@contextmanager
+def nothing_changed_in_place() -> Iterator[None]:
+    """A hook may change in place what the model keeps no copy of, but the engine does.
+
+    Raises:
+        UserError: where autograd found a tensor of a step changed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"in-?place operation", str(error)):
+            raise
+        raise UserError(
+            "model: expected modules and hooks that leave their inputs as they are, got one that "
+            f"changes what a step still needs: {error}"
+        ) from error
 
 
 def check_inner_loss(loss_G: Tensor, step: int, first_group: int = 0) -> None:

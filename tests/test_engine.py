@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MODELS, VOCABULARY, last_tokens, ragged
+from torch import nn
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
 from gdprompt_fast.ops.vocabulary import block as vocabulary_block
@@ -355,6 +356,70 @@ def test_gradient_hooks_see_every_step(tiny_model: Build, make_batch: Build) -> 
     for _ in range(2):
         fast_meta_step(model, batch, objective="gold")
     torch.testing.assert_close(weight.grad, 4 * expected["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_hooks_after_a_gradient_see_every_step(tiny_model: Build, make_batch: Build) -> None:
+    model, batch, seen = tiny_model(), make_batch(), []
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    for _ in range(2):
+        fast_meta_step(model, batch, objective="gold")
+        weight.grad.zero_()
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def tanh_before(layer: Any) -> None:
+    layer.lora_B.default.register_forward_pre_hook(lambda _, inputs: (inputs[0].tanh(),))
+
+
+def clamp_after(layer: Any) -> None:
+    layer.lora_B.default.register_forward_hook(lambda _, __, y: y.clamp(-0.3, 0.3))
+
+
+def tanh_as_dropout(layer: Any) -> None:
+    layer.lora_dropout["default"] = nn.Tanh()
+
+
+@pytest.mark.parametrize("inner_params", ["full", "lora"])
+@pytest.mark.parametrize("change", [tanh_before, clamp_after, tanh_as_dropout])
+def test_what_is_changed_in_an_adapter_is_run(
+    change: Any, inner_params: str, lora_model: Build, make_batch: Build
+) -> None:
+    """Where B is zero at first, as in a new adapter, the look at the first step sees none of it."""
+    model, batch = lora_model("llama-untied"), make_batch()
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    values = [layer.lora_B.default.weight.detach().clone() for layer in layers]
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.1, inner_params=inner_params)
+    for layer in layers:
+        change(layer)
+        layer.lora_B.default.weight.data.zero_()
+    fast_meta_step(model, batch, **options)
+    for layer, value in zip(layers, values, strict=True):
+        layer.lora_B.default.weight.data.copy_(value)
+    _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    _, got = gradients_of(fast_meta_step, model, batch, **options)
+    assert worst_error(got, exact)[0] < 1e-4
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_hook_that_reads_the_mask_gets_the_models_own(
+    recompute: str, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model("llama-untied"), make_batch()
+
+    def prefer_near(_: Any, args: Any, kwargs: Any) -> Any:
+        assert kwargs["attention_mask"] is None
+        index = torch.arange(kwargs["hidden_states"].shape[1])
+        distance = index[:, None] - index
+        bias = torch.where(distance < 0, -torch.inf, -0.3 * distance).to(model.dtype)
+        return args, kwargs | {"attention_mask": bias[None, None]}
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(prefer_near, with_kwargs=True)
+    options: dict[str, Any] = dict(objective="gold", inner_lr=0.1)
+    _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    _, got = gradients_of(fast_meta_step, model, batch, recompute=recompute, **options)
+    assert worst_error(got, exact)[0] < 1e-4
 
 
 def test_nothing_stays_alive_after_a_step(tiny_model: Build, make_batch: Build) -> None:

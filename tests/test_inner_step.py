@@ -184,3 +184,31 @@ def test_wrong_groups_and_models_are_errors(tiny_model: Build, make_batch: Build
     ):
         model(input_ids=batch.query_ids[:1])
     assert "forward" not in vars(model.model.layers[0].mlp.up_proj)
+
+
+def test_one_update_is_applied_at_a_time(tiny_model: Build, make_batch: Build) -> None:
+    model, batch = tiny_model(), make_batch()
+    update = inner_step(model, batch.context_ids, batch.context_mask, batch.context_group)
+    with update.applied_to(model, batch.query_group):
+        before = model(input_ids=batch.query_ids).logits
+        with (
+            pytest.raises(ValueError, match="one update applied at a time"),
+            update.applied_to(model, batch.query_group),
+        ):
+            pass
+        assert torch.equal(model(input_ids=batch.query_ids).logits, before)
+
+
+def test_adapters_merged_after_the_inner_step_are_an_error(
+    lora_model: Build, make_batch: Build
+) -> None:
+    model, batch = lora_model(), make_batch()
+    update = inner_step(
+        model, batch.context_ids, batch.context_mask, batch.context_group, inner_params="lora"
+    )
+    model.merge_adapter()
+    with (
+        pytest.raises(ValueError, match="merged into"),
+        update.applied_to(model, batch.query_group),
+    ):
+        pass

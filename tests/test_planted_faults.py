@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,9 @@ import pytest
 import tampering
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gdprompt_fast import MetaBatch, check_exactness
 from gdprompt_fast.errors import UserError
@@ -300,6 +305,52 @@ def custom_op(model: Any) -> None:
     model.model.layers[1].register_forward_hook(lambda _, __, output: halve(output))
 
 
+def checkpointed(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = functools.partial(checkpoint, mlp.forward, use_reentrant=False)
+
+
+def autocast_inside(model: Any) -> None:
+    mlp = model.float().model.layers[0].mlp
+    mlp.forward = torch.autocast("cpu", torch.bfloat16)(mlp.forward)
+
+
+def skips_at_random(model: Any) -> None:
+    own = model.model.layers[0].mlp
+    own.register_forward_hook(lambda _, __, y: 0 * y if random.random() < 0.01 else y)
+
+
+def mixes_rows(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda _, __, y: y - y.mean(0, keepdim=True))
+
+
+def changes_its_input(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj  # gate_proj has read the same
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].mul_(1.1),))
+
+
+def attention_of_one_layer(model: Any) -> None:
+    def without_queries(module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query.detach(), *arguments, **options)
+
+    AttentionInterface.register("without_queries", without_queries)
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "without_queries"
+
+
+def copied_with_its_wrapper(model: Any) -> None:
+    copied = copy.deepcopy(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(copied.forward)
+
+
+def other_silu(model: Any) -> Callable[[], None]:
+    own = nn.functional.silu
+    nn.functional.silu = lambda x, inplace=False: 1.1 * own(x)
+    return lambda: setattr(nn.functional, "silu", own)
+
+
 # name of a model, what is planted in it, and what the refusal says
 REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "a hook on the head": (
@@ -359,6 +410,14 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "integer weights": ("llama-tied", quantised, "plain tensors of a floating dtype"),
     "weights on another device": ("llama-tied", elsewhere, "all weights on one device"),
     "active dropout": ("llama-tied", active_dropout, "no active dropout"),
+    "an activation checkpoint": ("llama-tied", checkpointed, "no activation checkpoints"),
+    "an autocast inside": ("llama-tied", autocast_inside, "an autocast to be around"),
+    "something random": ("llama-tied", skips_at_random, "nothing random"),
+    "rows that mix": ("llama-tied", mixes_rows, "what its own forward computes"),
+    "an input changed in place": ("llama-tied", changes_its_input, "leave their inputs"),
+    "an attention of one layer": ("llama-tied", attention_of_one_layer, "something cuts it off"),
+    "a forward of another model": ("llama-tied", copied_with_its_wrapper, "a replaced forward"),
+    "another silu of PyTorch": ("llama-tied", other_silu, "what its own forward computes"),
     "nothing to train": ("llama-tied", lambda m: m.requires_grad_(False) and None, "requires_grad"),
 }
 
@@ -369,13 +428,15 @@ def test_a_fault_in_a_model_is_refused(fault: str, tiny_model: Build, make_batch
     model = tiny_model(name)
     undo = plant(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=message):
-        step.fast_meta_step(model, make_batch(), objective="gold", inner_lr=0.1)
-    assert all(p.grad is None for p in model.parameters())
-    after = model.state_dict().items()
-    assert all(torch.equal(value, before[key]) for key, value in after if not value.is_meta)
-    if callable(undo):
-        undo()
+    try:
+        with pytest.raises(UserError, match=message):
+            step.fast_meta_step(model, make_batch(), objective="gold", inner_lr=0.1)
+        assert all(p.grad is None for p in model.parameters())
+        after = model.state_dict().items()
+        assert all(torch.equal(value, before[key]) for key, value in after if not value.is_meta)
+    finally:
+        if callable(undo):
+            undo()
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {

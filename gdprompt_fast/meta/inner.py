@@ -19,6 +19,7 @@ from ..options import (
     check_inner_loss,
     check_verify,
     context_weights,
+    nothing_changed_in_place,
     select_inner,
 )
 from ..update.attach import AdaptedModel
@@ -145,7 +146,8 @@ def inner_step(
     groups = int(group.max()) + 1
     dtype = compute_dtype(model)
     state = StepState(groups, float(inner_lr), Phase(second_order=False), dtype)
-    with torch.enable_grad(), torch.autocast(context_ids.device.type, enabled=False):
+    autocast = torch.autocast(context_ids.device.type, enabled=False)
+    with torch.enable_grad(), autocast, nothing_changed_in_place():
         adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable():
             take_inner_steps(

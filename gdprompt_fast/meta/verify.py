@@ -8,7 +8,11 @@ changes.
 
 from __future__ import annotations
 
+import random
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,9 +69,12 @@ def verify_model(
     row = context_ids[lengths.argmax()][: int(lengths.max())][None]
     vocabulary = len(causal_lm(model).get_output_embeddings().weight)
     keep = min(row.shape[1], max(2, LOGITS // vocabulary))
-    with torch.enable_grad(), use_backend(backend):
+    with torch.enable_grad(), use_backend(backend), _runs("a meta step"):
         logits, reached = _engine_pass(model, row, inner, keep)
+    random_states = _random_states()
     own, used = _own_logits(model, row, keep)
+    if random_states != _random_states():
+        _check_deterministic(model, row, keep)
     if own.isfinite().all():  # otherwise the inner loss is not either, and the step says so
         _check_same(model, logits, own)
     _check_gradients(model, used, reached, recompute)
@@ -103,20 +110,51 @@ def _engine_pass(
 
 
 def _own_logits(model: nn.Module, row: Tensor, keep: int) -> tuple[Tensor, set[int]]:
-    """The last logits [keep, V] of the model as its user calls it, and the parameters it read."""
+    """The last logits [keep, V] of the model as its user calls it, and the parameters it read.
+
+    It is called with another row too: what mixes the rows of a batch is not a model of each.
+    """
+    rows = torch.cat([row, row.flip(1)])
     dtype = compute_dtype(model)
     autocast = torch.autocast(row.device.type, dtype, enabled=dtype is not None)
     uses = _Uses({id(p) for p in model.parameters()})
-    try:
-        with torch.no_grad(), autocast, uses:
-            output = model(input_ids=row, use_cache=False, logits_to_keep=keep)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"model: expected its own forward to run, got {type(error).__name__}: {error}"
-        ) from error
+    with _runs("its own forward"), torch.no_grad(), autocast, uses:
+        output = model(input_ids=rows, use_cache=False, logits_to_keep=keep)
     torch.clear_autocast_cache()
     logits = output[0] if isinstance(output, tuple) else output.logits
     return logits[0], uses.seen
+
+
+@contextmanager
+def _runs(what: str) -> Iterator[None]:
+    """Makes an error of the model's code, or of its user's in it, one that says where it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model: expected {what} to run, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_deterministic(model: nn.Module, row: Tensor, keep: int) -> None:
+    """Refuses a model that draws random numbers, so that the passes of a step would see other
+    models; once more, as another thread may have drawn them before.
+    """
+    before = _random_states()
+    _own_logits(model, row, keep)
+    if before != _random_states():
+        raise UserError("model: expected nothing random in its forward, got random numbers drawn")
+
+
+def _random_states() -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    states = [random.getstate(), torch.get_rng_state().tolist()]
+    states += [] if numpy is None else [repr(numpy.random.get_state(legacy=False))]
+    if torch.cuda.is_initialized():
+        states += [state.tolist() for state in torch.cuda.get_rng_state_all()]
+    return states
 
 
 class _Uses(TorchFunctionMode):

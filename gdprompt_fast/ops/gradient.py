@@ -67,9 +67,9 @@ class WeightGradient:
 
     def _in_place(self) -> Tensor | None:
         """The ``.grad`` to add to; None if autograd has to see the sum, to run a hook on it."""
-        if not self._parameter.is_leaf or self._parameter._backward_hooks:
-            return None
-        return self._parameter.grad
+        parameter = self._parameter
+        hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+        return None if hooks or not parameter.is_leaf else parameter.grad
 
     def _buffer(self) -> Tensor:
         in_place = self._in_place()

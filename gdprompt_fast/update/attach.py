@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..architecture import backbone_and_head, causal_lm
+from ..architecture import backbone_and_head, causal_lm, check_adapters
 from ..errors import UserError
 from ..intact import has_own_forward
 from ..ops.rows import GroupedRows
@@ -70,7 +71,10 @@ class AdaptedModel:
         with ``recompute="block"`` its transformer blocks keep their input only.
         """
         forwards: dict[nn.Module, Callable[..., Any]]
-        forwards = {module: site.forward for module, site in self.sites.items()}
+        forwards = {
+            module: _outside_autocast(site.forward, type(module).__name__)
+            for module, site in self.sites.items()
+        }
         ours = engine_attention(self.model)
         for module in self.model.modules():
             if "forward" in vars(module):
@@ -94,6 +98,7 @@ class AdaptedModel:
         The sites compute in the precision of the step that made θ', also where autocast is entered
         inside; what a matrix product gives then has autocast's dtype, as without the sites.
         """
+        self._check_unchanged()
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {
@@ -104,6 +109,18 @@ class AdaptedModel:
         device = self.head.weight.device.type
         with _replaced(forwards), torch.autocast(device, enabled=False):
             yield
+
+    def _check_unchanged(self) -> None:
+        """Nothing has come between the sites and their modules since the inner step: another
+        update that is applied, a forward of the user's, merged adapters.
+        """
+        check_adapters(self.model)
+        for module in (*self.sites, self.head):
+            if not has_own_forward(module):
+                raise UserError(
+                    f"model: expected one update applied at a time, and the forwards as they were "
+                    f"at the inner step, got a replaced one of {type(module).__name__}"
+                )
 
     def _at_inference(
         self, forward: Callable[..., Tensor], site: Site, rows: GroupedRows | None
@@ -130,7 +147,8 @@ class AdaptedModel:
         """Final hidden states [B, T, D] at θ after ``level`` inner steps."""
         self.state.rows, self.state.level = rows, level
         inputs = dict(input_ids=ids_BT, use_cache=False, return_dict=True)
-        return self.backbone(**inputs).last_hidden_state
+        with _nothing_recomputed():
+            return self.backbone(**inputs).last_hidden_state
 
     def inner_step(self, loss: Tensor, retain_graph: bool) -> None:
         """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second
@@ -192,12 +210,9 @@ def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -
 def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Site | None:
     """The site of a layer; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
-    if inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
-        if not has_own_forward(module):
-            raise UserError(f"model: expected the own forward of {name}, got a replaced one")
-        return LowRankSite(module, inner, state)
-    rule = find_rule(module)
-    own = has_own_forward(module)
+    rule, own = find_rule(module), has_own_forward(module)
+    if own and inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
+        rule = LowRankSite if type(module) is nn.Linear else None
     if own and rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
         return rule(module, inner, state)
     if any(inner.values()):
@@ -208,6 +223,46 @@ def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Si
             f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}"
         )
     return None
+
+
+def _outside_autocast(forward: Callable[..., Tensor], layer: str) -> Callable[..., Tensor]:
+    """A site's forward that refuses an autocast in the model: the site would not cast as it does.
+
+    One around the step or the whole model is known (``compute_dtype``), and off inside.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            raise UserError(
+                "model: expected an autocast to be around the step or the whole model, got one "
+                f"inside it, around a {layer}"
+            )
+        return forward(x)
+
+    return run
+
+
+@contextmanager
+def _nothing_recomputed() -> Iterator[None]:
+    """Refuses activation checkpoints in the model: their second forward would run in a backward
+    pass, when the sites are at other weights and rows.
+
+    Hooks for saved tensors that are held open around a step (``save_on_cpu``) recompute nothing.
+    """
+    reason = "hooks for saved tensors"
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # where some are held open
+            stack.enter_context(disable_saved_tensors_hooks(reason))
+        try:
+            yield
+        except RuntimeError as error:
+            if str(error) != reason:
+                raise
+            raise UserError(
+                "model: expected no activation checkpoints (hooks for saved tensors) in the model, "
+                'which would recompute with the weights of another pass, got one; recompute="block"'
+                " saves the memory"
+            ) from error
 
 
 @contextmanager

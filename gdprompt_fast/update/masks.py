@@ -130,13 +130,13 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 def engine_attention(model: nn.Module) -> bool:
     """Whether the engine's attention computes what the model's own would: every module that hands
-    masks on, every function that makes or takes one, is transformers' own.
+    masks on, every function that makes or takes one, is transformers' own, and no hook sees a mask.
     """
     inner = causal_lm(model)
     file = sys.modules[type(inner).__module__]
     makers = [getattr(file, name, None) for name in _MASK_MAKERS]
     return (
-        not _registered_by_user(inner)
+        not any(_registered_by_user(inner, config) for config in _configs(inner))
         and all(is_shipped(maker, type(inner)) for maker in makers if maker is not None)
         and all(_is_shipped_module(module) for module in _mask_path(inner))
     )
@@ -151,13 +151,11 @@ def attention_by(model: nn.Module, name: str | None) -> Iterator[None]:
     taken as it is.
     """
     inner = causal_lm(model)
-    if name is None:
-        name = inner.config._attn_implementation if _registered_by_user(inner) else "sdpa"
-    configs = {id(c): c for m in inner.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [(config, config._attn_implementation) for config in _configs(inner)]
     try:
-        for config, _ in before:
-            config._attn_implementation = name
+        for config, own in before:
+            users = _registered_by_user(inner, config)
+            config._attn_implementation = name or (own if users else "sdpa")
         with nullcontext() if name == ATTENTION else sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
@@ -165,9 +163,14 @@ def attention_by(model: nn.Module, name: str | None) -> Iterator[None]:
             config._attn_implementation = own
 
 
-def _registered_by_user(inner: nn.Module) -> bool:
-    """Whether the attention or mask function that the model asks for is not transformers' own."""
-    config: Any = inner.config
+def _configs(inner: nn.Module) -> list[Any]:
+    """The model's configuration, and those that its modules have instead."""
+    configs = (getattr(module, "config", None) for module in inner.modules())
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def _registered_by_user(inner: nn.Module, config: Any) -> bool:
+    """Whether the attention or mask function that ``config`` asks for is not transformers' own."""
     file, asked = sys.modules[type(inner).__module__], config._attn_implementation or "eager"
     eager = getattr(file, "eager_attention_forward", None)
     functions = (
@@ -191,4 +194,6 @@ def _mask_path(inner: nn.Module) -> list[nn.Module]:
 
 def _is_shipped_module(module: nn.Module) -> bool:
     package = type(module).__module__.partition(".")[0]
-    return package in ("transformers", "torch", "peft") and has_own_forward(module)
+    shipped = package in ("transformers", "torch", "peft") and has_own_forward(module)
+    sees_masks = module._forward_pre_hooks or module._forward_hooks_with_kwargs
+    return shipped and not sees_masks

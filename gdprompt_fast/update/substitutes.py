@@ -131,9 +131,10 @@ def _lora(layer: Any, dtype: torch.dtype | None) -> Forward | None:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     adapters = [(layer.lora_A[n], layer.lora_B[n], layer.scaling[n]) for n in names]
-    if any(lora_b.bias is not None for _, lora_b, _ in adapters):  # scaled too
+    # A bias would be scaled too; a hook sees B A x before it is scaled.
+    if not all(_is_plain(each) for a, b, _ in adapters for each in (a, b)):
         return None
-    if not all(is_intact(layer.lora_dropout[name]) for name in names):
+    if not all(_drops_nothing(layer.lora_dropout[name]) for name in names):
         return None
 
     def forward(x: Tensor) -> Tensor:
@@ -144,3 +145,13 @@ def _lora(layer: Any, dtype: torch.dtype | None) -> Forward | None:
         return y.to(base.dtype)
 
     return forward
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether a module is x ↦ W x and no more."""
+    return type(linear) is nn.Linear and linear.bias is None and is_intact(linear)
+
+
+def _drops_nothing(dropout: nn.Module) -> bool:
+    """Whether a module is x ↦ x: active dropout is refused before (``check_deterministic``)."""
+    return type(dropout) in (nn.Identity, nn.Dropout) and is_intact(dropout)
