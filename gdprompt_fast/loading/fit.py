@@ -119,7 +119,7 @@ def room_before_answer(model: nn.Module, answer_tokens: int) -> int:
     room = positions(model) - answer_tokens
     if room < 2:
         raise UserError(
-            f"answer_tokens: expected fewer than the model's {positions(model)} positions, with 2 "
-            f"for a row, got {answer_tokens}"
+            f"answer_tokens: expected fewer than the model's positions, {positions(model)}, less 2 "
+            f"of a row, got {answer_tokens}"
         )
     return room
