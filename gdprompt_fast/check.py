@@ -58,11 +58,11 @@ def prepare_exactness(args: Namespace, options: TrainOptions) -> Callable[[], in
         answered = [chosen[index] for unit in units for index in unit]
         targets = _own_targets(model, answered) if options.objective == "kl" else None
         report = _check(model, chosen, units, answered, targets, options)
+        if args.json:
+            write_json(args.json, {**written_by(args.command), **report.to_json()})
         print(f"\n{report.table()}")
         for sentence in _about_bf16(report):
             print(f"- {sentence}")
-        if args.json:
-            write_json(args.json, {**written_by(args.command), **report.to_json()})
         return 0 if report.exact else 1
 
     return work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from .files import hash_of_file, recover, write_file, write_folder, write_json
 from .job import hub_and_weights, limits, load_job
 from .loading import (
     DTYPES,
+    base_on_disk,
     choose_device,
     load_config,
     load_model,
@@ -58,8 +60,9 @@ FREE = {
     *("allow_missing", "check", "device", "eval_batch_size", "grid", "output"),
     *("dropped", "overwrite", "prepare", "preset", "preset_section", "resume", "teacher_cache"),
 }
+MODELS = ("model", "teacher")
 INPUTS = (
-    *("model", "data", "test_data", "joint_data", "teacher", "teacher_cache", "preset"),
+    *(*MODELS, "data", "test_data", "joint_data", "teacher_cache", "preset"),
     *("source", "test_source"),
 )
 
@@ -88,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [each for each in arguments if each != DEBUG]
     args = _parser().parse_args(arguments)
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
+    _print_anything()
     try:
         return _prepare_and_work(args, arguments, debug)
     except KeyboardInterrupt:
@@ -95,6 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; the same command continues it" if args.command == "experiment" else hint
         print(f"\ngdprompt {args.command}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _print_anything() -> None:
+    """No character that the terminal's encoding lacks ends a command before it has written."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _prepare_and_work(args: argparse.Namespace, arguments: list[str], debug: bool) -> int:
@@ -285,14 +296,14 @@ def prepare_evaluate(args: argparse.Namespace) -> Work:
             **grouping,
         )
         result = {**as_results(scores, inner), **grouping}
-        print(f"\n{len(examples)} examples, ± one standard error:\n")
-        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
         if args.results:
             write_json(args.results, {**written_by(args.command), **result})
         if args.predictions:
             write_predictions(args.predictions, examples, scores)
         if args.squad_predictions:
             write_squad_predictions(args.squad_predictions, examples, scores)
+        print(f"\n{len(examples)} examples, ± one standard error:\n")
+        print(f"{results_table(summaries({'': result}))}\n\nFine-Tuning: η = {inner.lr:g}")
 
     return work
 
@@ -305,9 +316,9 @@ def prepare_plan(args: argparse.Namespace) -> Work:
     plan = make_plan(load_config(args.model, args.revision), setting, memory)
 
     def work() -> None:
-        print(plan_table(args.model, plan))
         if args.json:
             write_json(args.json, {**written_by(args.command), **plan_json(args.model, plan)})
+        print(plan_table(args.model, plan))
 
     return work
 
@@ -348,10 +359,12 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
 def _outputs(args: argparse.Namespace) -> Outputs:
     """What a command must not write over; the file of dropped records is checked at once."""
     paths = _paths(args)
-    outputs = Outputs(
-        {n: p for n, p in paths.items() if n in INPUTS and p.exists()}, args.overwrite
-    )
-    check_differ(**{n: path for n, path in paths.items() if n not in INPUTS})
+    inputs = {n: p for n, p in paths.items() if n in INPUTS and p.exists()}
+    bases = {f"base of the {n}": base_on_disk(inputs[n]) for n in MODELS if n in inputs}
+    inputs |= {n: base for n, base in bases.items() if base is not None}
+    written = {n: p for n, p in paths.items() if n not in INPUTS or n == "teacher_cache"}
+    check_differ(**written)
+    outputs = Outputs(inputs, args.overwrite, written)
     outputs.check_file("dropped", paths.get("dropped"), lambda path: is_marked(path, args.command))
     return outputs
 

@@ -8,9 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import UserError
 
@@ -38,7 +41,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     for leftover in (temporary, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    with _failing_as_files_do(folder):
+        write(temporary)
     for path in (*temporary.rglob("*"), temporary):
         _to_disk(path)
     if not folder.exists():
@@ -74,15 +78,19 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
     path = Path(os.path.realpath(path))
     temporary = _hidden(path, TEMPORARY)
-    write(temporary)
+    with _failing_as_files_do(path):
+        write(temporary)
     _to_disk(temporary)
     os.replace(temporary, path)
     _to_disk(path.parent)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Writes a text file, whole or not at all; of a file's name that is no UTF-8 the bytes that are
+    none become escapes, as JSON has them.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -114,6 +122,18 @@ def is_empty(folder: Path) -> bool:
 
 def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}{suffix}")
+
+
+@contextmanager
+def _failing_as_files_do(path: Path) -> Iterator[None]:
+    """safetensors and torch have errors of their own for a disk that is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        of_torch = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if of_torch or isinstance(error, SafetensorError):
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise
 
 
 def _to_disk(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UserError
@@ -34,16 +34,25 @@ def is_marked(path: Path, command: str) -> bool:
 
 
 def check_differ(**outputs: Path) -> None:
-    """That no two outputs are the same file.
+    """That no two outputs are the same file, and all have names that safetensors can write.
 
     Raises:
-        ValueError: naming the later option.
+        ValueError: naming the option, the later one of two.
     """
     seen: dict[Path, str] = {}
     for option, path in outputs.items():
-        other = seen.setdefault(path.resolve(), option)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option}: expected a path in UTF-8, got {path}") from None
+        other = seen.setdefault(_real(path), option)
         if other != option:
             raise UserError(f"{option}: expected another file than for {other}, got {path}")
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads to; as ``Path.resolve``, which has no result for a loop of links."""
+    return Path(os.path.realpath(path))
 
 
 def never(path: Path) -> bool:
@@ -58,10 +67,12 @@ class Outputs:
     Attributes:
         inputs: the files and folders that it reads, by option.
         overwrite: whether what is not known to be ours may be replaced.
+        written: the files and folders that it writes, by option.
     """
 
     inputs: Mapping[str, Path]
     overwrite: bool
+    written: Mapping[str, Path] = field(default_factory=dict)
 
     def check_file(
         self, option: str, path: Path | None, ours: Callable[[Path], bool] = never
@@ -73,7 +84,7 @@ class Outputs:
         """
         if path is None:
             return
-        if path.is_dir() or not path.parent.is_dir():
+        if (path.exists() and not path.is_file()) or not path.parent.is_dir():
             raise UserError(f"{option}: expected a file in an existing folder, got {path}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"{option}: expected a file that can be written, got {path}")
@@ -98,17 +109,25 @@ class Outputs:
         Raises:
             ValueError: naming what was expected and what was given.
         """
+        if folder.is_symlink() and not folder.exists() and _real(folder).is_symlink():
+            raise UserError(f"output: expected a folder, got {folder}, a loop of links")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output: expected a folder, got the file {folder}")
-        if Path.cwd().is_relative_to(folder.resolve()):
+        if Path.cwd().is_relative_to(_real(folder)):
             raise UserError(
                 f"output: expected another folder than the current one or one above, got {folder}"
             )
+        for name, given in self.inputs.items():
+            if _real(given).is_relative_to(_real(folder)):
+                raise UserError(f"output: expected a folder without the {name}, got {folder}")
+        for option, path in self.written.items():
+            if _real(folder) in _real(path).parents:
+                raise UserError(
+                    f"{option}: expected a path that is not in --output, which is replaced as a "
+                    f"whole, got {path}"
+                )
         if is_empty(folder):
             return
-        for name, given in self.inputs.items():
-            if given.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"output: expected a folder without the {name}, got {folder}")
         if not (self.overwrite or ours(folder)):
             raise UserError(
                 f"output: expected a new or empty folder, got {folder}; --overwrite replaces all "

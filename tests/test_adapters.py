@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
 from gdprompt_fast.checkpoint import load_weights, save_model
+from gdprompt_fast.cli import main
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import add_lora, load_model
@@ -168,6 +169,10 @@ WRONG: dict[str, tuple[Callable[[str], str | None], str]] = {
         lambda name: None if "layers.1" in name else name,
         r"14 missing \(base_model.model.model.layers.1.* an incomplete checkpoint",
     ),
+    "with the adapter's own name": (
+        lambda name: name.replace(".weight", ".default.weight"),
+        r"28 missing .* 28 unexpected .* the state_dict\(\) of a PEFT model",
+    ),
     "of other names": (
         lambda name: name.replace("self_attn", "attention"),
         r"16 missing .* 16 unexpected .* another architecture",
@@ -188,6 +193,22 @@ def test_adapters_that_are_not_the_models_stop(
     load("adapters", allow_missing=True)
 
 
+def test_more_adapters_than_the_settings_say_are_no_merged_model(home: Path) -> None:
+    change_settings(home / "adapters", target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"24 unexpected .*: more weights than its config says"):
+        load("adapters")
+
+
+def test_the_base_of_adapters_is_an_input(home: Path, triples: Path) -> None:
+    base = home / "models" / "base"
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    command = ["--model", "adapters", "--data", str(triples), "--overwrite"]
+    assert main(["prepare", *command, "--output", str(base)]) == 2
+    assert main(["train", *command, "--output", "models"]) == 2
+    assert main(["evaluate", *command, "--results", str(base / "tokenizer.json")]) == 2
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+
+
 def test_adapters_of_another_rank_stop(home: Path) -> None:
     change_settings(home / "adapters", r=3)
     with pytest.raises(UserError, match=r"28 of another shape .* \[2, 16\] for \[3, 16\]"):
@@ -201,6 +222,7 @@ def test_adapters_of_another_rank_stop(home: Path) -> None:
         ({"task_type": "SEQ_CLS"}, "expected adapters of a causal LM, got task_type 'SEQ_CLS'"),
         ({"use_dora": True}, "plain LoRA on linear layers"),
         ({"target_modules": ["no_such_layer"]}, "expected adapters to load in .*no_such_layer"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path in .*, got 5"),
         ({"base_model_name_or_path": "adapters"}, "expected a base without adapters"),
     ],
     ids=str,

@@ -132,6 +132,8 @@ def test_an_opening_that_the_answers_do_not_share_is_an_error() -> None:
         (None, "expected a tokenizer with a chat template, got none"),
         ("{{ raise_exception('no users here') }}", "got no users here"),
         ("{% if %}", "chat_template: expected it to take"),
+        ("{{ 1 / 0 }}", "chat_template: expected it to take .* division by zero"),
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "chat_template: expected it to take"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_an_error(template: str | None, message: str) -> None:

@@ -135,6 +135,8 @@ def test_a_bad_line_is_an_error_naming_file_and_line(
 def test_an_absent_or_empty_file_is_an_error_naming_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.jsonl: expected a JSONL file"):
         read_triples(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="expected a JSONL file of triples, got a folder"):
+        read_triples(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one record"):
         read_triples(tmp_path / "empty.jsonl")

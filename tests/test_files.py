@@ -12,12 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gdprompt_fast import files
 from gdprompt_fast.checkpoint import check_checkpoint, save_checkpoint
 from gdprompt_fast.data import TrainTest
 from gdprompt_fast.data_folder import is_data_folder, write_data
-from gdprompt_fast.files import exchange, is_empty, read_json, recover, write_file, write_folder
+from gdprompt_fast.files import (
+    exchange,
+    is_empty,
+    read_json,
+    recover,
+    write_file,
+    write_folder,
+    write_json,
+)
 
 OLD = {"a.txt": "old a", "of old/b.txt": "old b"}
 NEW = {"a.txt": "new a", "of new/c.txt": "new c", "d.txt": ""}
@@ -206,3 +215,24 @@ def test_json_that_is_not_ours_is_an_error_naming_the_file(text: str, tmp_path: 
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.json: expected"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the size of files")
+def test_a_disk_that_is_full_is_an_error_of_files(tmp_path: Path) -> None:
+    import resource
+
+    tensors = {"a": torch.zeros(1 << 16)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        for save in (lambda path: save_file(tensors, path), lambda path: torch.save(tensors, path)):
+            with pytest.raises(OSError):
+                write_folder(tmp_path / "model", lambda folder, save=save: save(folder / "w"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_name_that_is_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"data": "caf\udce9"})
+    assert read_json(tmp_path / "a.json") == {"data": "caf\udce9"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from model_folders import POINTER, Edit, cut, edit_json, write
+from model_folders import POINTER, Edit, cut, edit_json, edit_weights, renamed, write
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from gdprompt_fast.cli import main
@@ -16,6 +19,7 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import load_model
 
 CPU = torch.device("cpu")
+Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture
@@ -39,6 +43,26 @@ def a_shard_too_few(folder: Path) -> None:
 def pickled_code(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"model": print}, folder / "pytorch_model.bin")
+
+
+def whole_numbers(folder: Path) -> None:
+    edit_weights(folder, lambda weights: {n: w.to(torch.int8) for n, w in weights.items()})
+
+
+def pickled(change: Callable[[Weights], Any]) -> Edit:
+    def edit(folder: Path) -> None:
+        torch.save(change(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    return edit
+
+
+def special_tokens_alone(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["content"] for token in content["added_tokens"]}
+    vocabulary = content["model"]["vocab"].items()
+    content["model"]["vocab"] = {token: id_ for token, id_ in vocabulary if token in special}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 BROKEN: dict[str, tuple[Edit, str]] = {
@@ -97,6 +121,32 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "heads that do not divide": (
         edit_json("config.json", num_attention_heads=3),
         "expected a configuration to load in",
+    ),
+    "weights of whole numbers": (
+        whole_numbers,
+        "not quantised, got I8 for .*weight in .*model.safetensors",
+    ),
+    "pickled weights of whole numbers": (
+        pickled(lambda weights: {n: w.to(torch.int8) for n, w in weights.items()}),
+        "not quantised, got torch.int8 for .*weight in .*pytorch_model.bin",
+    ),
+    "a pickled list": (pickled(lambda weights: [*weights.values()]), "weights by name in .*a list"),
+    "a whole state of training": (
+        pickled(lambda weights: {"state_dict": weights, "epoch": 3}),
+        r"2 unexpected \(epoch, state_dict\): a whole state of training",
+    ),
+    "a tokenizer without a vocabulary": (special_tokens_alone, "got special ones alone"),
+    "a pointer for a chat template": (
+        write("chat_template.jinja", POINTER),
+        "Git-LFS pointer in .*chat_template.jinja",
+    ),
+    "a list for how to generate": (
+        write("generation_config.json", "[]"),
+        "JSON object in .*generation_config.json, got list",
+    ),
+    "names under another": (
+        renamed(lambda name: f"student.{name}"),
+        "student. is before all the names: remove it there",
     ),
     "a padding id without an embedding": (
         edit_json("config.json", pad_token_id=9999),

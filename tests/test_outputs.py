@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -230,3 +231,45 @@ def test_a_command_finds_a_folder_that_a_killed_one_had_set_aside(
     command = ["evaluate", "--model", str(model_folder), *EVALUATE]
     assert main([*command, "--data", str(mine / "train.jsonl")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_is_written_beside_a_folder_is_not_in_it(
+    mine: Path, model_folder: Path, refused: Refused
+) -> None:
+    output = mine / "made"
+    output.mkdir()
+    people = ["data", "people", "--test", "2", "--train", "3", "--output", output, "--dropped"]
+    assert "dropped: expected a path that is not in --output" in refused(*people, output / "d.json")
+    given = ["--model", model_folder, "--data", mine / "train.jsonl", "--output", output]
+    error = refused("prepare", *given, "--dropped", output / "d.json")
+    assert "dropped: expected a path that is not in --output" in error
+    error = refused("train", *given, *TRAIN, "--teacher-cache", output)
+    assert "teacher_cache: expected another file than for output" in error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_an_output_is_a_regular_file(mine: Path, model_folder: Path) -> None:
+    os.mkfifo(mine / "pipe")
+    command = ["evaluate", "--model", str(model_folder), "--data", str(mine / "train.jsonl")]
+    for path in (mine / "pipe", Path(os.devnull)):
+        assert main([*command, "--results", str(path), "--overwrite"]) == 2
+    assert not Path(os.devnull).is_file()
+
+
+def test_a_loop_of_links_is_no_folder(mine: Path, refused: Refused) -> None:
+    one, other = mine / "one", mine / "other"
+    one.symlink_to(other)
+    other.symlink_to(one)
+    assert "a loop of links" in refused("data", "people", "--output", one)
+
+
+def test_results_are_written_whatever_the_terminal_can_show(
+    mine: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    command = ["evaluate", "--model", str(model_folder), "--data", str(mine / "train.jsonl")]
+    assert main([*command, *EVALUATE, "--results", str(mine / "r.json")]) == 0
+    terminal.seek(0)
+    assert "examples, \\xb1 one standard error" in terminal.read()
+    assert (mine / "r.json").is_file()

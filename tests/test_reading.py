@@ -55,6 +55,21 @@ def test_the_same_triple_in_every_wrapping(content: bytes, encoding: str, write:
     assert read_triples(write(content), encoding).to_list() == [TRIPLE]
 
 
+def test_a_file_put_after_another_may_have_its_byte_order_mark(write: Write) -> None:
+    part = codecs.BOM_UTF8 + jsonl(TRIPLE).encode()
+    assert read_triples(write(part * 2)).to_list() == [TRIPLE] * 2
+
+
+def test_a_prompt_is_the_query_beside_a_context(write: Write) -> None:
+    context, query, response = TRIPLE.values()
+    row = {"privileged_context": context, "prompt": query, "response": response}
+    records = read_records(write(jsonl(row)))
+    assert records.rows == [TRIPLE]
+    assert records.read_as == "privileged_context read as context, prompt read as query"
+    with pytest.raises(ValueError, match='expected the field "query"'):
+        read_records(write(jsonl({"prompt": query, "response": response})))
+
+
 def test_an_element_of_an_array_is_named_by_its_line(write: Write) -> None:
     path = write(json.dumps([TRIPLE, {**TRIPLE, "query": 3}], indent=1), "my.json")
     assert json.loads(path.read_text().partition(",\n {")[0].removeprefix("[")) == TRIPLE
@@ -73,6 +88,8 @@ def test_an_element_of_an_array_is_named_by_its_line(write: Write) -> None:
         (json.dumps([TRIPLE])[:-1], "line 1: .*no comma or end of the array"),
         ("[]", "expected at least one record"),
         (json.dumps([TRIPLE]) + "\n{}", "line 1: .*more after the end of the array"),
+        (b"BZh9...", "expected text, gzipped or not, got a bzip2 file"),
+        (gzip.compress(gzip.compress(b"{}")), "expected text, .*, got a gzip in a gzip file"),
         ("[{]", "line 1: expected a JSON object, got invalid JSON"),
         ("[\n[1]]", "line 2: expected a JSON object, got list"),
         ("{" * 10**5, "line 1: expected a JSON object, got invalid JSON"),

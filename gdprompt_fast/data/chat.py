@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -65,10 +64,10 @@ class ChatTokeniser(TripleTokeniser):
                     enable_thinking=False,
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, which may raise anything
             raise UserError(
                 f"chat_template: expected it to take these turns, got {error}"
-            ) from None
+            ) from error
 
     def _end_of_turn(self) -> int:
         """The first special token that the template puts after a response; EOS if there is none."""

@@ -9,6 +9,10 @@ from pathlib import Path
 from ..errors import UserError
 
 GZIP = b"\x1f\x8b"
+OTHER_FORMATS = {
+    **{b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"},
+    **{b"PAR1": "Parquet", b"ARROW1": "Arrow", b"SQLite format 3": "SQLite"},
+}
 UTF_8 = "utf-8"
 
 
@@ -25,6 +29,9 @@ def read_text(path: Path, encoding: str = UTF_8) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: expected a whole gzip file, got {error}") from None
+    for begins, form in (*OTHER_FORMATS.items(), (GZIP, "gzip in a gzip")):
+        if content.startswith(begins):
+            raise UserError(f"{path}: expected text, gzipped or not, got a {form} file")
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -24,7 +24,12 @@ from .texts import UTF_8, read_text
 
 FIELDS = ("context", "query", "response")
 ANSWERS, ID = "answers", "id"
-OTHER_NAMES = {"context": ("privileged_context", "prompt"), "query": ("question",), "response": ()}
+BYTE_ORDER_MARK = "\ufeff"  # also where a file begins that was put after another
+OTHER_NAMES = {
+    "context": ("privileged_context", "prompt"),
+    "query": ("question", "prompt"),
+    "response": (),
+}
 ARRAY, SPACE = re.compile(r"\s*\["), re.compile(r"\s*")
 
 
@@ -78,7 +83,8 @@ def read_records(path: str | Path, encoding: str = UTF_8) -> Records:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: expected a JSONL file of triples, got no such file")
+        got = "a folder" if path.is_dir() else "no file" if path.exists() else "no such file"
+        raise UserError(f"{path}: expected a JSONL file of triples, got {got}")
     text = read_text(path, encoding)
     objects = _elements(text, path) if ARRAY.match(text) else _lines(text, path)
     rows, lines, read_as = [], [], dict[str, None]()
@@ -113,7 +119,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.removeprefix(BYTE_ORDER_MARK))
             except (ValueError, RecursionError) as error:
                 raise _no_json(path, number, error) from None
 
@@ -157,9 +163,10 @@ def _triple(content: Any, where: str) -> tuple[dict[str, Any], dict[str, None]]:
     row, read_as = dict[str, Any](), dict[str, None]()
     if isinstance(content.get(ID), str | int) and not isinstance(content[ID], bool):
         row[ID] = _text(str(content[ID]), ID, where)
-    answers = _answers(content.get(ANSWERS), where)
+    answers, names = _answers(content.get(ANSWERS), where), dict.fromkeys(content)
     for field in FIELDS:
-        name = next((n for n in (field, *OTHER_NAMES[field]) if n in content), None)
+        name = next((n for n in (field, *OTHER_NAMES[field]) if n in names), None)
+        names.pop(name, None)  # a prompt is the context, or beside a context the query
         if name is not None:
             row[field] = _text(content[name], name, where)
         elif field == "response" and answers:

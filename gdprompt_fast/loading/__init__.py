@@ -1,6 +1,6 @@
 """Models, tokenizers and data as the command line names them, checked before any long work."""
 
-from .adapters import add_lora, load_adapter_weights
+from .adapters import add_lora, base_on_disk, load_adapter_weights
 from .causes import one_line_errors
 from .find import FoundModel, find_model
 from .fit import (
@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "FoundModel",
     "add_lora",
+    "base_on_disk",
     "check_same_tokens",
     "check_same_vocabulary",
     "check_vocabulary",

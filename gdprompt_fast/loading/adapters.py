@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architecture import check_model
 from ..errors import UserError
-from .files import ADAPTER_WEIGHTS, check_files, weight_files
+from .files import ADAPTER_WEIGHTS, check_files, read_settings, weight_files
 from .find import ADAPTER_CONFIG_FILE, FoundModel, find_model, holds_model
 from .weights import LoadedWeights, Shape
 
@@ -82,16 +82,15 @@ def find_base(folder: Path, name: str | None, revision: str | None) -> FoundMode
         ValueError: naming all that was tried.
     """
     where = folder / ADAPTER_CONFIG_FILE
-    if not name:
-        raise UserError(f"model: expected a base_model_name_or_path in {where}, got none")
-    tried = dict.fromkeys([Path(name).absolute(), (folder / name).absolute()])
-    for path in tried:
-        if path.is_file() or holds_model(path):
-            if (path / ADAPTER_CONFIG_FILE).is_file():
-                raise UserError(
-                    f"model: expected a base without adapters in {path}, as {where} says"
-                )
-            return find_model(path)
+    if not (name and isinstance(name, str)):
+        raise UserError(
+            f"model: expected a base_model_name_or_path in {where}, got {name or 'none'}"
+        )
+    tried, path = _tried(folder, name), _on_disk(folder, name)
+    if path is not None:
+        if (path / ADAPTER_CONFIG_FILE).is_file():
+            raise UserError(f"model: expected a base without adapters in {path}, as {where} says")
+        return find_model(path)
     try:
         return find_model(name, revision)
     except UserError as error:
@@ -99,6 +98,26 @@ def find_base(folder: Path, name: str | None, revision: str | None) -> FoundMode
             f"model: expected the base of the adapters, base_model_name_or_path in {where}, at "
             f"{' or '.join(map(str, tried))}, got none: {error}"
         ) from error
+
+
+def base_on_disk(folder: Path) -> Path | None:
+    """Where the base of the adapters in ``folder`` is; None if that is not here, or no adapters
+    are.
+    """
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return None
+    name = read_settings(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    return _on_disk(folder, name) if name and isinstance(name, str) else None
+
+
+def _on_disk(folder: Path, name: str) -> Path | None:
+    paths = _tried(folder, name)
+    return next((path for path in paths if path.is_file() or holds_model(path)), None)
+
+
+def _tried(folder: Path, name: str) -> list[Path]:
+    """A base's path from here and from its adapters."""
+    return [*dict.fromkeys([Path(name).absolute(), (folder / name).absolute()])]
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
@@ -125,7 +144,8 @@ def _compared(model: Any, file: Weights) -> LoadedWeights:
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    base = {f"base_model.model.{name}" for name in model.get_base_model().state_dict()}
+    names = model.get_base_model().state_dict()
+    base = {f"base_model.model.{name}" for name in names if ".lora_" not in name}
     differ: list[tuple[str, Shape, Shape]] = [
         (name, file[name].shape, own[name].shape)
         for name in sorted(own.keys() & file.keys())

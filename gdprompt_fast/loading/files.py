@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import UserError
 from .find import ADAPTER_CONFIG_FILE, CONFIG_FILE, FoundModel
@@ -14,7 +17,11 @@ from .find import ADAPTER_CONFIG_FILE, CONFIG_FILE, FoundModel
 POINTER = b"version https://git-lfs"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # transformers takes the first that is there
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-READ_FIRST = (CONFIG_FILE, ADAPTER_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json")
+READ_FIRST = (
+    *(CONFIG_FILE, ADAPTER_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json"),
+    *("generation_config.json", "special_tokens_map.json"),
+)
+NO_WEIGHTS = ("I", "U", "BOOL")  # how the types begin that only quantised weights have
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -27,7 +34,10 @@ def check_files(folder: Path, weights: list[Path]) -> None:
     Raises:
         ValueError: naming the file.
     """
-    for path in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.model")), *weights]:
+    small = [
+        path for kind in ("json", "model", "txt", "jinja") for path in folder.glob(f"*.{kind}")
+    ]
+    for path in [*sorted(small), *weights]:
         _check_no_pointer(path)
     for name in READ_FIRST:
         if (folder / name).is_file():
@@ -35,6 +45,8 @@ def check_files(folder: Path, weights: list[Path]) -> None:
     for path in weights:
         if path.suffix == ".safetensors":
             _check_safetensors(path)
+        elif path.suffix == ".bin" and is_zipfile(path):
+            _check_pickle(path)
 
 
 def weight_files(folder: Path, names: tuple[str, ...] = WEIGHTS) -> list[Path]:
@@ -136,9 +148,35 @@ def _check_no_pointer(path: Path) -> None:
 
 def _check_safetensors(path: Path) -> None:
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            types = {name: str(file.get_slice(name).get_dtype()) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"model: expected a whole safetensors file, got {path}, cut short or damaged ({error})"
         ) from error
+    whole = {name: type_ for name, type_ in types.items() if type_.startswith(NO_WEIGHTS)}
+    _check_types(whole, path)
+
+
+def _check_pickle(path: Path) -> None:
+    """Of a .bin file only the names and types are read here."""
+    content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"model: expected weights by name in {path}, got a {type(content).__name__}"
+        )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    whole = {n: t for n, t in tensors.items() if not (t.is_floating_point() or t.is_complex())}
+    _check_types({name: str(tensor.dtype) for name, tensor in whole.items()}, path)
+
+
+def _check_types(whole: dict[str, str], path: Path) -> None:
+    """That no weight is among these, of whole numbers, as masks that old models saved may be: read
+    as numbers without the scales of their quantisation, they would be other weights.
+    """
+    for name, type_ in whole.items():
+        if name.endswith(".weight"):
+            raise UserError(
+                f"model: expected weights that are not quantised, got {type_} for {name} in {path}"
+            )

@@ -14,11 +14,17 @@ from ..errors import UserError
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module, folder: Path) -> None:
-    """The model has an embedding for every token of the tokenizer.
+    """The tokenizer has tokens of texts, and the model an embedding for every one.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if not; transformers makes a tokenizer of special tokens alone where the file
+            of the others is not there.
     """
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise UserError(
+            f"tokenizer: expected tokens of texts in {folder}, got special ones alone: a file of "
+            "the tokenizer is not there, or empty"
+        )
     vocabulary, largest = vocabulary_size(model), largest_id(tokenizer)
     if largest >= vocabulary:
         raise UserError(
@@ -113,6 +119,7 @@ def room_before_answer(model: nn.Module, answer_tokens: int) -> int:
     room = positions(model) - answer_tokens
     if room < 2:
         raise UserError(
-            f"answer_tokens: expected fewer than the model's positions, got {answer_tokens}"
+            f"answer_tokens: expected fewer than the model's positions, {positions(model)}, less 2 "
+            f"of a row, got {answer_tokens}"
         )
     return room

@@ -123,6 +123,7 @@ def _load_base(found: FoundModel, dtype: torch.dtype, allow_missing: bool) -> An
         check_not_quantised(found.folder)
     else:
         weights, file = [gguf], {"gguf_file": gguf.name}
+        check_files(found.folder, weights)
     with one_line_errors(f"a configuration to load in {found.folder}"):
         config = AutoConfig.from_pretrained(found.folder, trust_remote_code=False, **file)
         _check_config(config, found.folder, sum(path.stat().st_size for path in weights))

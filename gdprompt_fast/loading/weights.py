@@ -21,6 +21,7 @@ SAVED_FROM = {
     "module.": "DDP or DataParallel",
 }
 PEFT = "base_model.model."
+NESTED = ("state_dict", "model", "model_state_dict", "module")  # of the files of trainers
 NAMED = 3  # as many weights are named in an error
 
 Shape = Sequence[int]
@@ -61,6 +62,13 @@ class LoadedWeights:
             file=sys.stderr,
         )
 
+    def _prefix(self) -> str:
+        """What all unexpected names begin with, and without it are missing; "" if nothing is."""
+        first = self.unexpected[0] if self.unexpected else ""
+        prefix = next((first[: -len(n)] for n in self.missing if first.endswith(f".{n}")), "")
+        missing = {f"{prefix}{name}" for name in self.missing}
+        return prefix if missing.issuperset(self.unexpected) else ""
+
     def __str__(self) -> str:
         shapes = [f"{name} {[*file]} for {[*model]}" for name, file, model in self.mismatched]
         parts = {
@@ -75,8 +83,17 @@ class LoadedWeights:
             if any(f".{wrapper}" in f".{name}" for name in self.unexpected):
                 return f"saved from {saved_from}, whose {wrapper} is in the names: remove it there"
         of_peft = [name.startswith(PEFT) for name in self.unexpected]
-        if any(of_peft) and not any(name.startswith(PEFT) for name in self.missing):
+        if any(of_peft) and self.missing and not any(n.startswith(PEFT) for n in self.missing):
             return "saved from a PEFT model: save what its merge_and_unload() returns"
+        if self.missing and (prefix := self._prefix()):
+            return f"{prefix} is before all the names: remove it there"
+        if any(".default." in name for name in self.unexpected):
+            return (
+                "saved by the state_dict() of a PEFT model, with the adapter's name, default., in "
+                "the names: save_pretrained() leaves it out"
+            )
+        if any(name in NESTED for name in self.unexpected):
+            return "a whole state of training: save what it has under that name alone"
         if self.mismatched and not (self.missing or self.unexpected):
             return "a model of another size than its config says"
         if not self.missing and not self.mismatched:
