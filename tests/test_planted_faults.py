@@ -79,13 +79,14 @@ def other_group(patch: Patch) -> None:
 
 def stale_weights(patch: Patch) -> None:
     """Casts are kept from one step to the next."""
-    kept: dict[tuple[int, ...], Tensor] = {}
+    kept: dict[tuple[Any, ...], Tensor] = {}
     own = StepState.cast
 
     def cast(self: StepState, tensor: Tensor) -> Tensor:
         if tensor.dim() != 2 or tensor.requires_grad:
             return own(self, tensor)
-        return kept.setdefault((tensor.data_ptr(), *tensor.shape), tensor.clone())
+        result = own(self, tensor)
+        return kept.setdefault((tensor.data_ptr(), result.dtype, *tensor.shape), result.clone())
 
     patch.setattr(StepState, "cast", cast)
 

@@ -130,7 +130,7 @@ def _runs(what: str) -> Iterator[None]:
     """Makes an error of the model's code, or of its user's in it, one that says where it was."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(

@@ -65,6 +65,6 @@ def _layers_differ(config: PreTrainedConfig) -> bool:
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     few = copy.deepcopy(config)
     few.num_hidden_layers = layers
-    if getattr(few, "layer_types", None):
+    if vars(few).get("layer_types"):  # of some it is a property
         few.layer_types = few.layer_types[:layers]
     return few

@@ -139,6 +139,7 @@ def engine_attention(model: nn.Module) -> bool:
         not any(_registered_by_user(inner, config) for config in _configs(inner))
         and all(is_shipped(maker, type(inner)) for maker in makers if maker is not None)
         and all(_is_shipped_module(module) for module in _mask_path(inner))
+        and not any(map(_sees_masks, _mask_path(inner.base_model)))
     )
 
 
@@ -194,6 +195,9 @@ def _mask_path(inner: nn.Module) -> list[nn.Module]:
 
 def _is_shipped_module(module: nn.Module) -> bool:
     package = type(module).__module__.partition(".")[0]
-    shipped = package in ("transformers", "torch", "peft") and has_own_forward(module)
-    sees_masks = module._forward_pre_hooks or module._forward_hooks_with_kwargs
-    return shipped and not sees_masks
+    return package in ("transformers", "torch", "peft") and has_own_forward(module)
+
+
+def _sees_masks(module: nn.Module) -> bool:
+    """Whether a hook gets the inputs of a module of the backbone, masks among them."""
+    return bool(module._forward_pre_hooks or module._forward_hooks_with_kwargs)
