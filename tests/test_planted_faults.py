@@ -25,6 +25,7 @@ from gdprompt_fast.ops.eager import attention as eager_attention
 from gdprompt_fast.ops.eager import gelu, norm, rotary, swiglu
 from gdprompt_fast.ops.vocabulary import functions
 from gdprompt_fast.update import attach, recompute, substitutes
+from gdprompt_fast.update.linear import LinearSite
 from gdprompt_fast.update.site import StepState
 
 Build = Callable[..., Any]
@@ -78,17 +79,16 @@ def other_group(patch: Patch) -> None:
 
 
 def stale_weights(patch: Patch) -> None:
-    """Casts are kept from one step to the next."""
-    kept: dict[tuple[Any, ...], Tensor] = {}
-    own = StepState.cast
+    """A layer's weights are kept from one step to the next."""
+    kept: dict[tuple[int, torch.dtype], Tensor] = {}
+    own = LinearSite.__init__
 
-    def cast(self: StepState, tensor: Tensor) -> Tensor:
-        if tensor.dim() != 2 or tensor.requires_grad:
-            return own(self, tensor)
-        result = own(self, tensor)
-        return kept.setdefault((tensor.data_ptr(), result.dtype, *tensor.shape), result.clone())
+    def init(self: Any, module: Any, *rest: Any, **options: Any) -> None:
+        own(self, module, *rest, **options)
+        weight = self.layer.weight_OI
+        self.layer.weight_OI = kept.setdefault((id(module), weight.dtype), weight.clone())
 
-    patch.setattr(StepState, "cast", cast)
+    patch.setattr(LinearSite, "__init__", init)
 
 
 def unweighted_contexts(patch: Patch) -> None:
@@ -237,6 +237,9 @@ def test_a_fault_in_the_engine_is_found(
         assert check_exactness(model, batch, **OPTIONS).exact
         EXACT.add(name)
     plant(monkeypatch)
+    if plant is stale_weights:
+        step.fast_meta_step(model, batch, **OPTIONS)
+        model.zero_grad()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
