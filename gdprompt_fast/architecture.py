@@ -189,6 +189,26 @@ def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:
         )
 
 
+def check_row_lengths(name: str, mask: Tensor, model: nn.Module) -> None:
+    """Rotary tables that depend on the length of a row do so on the longest of a padded batch.
+
+    Raises:
+        UserError: for padding beside rows long enough for that.
+    """
+    config = causal_lm(model).config
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = {
+        "dynamic": config.max_position_embeddings,
+        "longrope": rope.get("original_max_position_embeddings", config.max_position_embeddings),
+    }
+    kind = rope.get("rope_type")
+    if kind in limits and mask.shape[1] > limits[kind] and not mask.all():
+        raise UserError(
+            f"{name}: expected rows of one length beyond {limits[kind]} tokens, from where rotary "
+            f"embeddings of type {kind!r} depend on it, got padding"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Everything about the model itself that can make a meta step wrong.
 

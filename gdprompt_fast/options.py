@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import causal_lm, check_ids, check_model, compute_dtype
+from .architecture import causal_lm, check_ids, check_model, check_row_lengths, compute_dtype
 from .backend import resolve_backend
 from .batch import MetaBatch, check_tokens, describe
 from .errors import UserError
@@ -155,6 +155,8 @@ def check_step(
         )
     check_ids("context_ids", batch.context_ids, model)
     check_ids("query_ids", batch.query_ids, model)
+    check_row_lengths("context_mask", batch.context_mask, model)
+    check_row_lengths("query_mask", batch.query_mask, model)
     check_inner(inner_lr, inner_steps)
     check_teacher(
         objective, teacher, int(batch.response_mask.sum()), len(embedding), embedding.device
@@ -188,6 +190,7 @@ def check_lm_batch(lm_batch: Any, model: nn.Module) -> None:
     ids, mask = lm_batch
     check_tokens("lm_batch", ids, mask, "[N, T]")
     check_ids("lm_batch", ids, model)
+    check_row_lengths("lm_batch", mask, model)
     if (mask.sum(1) < 2).any():
         raise UserError("lm_batch: expected at least 2 real tokens in every row")
 

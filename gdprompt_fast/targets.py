@@ -12,6 +12,7 @@ from .architecture import (
     backbone_and_head,
     check_deterministic,
     check_ids,
+    check_row_lengths,
     hidden_states,
     predicting_states,
 )
@@ -71,6 +72,7 @@ class TeacherTargets:
         check_tokens("prompt", prompt_ids, prompt_mask, "[Q, T]")
         check_response(response_mask, prompt_ids, prompt_mask, "[Q, T]")
         check_ids("prompt_ids", prompt_ids, teacher)
+        check_row_lengths("prompt_mask", prompt_mask, teacher)
         check_deterministic(teacher)
         _, head = backbone_and_head(teacher)
         hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)

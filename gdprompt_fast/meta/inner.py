@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import check_ids, check_model, compute_dtype
+from ..architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..batch import check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
 from ..ops.phase import Phase
@@ -136,6 +136,7 @@ def inner_step(
     check_contexts(context_ids, context_mask)
     loss_mask = check_loss_mask(context_loss_mask, context_ids, context_mask)
     check_ids("context_ids", context_ids, model)
+    check_row_lengths("context_mask", context_mask, model)
     check_inner(inner_lr, inner_steps)
     check_verify(verify)
     torch.clear_autocast_cache()  # held open, it would go on with the weights before an update

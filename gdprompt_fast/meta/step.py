@@ -68,8 +68,9 @@ def fast_meta_step(
 
     Args:
         model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT
-            LoRA model around one. Its parameters with ``requires_grad`` are the outer ones. It is
-            left as it was, also after an error.
+            LoRA model around one. Its parameters with ``requires_grad`` are the outer ones; hooks
+            of their gradients see the meta-gradient, not the inner one. It is left as it was, also
+            after an error.
         batch: contexts, queries and groups.
         inner_lr: η.
         inner_steps: the number of inner steps.
