@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gdprompt_fast import TeacherTargets, backend, fast_meta_step, reference_meta_step
 from gdprompt_fast.memory import PeakMemory, model_tensors
-from gdprompt_fast.meta import verify
 from gdprompt_fast.ops.eager import vocabulary as eager
 from gdprompt_fast.ops.vocabulary import block
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
@@ -248,7 +247,6 @@ def test_no_buffer_of_tokens_times_vocabulary_exists_on_triton(
     examples, context, query, response, vocabulary, hidden = 2, 4, 4, 2, 1024, 16
     tokens = examples * context
     monkeypatch.setattr(block, "TILE_ELEMENTS", tokens * 128)
-    monkeypatch.setattr(verify, "LOGITS", tokens * 128)
     model = small_llama(hidden, vocabulary)
     batch = random_batch(examples, context, query, response, vocabulary)
     teacher = self_teacher(model, batch)

@@ -22,28 +22,28 @@ def llama(layers: int, tied: bool) -> PreTrainedConfig:
 
 
 SLIDING: dict[str, Any] = dict(
-    **{**SIZES, "num_hidden_layers": 6},
+    **{**SIZES, "num_hidden_layers": 5},
     num_key_value_heads=2,
     use_sliding_window=True,
     sliding_window=8,
 )
 GPT2 = GPT2Config(
-    n_embd=64, n_layer=6, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+    n_embd=64, n_layer=5, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
 )
 CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
-    "llama tied": (llama(8, tied=True), {}),
+    "llama tied": (llama(6, tied=True), {}),
     "llama tied, gold, two steps": (
         llama(5, tied=True),
         dict(inner_steps=2, objective="gold", dtype="fp32"),
     ),
-    "llama untied, lora": (llama(7, tied=False), dict(outer="lora")),
-    "llama, lora inside": (llama(6, tied=True), dict(outer="lora", inner="lora")),
-    "llama, recomputed": (llama(6, tied=False), dict(recompute="block", optimizer="sgd")),
+    "llama untied, lora": (llama(5, tied=False), dict(outer="lora")),
+    "llama, lora inside": (llama(5, tied=True), dict(outer="lora", inner="lora")),
+    "llama, recomputed": (llama(5, tied=False), dict(recompute="block", optimizer="sgd")),
     "gpt2": (GPT2, {}),
     "gpt2, recomputed, lora": (GPT2, dict(recompute="block", outer="lora")),
-    "gpt-neox": (GPTNeoXConfig(**{**SIZES, "num_hidden_layers": 6}), dict(dtype="fp32")),
+    "gpt-neox": (GPTNeoXConfig(**{**SIZES, "num_hidden_layers": 5}), dict(dtype="fp32")),
     "qwen2, all layers sliding": (Qwen2Config(**SLIDING, max_window_layers=0), {}),
-    "qwen2, some layers sliding": (Qwen2Config(**SLIDING, max_window_layers=3), {}),
+    "qwen2, some layers sliding": (Qwen2Config(**SLIDING, max_window_layers=2), {}),
 }
 
 
@@ -71,7 +71,7 @@ def test_a_plan_from_a_few_layers_is_that_of_all(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("step", "case"),
-    [(sequential, "llama tied"), (sequential, "llama, lora inside"), (all_alive, "gpt2")],
+    [(sequential, "llama, lora inside"), (all_alive, "gpt2")],
 )
 def test_the_other_ways_from_a_few_layers_are_those_of_all(case: str, step: Any) -> None:
     config, options = CASES[case]

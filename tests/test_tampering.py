@@ -196,6 +196,5 @@ def test_a_tampered_model_is_exact_or_refused(cpp: None) -> None:
 @pytest.mark.parametrize("tamper", TAMPERS, ids=lambda tamper: tamper.__name__)
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_every_tamper_alone_is_exact_or_refused(tamper: Tamper, recompute: str) -> None:
-    for seed in range(3):
-        options = dict(inner_lr=0.3, recompute=recompute, inner_params=INNER["mlp"])
-        run(small_model(False, "llama"), [tamper], options, seed)
+    options = dict(inner_lr=0.3, recompute=recompute, inner_params=INNER["mlp"])
+    run(small_model(False, "llama"), [tamper], options, seed=0)

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..graph import check_twice_differentiable
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
+from ..ops.vocabulary.block import tile_elements
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .fingerprint import fingerprint
@@ -68,7 +69,8 @@ def verify_model(
     lengths = context_mask.sum(1)
     row = context_ids[lengths.argmax()][: int(lengths.max())][None]
     vocabulary = len(causal_lm(model).get_output_embeddings().weight)
-    keep = min(row.shape[1], max(2, LOGITS // vocabulary))
+    # of two rows; the last positions, where windows show
+    keep = min(row.shape[1], max(1, tile_elements(row.device) // (2 * vocabulary)))
     with torch.enable_grad(), use_backend(backend), _runs("a meta step"):
         logits, reached = _engine_pass(model, row, inner, keep)
     random_states = _random_states()
