@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -119,9 +118,3 @@ def random_direction(model: nn.Module, seed: int) -> Gradients:
 
 def dot(one: Gradients, other: Gradients) -> float:
     return float(sum((v * other[name]).sum() for name, v in one.items() if name in other))
-
-
-def shuffled(items: list[Any], seed: int) -> list[Any]:
-    items = list(items)
-    random.Random(seed).shuffle(items)
-    return items
