@@ -11,7 +11,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SUBPACKAGES = [
+    "artifacts",
     "bundled",
+    "cli",
+    "config",
     "data",
     "evaluation",
     "exactness",
@@ -19,6 +22,7 @@ SUBPACKAGES = [
     "kernels",
     "loading",
     "meta",
+    "models",
     "ops",
     "ops.cpp",
     "ops.eager",
@@ -27,7 +31,9 @@ SUBPACKAGES = [
     "presets",
     "reference",
     "report",
+    "runs",
     "teacher",
+    "training",
     "update",
 ]
 

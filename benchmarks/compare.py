@@ -57,8 +57,8 @@ from measuring import Row, append, measure_memory, quantiles, release, revision,
 from tqdm import tqdm
 
 from gdprompt_fast import __version__, reference_meta_step
-from gdprompt_fast.backend import resolve_backend
-from gdprompt_fast.memory import model_tensors
+from gdprompt_fast.models.memory import model_tensors
+from gdprompt_fast.ops.backend import resolve_backend
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 RESULTS = Path(__file__).parent / "results" / "compare.jsonl"

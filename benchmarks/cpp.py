@@ -26,8 +26,9 @@ from cases import CASES, Case, llama, random_batch, random_model, self_teacher
 from measuring import append, measure_memory, revision
 from torch import Tensor
 
-from gdprompt_fast import backend, fast_meta_step
-from gdprompt_fast.memory import model_tensors
+from gdprompt_fast import fast_meta_step
+from gdprompt_fast.models.memory import model_tensors
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.vocabulary.block import TILE_ELEMENTS
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 

@@ -5,11 +5,11 @@
     shapes; the timings mean nothing, and tests/triton_interpreter.py makes bf16 right
 
 Ceilings first: the copy bandwidth and the matrix rate that every other number is a ratio of. Then
-every pass of every kernel in ``gdprompt_fast.backend.KERNELS``: the gate, its error against fp64 at
-most twice that of the plain passes plus a floor, and, only if the gate passed, its time beside
-theirs at the shapes of Llama 3.2 1B. Then, likewise, what is matrix products with some of those
-passes between them: the inner-updated linear layer and the losses at the vocabulary. Then the whole
-step, gated on a tiny model.
+every pass of every kernel in ``gdprompt_fast.ops.backend.KERNELS``: the gate, its error against
+fp64 at most twice that of the plain passes plus a floor, and, only if the gate passed, its time
+beside theirs at the shapes of Llama 3.2 1B. Then, likewise, what is matrix products with some of
+those passes between them: the inner-updated linear layer and the losses at the vocabulary. Then the
+whole step, gated on a tiny model.
 
 The work is a fixed list of cases. A worker process announces each before it starts and appends its
 row when it is done; this process waits. A case that crashes the worker or hangs becomes a row, and
@@ -61,8 +61,9 @@ from measuring import (
 from torch import Tensor
 from tqdm import tqdm
 
-from gdprompt_fast import TeacherTargets, backend, fast_meta_step, reference_meta_step
-from gdprompt_fast.memory import model_tensors
+from gdprompt_fast import TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.models.memory import model_tensors
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import Factor, InnerLinear

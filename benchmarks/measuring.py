@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdprompt_fast.memory import PeakMemory
+from gdprompt_fast.models.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/measured.md")

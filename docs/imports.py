@@ -27,26 +27,16 @@ DOOR = "__init__"  # the room of the public names
 
 # From the ground up. A room may import those of its own floor, in no circle, and of lower ones.
 FLOORS = {
-    "ground": (
-        "errors",
-        "batch",
-        "families",
-        "files",
-        "markdown",
-        "memory",
-        "outputs",
-        "presets",
-        "progress",
-    ),
-    "models": ("architecture", "backend", "graph", "intact", "targets", "options"),
+    "ground": ("errors", "batch", "artifacts", "config", "presets"),
+    "models": ("models",),
     "ops": ("ops", "kernels"),
     "layers": ("update",),
     "engine": ("meta", "reference", "exactness"),
     "public names": (DOOR,),
-    "data and models from files": ("data", "data_folder", "loading", "reading", "teacher"),
+    "data and models from files": ("data", "loading", "teacher"),
     "measuring": ("evaluation", "report", "plan"),
-    "training": ("checkpoint", "prepare", "train"),
-    "runs": ("run", "job", "check", "search", "bundled", "demo"),
+    "training": ("training",),
+    "runs": ("runs", "bundled"),
     "experiments": ("experiments",),
     "command line": ("cli",),
 }

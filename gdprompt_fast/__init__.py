@@ -4,11 +4,11 @@ from pathlib import Path as _Path
 
 from .batch import MetaBatch
 from .exactness import ExactnessReport, check_exactness
+from .meta.config import MetaStepOutput
 from .meta.inner import InnerUpdate, inner_step
 from .meta.step import fast_meta_step
-from .options import MetaStepOutput
+from .meta.targets import TeacherTargets
 from .reference.step import reference_meta_step
-from .targets import TeacherTargets
 
 __version__ = "0.1.0"
 __all__ = [

@@ -29,9 +29,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gdprompt_fast import MetaBatch, backend
+from gdprompt_fast import MetaBatch
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
+from gdprompt_fast.ops import backend
 
 if importlib.util.find_spec("triton") is not None:
     import triton_interpreter

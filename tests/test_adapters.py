@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
-from gdprompt_fast.checkpoint import load_weights, save_model
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import add_lora, load_model
-from gdprompt_fast.options import select_inner
+from gdprompt_fast.models.inner_params import select_inner
+from gdprompt_fast.training.checkpoint import load_weights, save_model
 
 peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
 

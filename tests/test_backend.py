@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gdprompt_fast import (
-    MetaBatch,
-    TeacherTargets,
-    backend,
-    fast_meta_step,
-    reference_meta_step,
-)
-from gdprompt_fast.options import check_step
+from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.meta.config import check_step
+from gdprompt_fast.ops import backend
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 Build = Callable[..., Any]

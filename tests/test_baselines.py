@@ -16,13 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gdprompt_fast import MetaBatch, TeacherTargets, reference_meta_step
-from gdprompt_fast.memory import peak_bytes_over_model
-from gdprompt_fast.reference.compare import (
-    Gradients,
-    gradients_of,
-    without_upcasts,
-    worst_error,
-)
+from gdprompt_fast.models.memory import peak_bytes_over_model
+from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts, worst_error
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 INNER_LR = 0.05

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gdprompt_fast import demo
-from gdprompt_fast.checkpoint import read_metrics
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.evaluation import read_predictions
+from gdprompt_fast.runs import demo
+from gdprompt_fast.training.checkpoint import read_metrics
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdprompt_fast import backend
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.cpp import attention as cpp_attention
 from gdprompt_fast.ops.cpp import gelu as cpp_gelu

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gdprompt_fast import cli
+from gdprompt_fast.cli.main import main as cli
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -87,7 +87,7 @@ def test_every_command_line_is_one_that_there_is(words: list[str], only_parsed: 
     program, *arguments = words
     if program == "gdprompt":
         with pytest.raises(Parsed):  # SystemExit, and a message on stderr, otherwise
-            cli.main(arguments)
+            cli(arguments)
     elif program == "python" and arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1])
     elif program == "python":
@@ -100,7 +100,7 @@ def test_a_wrong_option_would_be_found(
     only_parsed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["demo", "--stepps", "3"])
+        cli(["demo", "--stepps", "3"])
     assert "--stepps" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_an_arrow_upwards_a_circle_and_a_room_without_a_floor_are_found(
 def test_every_way_to_import_is_an_arrow(imports: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "here.py"
     path.write_text(
-        "import torch, gdprompt_fast.train\n"
+        "import torch, gdprompt_fast.training.loop\n"
         "from . import phase\n"
         "from .. import __version__\n"
         "from ..batch import MetaBatch\n"
@@ -184,5 +184,5 @@ def test_every_way_to_import_is_an_arrow(imports: ModuleType, tmp_path: Path) ->
         "gdprompt_fast.batch",
         "gdprompt_fast.meta.step",
         "gdprompt_fast.ops.phase",
-        "gdprompt_fast.train",
+        "gdprompt_fast.training.loop",
     }

@@ -14,14 +14,15 @@ from conftest import MODELS, VOCABULARY, last_tokens, ragged
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from gdprompt_fast import MetaBatch, TeacherTargets, architecture, check_exactness, fast_meta_step
-from gdprompt_fast import check as command
-from gdprompt_fast.cli import main
+from gdprompt_fast import MetaBatch, TeacherTargets, check_exactness, fast_meta_step
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.exactness import check, engine, gradient, memory, objective
 from gdprompt_fast.exactness.differences import central_difference, rounding_noise
 from gdprompt_fast.exactness.report import Precision
 from gdprompt_fast.meta import step
+from gdprompt_fast.models import architecture
+from gdprompt_fast.runs import check as command
 
 Build = Callable[..., Any]
 GOLD: dict[str, Any] = dict(objective="gold", inner_lr=0.1)

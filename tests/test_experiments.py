@@ -20,9 +20,9 @@ from huggingface_hub import constants
 from model_folders import edit_weights, to_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import gdprompt_fast.train
-from gdprompt_fast import backend
-from gdprompt_fast.cli import main
+import gdprompt_fast.training.loop
+from gdprompt_fast.artifacts.outputs import Outputs
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data.characters import characters_vocabulary
 from gdprompt_fast.data.people import people_vocabulary
 from gdprompt_fast.data.words import word_tokenizer
@@ -45,7 +45,7 @@ from gdprompt_fast.experiments.run import run_experiment
 from gdprompt_fast.experiments.stages import run_stage
 from gdprompt_fast.experiments.table4 import classify
 from gdprompt_fast.experiments.table5 import mean_of_draws
-from gdprompt_fast.outputs import Outputs
+from gdprompt_fast.ops import backend
 from gdprompt_fast.presets import load_preset
 from gdprompt_fast.report import results_page
 
@@ -295,14 +295,14 @@ def test_an_experiment_killed_while_training_goes_on_from_the_checkpoint(
     shutil.copytree(done, output)
     for path in ("arm/squad-kl", "evaluation/squad-kl"):
         shutil.rmtree(output / "stages/seed-0" / path)
-    step = gdprompt_fast.train.fast_meta_step
-    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", killed_after(2, step))
+    step = gdprompt_fast.training.loop.fast_meta_step
+    monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", killed_after(2, step))
     with pytest.raises(Killed):
         run_experiment("figure2", labs_of(sections, output))
     folder = output / "stages/seed-0/arm/squad-kl"
     record = json.loads((folder / "stage.json").read_text())
     assert record["result"] is None and record["seconds"] > 0
-    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", killed_after(1, step))
+    monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", killed_after(1, step))
     monkeypatch.setattr(tasks, "fine_tune", refuse)
     run_experiment("figure2", labs_of(sections, output))  # one of three steps was left
     again = json.loads((folder / "stage.json").read_text())

@@ -14,11 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gdprompt_fast import files
-from gdprompt_fast.checkpoint import check_checkpoint, save_checkpoint
-from gdprompt_fast.data import TrainTest
-from gdprompt_fast.data_folder import is_data_folder, write_data
-from gdprompt_fast.files import (
+from gdprompt_fast.artifacts import files
+from gdprompt_fast.artifacts.files import (
     exchange,
     is_empty,
     read_json,
@@ -27,6 +24,9 @@ from gdprompt_fast.files import (
     write_folder,
     write_json,
 )
+from gdprompt_fast.data import TrainTest
+from gdprompt_fast.data.folder import is_data_folder, write_data
+from gdprompt_fast.training.checkpoint import check_checkpoint, save_checkpoint
 
 OLD = {"a.txt": "old a", "of old/b.txt": "old b"}
 NEW = {"a.txt": "new a", "of new/c.txt": "new c", "d.txt": ""}

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-import gdprompt_fast.train
-from gdprompt_fast import backend
-from gdprompt_fast.cli import main
+import gdprompt_fast.training.loop
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.meta.step import fast_meta_step
+from gdprompt_fast.ops import backend
 
 DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "300"))
 RUN_DRAWS = DRAWS // 20  # each takes a good part of a second
@@ -186,7 +186,7 @@ def _leave(command: list[str], place: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "load_cpp", lambda: False)  # as in the tests themselves
         assert main([*command, "--output", str(place / "whole")]) == 0
-        patch.setattr(gdprompt_fast.train, "fast_meta_step", step)
+        patch.setattr(gdprompt_fast.training.loop, "fast_meta_step", step)
         with pytest.raises(Interrupted):
             main([*command, "--output", str(place / "half")])
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from gdprompt_fast.checkpoint import save_model
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import add_lora, load_model
+from gdprompt_fast.training.checkpoint import save_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is an optional dependency")
 

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from gdprompt_fast import backend
+from gdprompt_fast.ops import backend
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 

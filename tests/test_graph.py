@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.graph import TWICE_DIFFERENTIABLE, check_twice_differentiable, nodes_of
+from gdprompt_fast.models.graph import TWICE_DIFFERENTIABLE, check_twice_differentiable, nodes_of
 
 X = torch.linspace(0.2, 0.9, 12, dtype=torch.float64).view(3, 4)
 FIRST = torch.tensor([0, 2])

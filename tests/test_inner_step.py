@@ -14,8 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from gdprompt_fast import MetaBatch, inner_step
+from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.eager import lora as eager_lora
-from gdprompt_fast.options import select_inner
 from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.reference.step import next_token_nll
 from gdprompt_fast.update.masks import attention_by

@@ -12,8 +12,8 @@ from torch.autograd import grad
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from gdprompt_fast import backend
 from gdprompt_fast.kernels import attention as kernels
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import attention, visible_keys
 from gdprompt_fast.ops.eager import attention as eager
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdprompt_fast import backend
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.eager import gelu as eager_gelu
 from gdprompt_fast.ops.eager import norm as eager_norm
 from gdprompt_fast.ops.eager import rotary as eager_rotary

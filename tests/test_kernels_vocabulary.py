@@ -13,8 +13,9 @@ from test_memory import random_batch, self_teacher, small_llama
 from test_ops import leaf, vocabulary_twice
 from torch import Tensor
 
-from gdprompt_fast import TeacherTargets, backend, fast_meta_step, reference_meta_step
-from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast import TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.models.memory import PeakMemory, model_tensors
+from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.eager import vocabulary as eager
 from gdprompt_fast.ops.vocabulary import block
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error

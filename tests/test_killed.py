@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.teacher import cache

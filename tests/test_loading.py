@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from model_folders import COMMIT, POINTER, Edit, edit_json, edit_weights, renamed, to_cache
 from safetensors.torch import load_file
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.data.words import word_tokenizer
 from gdprompt_fast.errors import UserError

@@ -14,7 +14,7 @@ from model_folders import POINTER, Edit, cut, edit_json, edit_weights, renamed, 
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import load_model
 

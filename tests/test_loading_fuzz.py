@@ -18,9 +18,9 @@ from huggingface_hub import constants
 from model_folders import POINTER
 from safetensors.torch import load_file
 
-from gdprompt_fast.checkpoint import save_model
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.loading import add_lora, load_model, print_notes
+from gdprompt_fast.training.checkpoint import save_model
 
 CPU = torch.device("cpu")
 DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "150"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
-from gdprompt_fast.memory import PeakMemory, model_tensors, peak_bytes_over_model
+from gdprompt_fast.models.memory import PeakMemory, model_tensors, peak_bytes_over_model
 from gdprompt_fast.ops.eager import attention
 from gdprompt_fast.ops.vocabulary import block
 

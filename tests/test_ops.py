@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.memory import PeakMemory
+from gdprompt_fast.models.memory import PeakMemory
 from gdprompt_fast.ops.attention import attention
 from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding

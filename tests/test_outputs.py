@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.artifacts.files import ASIDE
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.experiments import command as experiment_command
 from gdprompt_fast.experiments.stages import run_stage
-from gdprompt_fast.files import ASIDE
 
 Refused = Callable[..., str]
 EVALUATE = ["--answer-tokens", "0", "--device", "cpu"]

@@ -10,8 +10,8 @@ import torch
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.memory import peak_bytes_over_model
 from gdprompt_fast.meta.parts import parts_of
+from gdprompt_fast.models.memory import peak_bytes_over_model
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
 Build = Callable[..., Any]

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.loading import add_lora
-from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.blocks import abridged_loops, block_ranges
 from gdprompt_fast.plan import (
     Setting,

@@ -14,7 +14,7 @@ from conftest import MODELS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
-from gdprompt_fast.memory import PeakMemory, model_tensors
+from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.presets import load_preset, preset_arguments
-from gdprompt_fast.train import TrainOptions
+from gdprompt_fast.training.loop import TrainOptions
 
 
 def test_the_papers_preset_is_one_epoch_of_kl_at_the_papers_rate() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import read_records, read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.evaluation import read_predictions

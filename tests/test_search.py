@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import gdprompt_fast.train
-from gdprompt_fast.cli import main
+import gdprompt_fast.training.loop
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.meta.step import fast_meta_step
 
 STEPS = ["--steps-per-rate", "3", "--warmup-steps", "1", "--batch-size", "2", "--inner-lr", "0.1"]
@@ -76,7 +76,7 @@ def test_a_continued_search_trains_no_finished_rate_again(
     whole, killed = (["--output", str(tmp_path / name)] for name in ("whole", "killed"))
     grid = ["--grid", "1e-3", "1e-2"]
     assert main([*command, *grid, *whole]) == 0
-    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", counted)
+    monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", counted)
     assert main([*command, *grid, *killed]) == 130
     assert main([*command, *grid, *killed, "--resume"]) == 0
     assert len(steps) == 5 + 3  # the second rate had no checkpoint yet

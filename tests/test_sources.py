@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from tokenizers.pre_tokenizers import Whitespace
 
-from gdprompt_fast.cli import main
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import (
     SOURCES,
     TrainTest,

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from truth import derivative, dot, objective, random_direction, unit
 
 from gdprompt_fast import MetaBatch, fast_meta_step
-from gdprompt_fast.backend import load_cpp
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.ops.backend import load_cpp
 from gdprompt_fast.reference.compare import without_upcasts
 
 STEPS = (2e-5, 4e-6, 8e-7)  # the steeper the objective, the smaller

@@ -13,9 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import gdprompt_fast.train
+import gdprompt_fast.training.loop
 from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
-from gdprompt_fast.checkpoint import MetricsLog, read_metrics
 from gdprompt_fast.data import (
     Example,
     Limits,
@@ -29,10 +28,11 @@ from gdprompt_fast.data import (
 )
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
-from gdprompt_fast.prepare import fine_tuning_backward, row_loss
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
-from gdprompt_fast.train import TrainOptions, train
+from gdprompt_fast.training.checkpoint import MetricsLog, read_metrics
+from gdprompt_fast.training.loop import TrainOptions, train
+from gdprompt_fast.training.prepare import fine_tuning_backward, row_loss
 
 TOKENIZER = people_tokenizer()
 GOLD = TrainOptions(
@@ -128,8 +128,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     untrained = initial_model(lora).state_dict()
     assert any(not torch.equal(uninterrupted[name], value) for name, value in untrained.items())
     with monkeypatch.context() as patch:
-        step = killed_after(5, gdprompt_fast.train.fast_meta_step)
-        patch.setattr(gdprompt_fast.train, "fast_meta_step", step)
+        step = killed_after(5, gdprompt_fast.training.loop.fast_meta_step)
+        patch.setattr(gdprompt_fast.training.loop, "fast_meta_step", step)
         with pytest.raises(Killed):
             run(options, examples, tmp_path / "b", lora, ordinary)
     assert len(read_metrics(tmp_path / "b" / "metrics.jsonl")) == 5
@@ -307,7 +307,7 @@ def test_a_step_with_groups_has_the_gradient_of_the_reference(
         batches.append(batch)
         return out
 
-    monkeypatch.setattr(gdprompt_fast.train, "fast_meta_step", both)
+    monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", both)
     options = dataclasses.replace(KL if objective == "kl" else GOLD, contexts_per_group=2)
     asked = about_one_context(examples)
     first_step(options, asked, tmp_path, batch_size=2, queries_per_context=2)

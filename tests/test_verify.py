@@ -100,7 +100,7 @@ def test_what_the_engine_does_not_see_is_an_error_before_anything_has_changed(
     tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = tiny_model(), make_batch()
-    monkeypatch.setattr("gdprompt_fast.architecture.check_never_run", lambda *_: None)
+    monkeypatch.setattr("gdprompt_fast.models.architecture.check_never_run", lambda *_: None)
 
     def louder(module: Any, inputs: Any, output: Any) -> Any:
         output.logits = 1.01 * output.logits

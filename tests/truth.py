@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdprompt_fast import MetaBatch
-from gdprompt_fast.options import select_inner
+from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.reference.compare import without_upcasts
 
 Gradients = dict[str, Tensor]

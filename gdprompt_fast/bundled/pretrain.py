@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..checkpoint import save_model
+from ..artifacts.files import write_folder
+from ..artifacts.outputs import Outputs
+from ..artifacts.progress import progress_bar
 from ..data import (
     Limits,
     Rows,
@@ -37,10 +39,8 @@ from ..data import (
 )
 from ..data.words import word_tokenizer
 from ..evaluation import InnerStep, evaluate
-from ..files import write_folder
-from ..outputs import Outputs
-from ..prepare import row_loss
-from ..progress import progress_bar
+from ..training.checkpoint import save_model
+from ..training.prepare import row_loss
 
 POSITIONS, TEST_PASSAGES = 128, 400
 ROPE_THETA, LOOK_BACK, LOOK_BACK_FREQUENCIES = 10_000.0, 6.0, 3

@@ -3,12 +3,7 @@
 from .characters import characters_vocabulary, make_characters
 from .chat import ChatTokeniser
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
-from .people import (
-    make_people_articles,
-    make_people_data,
-    people_dialogue,
-    people_vocabulary,
-)
+from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
 from .sampler import ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import (

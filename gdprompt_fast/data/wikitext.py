@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from ..artifacts.progress import progress_bar
 from ..errors import UserError
-from ..progress import progress_bar
 from .corpus import Corpus, Record, load_hub
 from .texts import UTF_8, read_text
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..data import Example, pad
 from ..errors import UserError
+from ..meta.config import check_inner
 from ..meta.inner import inner_step
-from ..options import check_inner, select_inner
+from ..models.inner_params import select_inner
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..artifacts.files import write_file, write_json
 from ..data import Example
 from ..errors import UserError
-from ..files import write_file, write_json
 from .scores import Scores, finite
 
 

@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..artifacts.progress import progress_bar
 from ..data import Example, batched, end_token, response_rows
 from ..errors import UserError
 from ..loading import positions
-from ..progress import progress_bar
 from ..teacher import greedy_answers
-from .adapted import (
-    InnerStep,
-    adapted_one_after_another,
-    adapted_to_contexts,
-    check_inner_step,
-)
+from .adapted import InnerStep, adapted_one_after_another, adapted_to_contexts, check_inner_step
 from .answers import decode
 from .scores import Scores, score_rows
 

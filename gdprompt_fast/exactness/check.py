@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..architecture import compute_dtype
 from ..batch import MetaBatch
-from ..options import InnerParams, LMBatch, MetaStepOutput, check_step
-from ..targets import TeacherTargets
+from ..meta.config import LMBatch, MetaStepOutput, check_step
+from ..meta.targets import TeacherTargets
+from ..models.architecture import compute_dtype
+from ..models.inner_params import InnerParams
 from .engine import meta_gradient
 from .forward import as_called_finding, logit_findings, loss_findings
 from .gradient import (

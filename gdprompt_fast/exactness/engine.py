@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..architecture import compute_dtype
-from ..backend import use_backend
+from ..meta.config import MetaStepOutput
 from ..meta.inner import take_inner_steps
 from ..meta.step import fast_meta_step
+from ..models.architecture import compute_dtype
+from ..models.inner_params import select_inner
+from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
-from ..options import MetaStepOutput, select_inner
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .objective import LOGITS, StepArguments

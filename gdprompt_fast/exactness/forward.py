@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from ..options import MetaStepOutput
+from ..meta.config import MetaStepOutput
 from .engine import RowLogits, logits_at_adapted, logits_at_theta
 from .objective import Objective, StepArguments
 from .report import Finding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..options import InnerParams, select_inner
+from ..models.inner_params import InnerParams, select_inner
 
 # Vectors alive at once beside the copy of the model: θ', the inner gradient, ∂outer/∂θ' and sums on
 # the way, of what is moved; the meta-gradients, their difference, the model's own terms and a

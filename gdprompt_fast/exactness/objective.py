@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
-from ..options import InnerParams, LMBatch, select_inner
-from ..targets import TeacherTargets
+from ..meta.config import LMBatch
+from ..meta.targets import TeacherTargets
+from ..models.inner_params import InnerParams, select_inner
 from .weights import Vector, moved
 
 LOGITS = 1 << 25  # most elements of logits at once: 256 MB in fp64

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..architecture import causal_lm
+from ..models.architecture import causal_lm
 from .objective import StepArguments
 
 

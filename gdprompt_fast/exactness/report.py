@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..markdown import markdown_table
+from ..artifacts.markdown import markdown_table
 
 EXACT, NOT_EXACT, CANNOT_TELL = "exact", "not exact", "cannot tell"
 

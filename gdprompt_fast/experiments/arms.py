@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import CHECKPOINTS, MODEL_FOLDER, load_weights, read_metrics
 from ..evaluation import InnerStep
 from ..loading import add_lora, load_model
-from ..train import METRICS_FILE, TrainOptions, train
+from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER, load_weights, read_metrics
+from ..training.loop import METRICS_FILE, TrainOptions, train
 from .lab import Lab
 from .stages import Result, Stage
 from .tasks import data, examples, fine_tuned, prepared, taught, teacher_cache

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import is_empty, write_folder
+from ..artifacts.files import is_empty, write_folder
+from ..artifacts.outputs import Outputs
 from ..loading import choose_device
-from ..outputs import Outputs
 from ..presets import load_preset
 from . import EXPERIMENTS, Preset, make_labs
 from .lab import STAGES

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from ..data import SOURCES, Limits
 from ..errors import UserError
 from ..loading import DTYPES
-from ..prepare import PrepareOptions
-from ..train import TrainOptions
+from ..training.loop import TrainOptions
+from ..training.prepare import PrepareOptions
 
 METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
 GENERATED = {"exact_match", "f1"}

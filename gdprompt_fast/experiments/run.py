@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..artifacts.files import read_json, write_file, write_json, write_whole
 from ..errors import UserError
-from ..files import read_json, write_file, write_json, write_whole
 from ..report import draw_tables, experiment_markdown
 from . import EXPERIMENTS
 from .lab import Lab

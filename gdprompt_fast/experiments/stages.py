@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from .. import __version__
+from ..artifacts.files import read_json, write_json
 from ..errors import UserError
-from ..files import read_json, write_json
 
 STAGE_FILE = "stage.json"
 

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import MODEL_FOLDER, save_model
+from ..artifacts.files import hash_of_file, write_folder
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
-from ..files import hash_of_file, write_folder
 from ..loading import check_vocabulary, load_model, load_tokenizer
-from ..prepare import fine_tune
 from ..teacher import TeacherCache
-from ..train import TrainOptions
+from ..training.checkpoint import MODEL_FOLDER, save_model
+from ..training.loop import TrainOptions
+from ..training.prepare import fine_tune
 from .lab import Lab
 from .stages import Result, Stage
 

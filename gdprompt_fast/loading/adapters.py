@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architecture import check_model
 from ..errors import UserError
+from ..models.architecture import check_model
 from .files import ADAPTER_WEIGHTS, check_files, read_settings, weight_files
 from .find import ADAPTER_CONFIG_FILE, FoundModel, find_model, holds_model
 from .weights import LoadedWeights, Shape

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..architecture import causal_lm, check_model
 from ..errors import UserError
+from ..models.architecture import causal_lm, check_model
 from .adapters import load_adapters
 from .causes import one_line_errors
 from .files import (

@@ -8,22 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..batch import check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
+from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
+from ..models.inner_params import InnerParams, select_inner
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
-from ..options import (
-    InnerParams,
-    check_inner,
-    check_inner_loss,
-    check_verify,
-    context_weights,
-    nothing_changed_in_place,
-    select_inner,
-)
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
+from .config import check_inner, check_verify
+from .failures import check_inner_loss, nothing_changed_in_place
+from .loss_weights import context_weights
 from .verify import verify_model
 
 

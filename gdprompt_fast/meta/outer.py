@@ -11,10 +11,11 @@ from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
-from ..options import LMBatch, context_weights
-from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
+from .config import LMBatch
+from .loss_weights import context_weights
+from .targets import TeacherTargets
 
 
 def outer_target(

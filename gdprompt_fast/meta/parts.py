@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..batch import MetaBatch
-from ..options import LMBatch
-from ..targets import TeacherTargets
+from .config import LMBatch
+from .targets import TeacherTargets
 
 
 class Counts(NamedTuple):

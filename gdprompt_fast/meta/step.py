@@ -8,25 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..architecture import compute_dtype, predicting_states
-from ..backend import use_backend
 from ..batch import MetaBatch
+from ..models.architecture import compute_dtype, predicting_states
+from ..models.inner_params import InnerParams, select_inner
+from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
-from ..options import (
-    InnerParams,
-    LMBatch,
-    MetaStepOutput,
-    check_step,
-    clean_after_error,
-    select_inner,
-)
-from ..targets import TeacherTargets
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
+from .config import LMBatch, MetaStepOutput, check_step
+from .failures import clean_after_error
 from .inner import take_inner_steps
 from .outer import lm_backward, outer_target, response_weights
 from .parts import Counts, Part, counts_of, lm_parts_of, parts_of
+from .targets import TeacherTargets
 from .verify import verify_model
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..architecture import causal_lm, compute_dtype
-from ..backend import use_backend
 from ..errors import UserError
-from ..graph import check_twice_differentiable
+from ..models.architecture import causal_lm, compute_dtype
+from ..models.graph import check_twice_differentiable
+from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..ops.rows import GroupedRows
 from ..ops.vocabulary.block import tile_elements

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
+from .backend import implementation
 from .guard import differentiable_no_further
 
 

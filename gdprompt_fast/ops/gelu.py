@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
 from ..errors import UserError
+from .backend import implementation
 from .guard import differentiable_no_further
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
+from .backend import implementation
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
 from .phase import Phase, handle_like

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
+from .backend import implementation
 from .guard import used_twice
 from .phase import Phase
 from .rows import GroupedRows

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
 from ..errors import UserError
+from .backend import implementation
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

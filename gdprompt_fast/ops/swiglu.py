@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backend import implementation
+from .backend import implementation
 from .guard import differentiable_no_further
 
 

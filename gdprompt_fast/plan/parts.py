@@ -8,7 +8,7 @@ from types import FrameType
 
 from torch import Tensor
 
-from ..memory import PeakMemory
+from ..models.memory import PeakMemory
 from .timeline import Timeline
 
 LOSS_TILES = "loss tiles"

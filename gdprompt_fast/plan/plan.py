@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..artifacts.markdown import markdown_table
+from ..artifacts.progress import progress_bar
 from ..errors import UserError
-from ..markdown import markdown_table
-from ..progress import progress_bar
 from .prediction import (
     PARTS,
     Materialised,

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..architecture import causal_lm
 from ..batch import MetaBatch
 from ..errors import UserError
 from ..loading import add_lora, positions
 from ..meta.step import fast_meta_step
+from ..meta.targets import TeacherTargets
+from ..models.architecture import causal_lm
 from ..ops.blocks import abridged_loops
 from ..reference.frugal import Task, all_alive, sequential
-from ..targets import TeacherTargets
 from ..update.embedding import EmbeddingSite
 from ..update.linear import LinearSite
 from ..update.site import MaterialisedSite

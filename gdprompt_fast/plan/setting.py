@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.fields import option
 from ..errors import UserError
-from ..options import option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

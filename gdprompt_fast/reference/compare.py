@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import MetaBatch
 from ..errors import UserError
-from ..options import MetaStepOutput
+from ..meta.config import MetaStepOutput
 
 Gradients = dict[str, Tensor]
 Step = Callable[..., MetaStepOutput]

@@ -21,8 +21,8 @@ from torch.func import functional_call
 
 from ..batch import MetaBatch
 from ..errors import UserError
-from ..options import InnerParams, select_inner
-from ..targets import TeacherTargets
+from ..meta.targets import TeacherTargets
+from ..models.inner_params import InnerParams, select_inner
 from ..update.masks import attention_by
 from .step import Parameters
 

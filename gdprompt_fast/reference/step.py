@@ -7,20 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..architecture import compute_dtype
 from ..batch import MetaBatch
 from ..errors import UserError
-from ..graph import check_twice_differentiable
-from ..options import (
-    InnerParams,
-    LMBatch,
-    MetaStepOutput,
-    check_inner_loss,
-    check_step,
-    clean_after_error,
-    select_inner,
-)
-from ..targets import TeacherTargets
+from ..meta.config import LMBatch, MetaStepOutput, check_step
+from ..meta.failures import check_inner_loss, clean_after_error
+from ..meta.targets import TeacherTargets
+from ..models.architecture import compute_dtype
+from ..models.graph import check_twice_differentiable
+from ..models.inner_params import InnerParams, select_inner
 from ..update.masks import attention_by
 
 Parameters = dict[str, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..markdown import markdown_table
+from ..artifacts.markdown import markdown_table
 
 Content = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..artifacts.files import read_json
 from ..errors import UserError
-from ..files import read_json
 from .experiment import circumstances, how_to_read, sentence, table_rows
 
 PAGE_FILE = "report.html"

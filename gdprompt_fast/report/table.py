@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..artifacts.markdown import markdown_table
 from ..evaluation import SETTINGS, Summary
-from ..markdown import markdown_table
 
 Summaries = Mapping[str, Summary]
 

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..architecture import backbone_and_head, causal_lm
+from ..artifacts.files import hash_of_file, is_empty, read_json, write_json, write_whole
+from ..artifacts.progress import progress_bar
 from ..data import Example, batched, end_token, with_responses
 from ..errors import UserError
-from ..files import hash_of_file, is_empty, read_json, write_json, write_whole
-from ..progress import progress_bar
-from ..targets import TeacherTargets
+from ..meta.targets import TeacherTargets
+from ..models.architecture import backbone_and_head, causal_lm
 from .targets import teach
 
 KEY_FILE, HASHES_FILE = "key.json", "sha256.json"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..data import Example, prompt_rows, with_responses
-from ..targets import TeacherTargets
+from ..meta.targets import TeacherTargets
 from .answers import greedy_answers
 
 

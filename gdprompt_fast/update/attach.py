@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..architecture import backbone_and_head, causal_lm, check_adapters
 from ..errors import UserError
-from ..intact import has_own_forward
+from ..models.architecture import backbone_and_head, causal_lm, check_adapters
+from ..models.intact import has_own_forward
 from ..ops.rows import GroupedRows
 
 # Importing a rule's module registers it.

@@ -22,9 +22,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..architecture import causal_lm
 from ..errors import UserError
-from ..intact import has_own_forward, is_shipped
+from ..models.architecture import causal_lm
+from ..models.intact import has_own_forward, is_shipped
 from ..ops.attention import attention
 
 ATTENTION = "gdprompt_fast"

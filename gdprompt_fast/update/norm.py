@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..families import FAMILIES
+from ..models.families import FAMILIES
 from ..ops.norm import norm
 from .site import MaterialisedSite, Site, StepState, rule_for
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..families import FAMILIES, Family, type_name
-from ..intact import is_intact, is_shipped
+from ..models.families import FAMILIES, Family, type_name
+from ..models.intact import is_intact, is_shipped
 from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary

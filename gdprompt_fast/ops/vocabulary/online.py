@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...backend import implementation
+from ..backend import implementation
 from .block import wide
 
 

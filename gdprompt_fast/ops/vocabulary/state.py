@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...backend import implementation
+from ..backend import implementation
 from ..gradient import WeightGradient
 from ..phase import Phase
 from ..rows import GroupedRows

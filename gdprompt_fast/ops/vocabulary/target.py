@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...backend import implementation
+from ..backend import implementation
 from .block import Block, Slice
 from .online import OnlineSums
 

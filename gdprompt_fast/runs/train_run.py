@@ -11,16 +11,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import read_metrics
-from .data import Example
-from .errors import UserError
-from .evaluation import SETTINGS, InnerStep, Scores, Summary, evaluate, tune_inner_lr
-from .files import is_empty, read_json, write_file, write_folder, write_json
-from .options import check_inner
-from .outputs import Outputs
-from .report import draw_figure, not_improved, results_table
-from .teacher import TeacherCache
-from .train import METRICS_FILE, TrainOptions, check_training, train
+from ..artifacts.files import is_empty, read_json, write_file, write_folder, write_json
+from ..artifacts.outputs import Outputs
+from ..data import Example
+from ..errors import UserError
+from ..evaluation import SETTINGS, InnerStep, Scores, Summary, evaluate, tune_inner_lr
+from ..meta.config import check_inner
+from ..report import draw_figure, not_improved, results_table
+from ..teacher import TeacherCache
+from ..training.checkpoint import read_metrics
+from ..training.loop import METRICS_FILE, TrainOptions, check_training, train
 
 SETTINGS_FILE = "run.json"
 RESULTS_FILE, RATE_FILE = "results.json", "result.json"  # of runs, of a rate of the search

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 # The ops that have one.
@@ -47,7 +47,7 @@ def load_cpp() -> bool:
     Raises:
         OSError: if they do not load, or are older than their sources in a checkout.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     built = list(package.glob("_cpp*.so"))
     for library in built:
         for source in (package.parent / "csrc").glob("*"):

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .data import ChatTokeniser, Example, Limits, TripleTokeniser, read_records, tokenise_triples
-from .files import write_json
-from .loading import check_vocabulary
-from .outputs import written_by
+from ..artifacts.files import write_json
+from ..artifacts.outputs import written_by
+from ..data import ChatTokeniser, Example, Limits, TripleTokeniser, read_records, tokenise_triples
+from ..loading import check_vocabulary
 
 
 @dataclass

@@ -13,13 +13,12 @@ from typing import Any, get_type_hints
 
 from transformers.utils.logging import disable_progress_bar
 
-from .check import CHECKED, check_before_training, prepare_exactness
-from .checkpoint import save_model
-from .data import SOURCES, make_data
-from .data_folder import SAMPLES, counts_table, is_data_folder, samples, write_data
-from .demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
-from .errors import UserError
-from .evaluation import (
+from ..artifacts.files import hash_of_file, recover, write_file, write_folder, write_json
+from ..artifacts.outputs import Outputs, check_differ, is_marked, written_by
+from ..data import SOURCES, make_data
+from ..data.folder import SAMPLES, counts_table, is_data_folder, samples, write_data
+from ..errors import UserError
+from ..evaluation import (
     InnerStep,
     check_inner_step,
     check_squad_ids,
@@ -29,11 +28,9 @@ from .evaluation import (
     write_predictions,
     write_squad_predictions,
 )
-from .experiments import EXPERIMENTS
-from .experiments.command import OWN_PRESETS, prepare_experiment
-from .files import hash_of_file, recover, write_file, write_folder, write_json
-from .job import hub_and_weights, limits, load_job
-from .loading import (
+from ..experiments import EXPERIMENTS
+from ..experiments.command import OWN_PRESETS, prepare_experiment
+from ..loading import (
     DTYPES,
     base_on_disk,
     choose_device,
@@ -43,15 +40,18 @@ from .loading import (
     print_notes,
     room_before_answer,
 )
-from .outputs import Outputs, check_differ, is_marked, written_by
-from .plan import Setting, make_plan, parse_memory, plan_json, plan_table
-from .prepare import PrepareOptions, fine_tune
-from .presets import preset_arguments
-from .reading import Reader, write_dropped
-from .report import PAGE_FILE, is_page, results_page, results_table
-from .run import TestSet, as_results, check_output, claim_output, run, summaries
-from .search import GRID, search_outer_lr, short_trainings
-from .train import TrainOptions
+from ..plan import Setting, make_plan, parse_memory, plan_json, plan_table
+from ..presets import preset_arguments
+from ..report import PAGE_FILE, is_page, results_page, results_table
+from ..runs.check import CHECKED, check_before_training, prepare_exactness
+from ..runs.demo import OPTIONS, TEST_EXAMPLES, make_demo, run_demo
+from ..runs.job import hub_and_weights, limits, load_job
+from ..runs.reading import Reader, write_dropped
+from ..runs.search import GRID, search_outer_lr, short_trainings
+from ..runs.train_run import TestSet, as_results, check_output, claim_output, run, summaries
+from ..training.checkpoint import save_model
+from ..training.loop import TrainOptions
+from ..training.prepare import PrepareOptions, fine_tune
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"  # of every command: shows the traceback of an error

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .data import Example, Limits
-from .errors import UserError
-from .loading import (
+from ..data import Example, Limits
+from ..errors import UserError
+from ..loading import (
     add_lora,
     check_same_tokens,
     check_same_vocabulary,
@@ -25,11 +25,11 @@ from .loading import (
     print_notes,
     room_before_answer,
 )
-from .options import select_inner
+from ..models.inner_params import select_inner
+from ..teacher import TeacherCache, cache_key, check_cache
+from ..training.loop import TrainOptions
 from .reading import Reader
-from .run import TestSet
-from .teacher import TeacherCache, cache_key, check_cache
-from .train import TrainOptions
+from .train_run import TestSet
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
-from .data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
-from .errors import UserError
-from .options import check_integers, option, warmup_then_cosine
-from .progress import progress_bar
+from ..artifacts.progress import progress_bar
+from ..config.fields import check_integers, option
+from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
+from ..errors import UserError
+from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
+from .schedule import warmup_then_cosine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .errors import UserError
+from ..errors import UserError
 from .families import FAMILIES, family_of, type_name
 from .intact import autocast_of_forward, check_modules, check_never_run, check_parameters, is_intact
 

@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
-from .bundled import bundled_folder
-from .checkpoint import read_metrics
-from .data import Example, Limits, make_people_data, tokenise_triples
-from .errors import UserError
-from .evaluation import Summary
-from .files import write_file, write_json
-from .loading import load_model, positions
-from .report import draw_figure, results_table
-from .run import (
+from ..artifacts.files import write_file, write_json
+from ..bundled import bundled_folder
+from ..data import Example, Limits, make_people_data, tokenise_triples
+from ..errors import UserError
+from ..evaluation import Summary
+from ..loading import load_model, positions
+from ..report import draw_figure, results_table
+from ..teacher import TeacherCache
+from ..training.checkpoint import read_metrics
+from ..training.loop import METRICS_FILE, TrainOptions, train
+from .train_run import (
     FIGURE_FILE,
     RESULTS_FILE,
     TABLE_FILE,
@@ -34,8 +36,6 @@ from .run import (
     read_results,
     summaries,
 )
-from .teacher import TeacherCache
-from .train import METRICS_FILE, TrainOptions, train
 
 TEST_EXAMPLES = 400
 TRAIN_EXAMPLES = 8000

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from torch import nn
 
-from .data import Example, prompt_rows, units_by_context
-from .errors import UserError
-from .exactness.check import check_exactness
-from .exactness.report import CANNOT_TELL, NOT_EXACT, ExactnessReport
-from .files import write_json
+from ..artifacts.files import write_json
+from ..artifacts.outputs import written_by
+from ..data import Example, prompt_rows, units_by_context
+from ..errors import UserError
+from ..exactness.check import check_exactness
+from ..exactness.report import CANNOT_TELL, NOT_EXACT, ExactnessReport
+from ..loading import add_lora, choose_device, load_model, positions, print_notes
+from ..meta.targets import TeacherTargets
+from ..models.inner_params import select_inner
+from ..teacher import TeacherCache
+from ..training.loop import METRICS_FILE, TrainOptions, computing, step_arguments
 from .job import Job, hub_and_weights, limits
-from .loading import add_lora, choose_device, load_model, positions, print_notes
-from .options import select_inner
-from .outputs import written_by
 from .reading import Reader, write_dropped
-from .targets import TeacherTargets
-from .teacher import TeacherCache
-from .train import METRICS_FILE, TrainOptions, computing, step_arguments
 
 # The options of training on which the meta-gradient depends.
 CHECKED = (

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UserError
+from ..errors import UserError
 
 _TORCH = Path(torch.__file__).parent
 _HOOKS = {
@@ -59,7 +59,7 @@ def _is_shipped(function: Any, owner: Any) -> bool:
     files = getattr(package, "__file__", None)
     if files is None:  # a class of a script: whatever it runs is its own
         return True
-    ours = Path(__file__).parent  # the reference's norms without upcasts
+    ours = Path(__file__).parents[1]  # the reference's norms without upcasts
     folders = tuple(str(folder) for folder in (Path(files).parent, _TORCH, ours))
     return all(_file_of(each).startswith(folders) for each in _wrapped(function))
 

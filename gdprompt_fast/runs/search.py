@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CHECKPOINTS, MODEL_FOLDER
-from .errors import UserError
-from .files import write_file, write_json
+from ..artifacts.files import write_file, write_json
+from ..artifacts.markdown import markdown_table
+from ..errors import UserError
+from ..report.table import metric_cell
+from ..teacher import TeacherCache
+from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
+from ..training.loop import TrainOptions, train
 from .job import Job
-from .markdown import markdown_table
-from .report.table import metric_cell
-from .run import RATE_FILE, measure, read_results, summaries
-from .teacher import TeacherCache
-from .train import TrainOptions, train
+from .train_run import RATE_FILE, measure, read_results, summaries
 
 SEARCH_FILE = "search.json"
 TABLE_FILE = "search.md"

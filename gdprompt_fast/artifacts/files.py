@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import UserError
+from ..errors import UserError
 
 # Beside the file or folder of that name; what carries these names is ours to remove.
 TEMPORARY, ASIDE = ".gdprompt-tmp", ".gdprompt-old"

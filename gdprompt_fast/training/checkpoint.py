@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .data import ShuffledSampler
-from .errors import UserError
-from .files import hash_of_file, read_json, write_folder, write_json, write_whole
-from .loading import load_adapter_weights, load_base, one_line_errors
+from ..artifacts.files import hash_of_file, read_json, write_folder, write_json, write_whole
+from ..data import ShuffledSampler
+from ..errors import UserError
+from ..loading import load_adapter_weights, load_base, one_line_errors
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"

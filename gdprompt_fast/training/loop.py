@@ -14,6 +14,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..artifacts.files import write_folder
+from ..artifacts.progress import progress_bar
+from ..config.fields import check_integers, option
+from ..data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
+from ..errors import UserError
+from ..evaluation import InnerStep
+from ..meta.config import MetaStepOutput, check_inner
+from ..meta.step import fast_meta_step
+from ..meta.targets import TeacherTargets
+from ..teacher import TeacherCache
 from .checkpoint import (
     MODEL_FOLDER,
     MetricsLog,
@@ -23,16 +33,8 @@ from .checkpoint import (
     save_checkpoint,
     save_model,
 )
-from .data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
-from .errors import UserError
-from .evaluation import InnerStep
-from .files import write_folder
-from .meta.step import fast_meta_step
-from .options import MetaStepOutput, check_inner, check_integers, option, warmup_then_cosine
 from .prepare import fine_tuning_backward, row_loss
-from .progress import progress_bar
-from .targets import TeacherTargets
-from .teacher import TeacherCache
+from .schedule import warmup_then_cosine
 
 METRICS_FILE = "metrics.jsonl"
 LOSS = "query_loss"  # the curve that is drawn

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import (
+from ..batch import check_response, check_tokens, describe
+from ..errors import UserError
+from ..models.architecture import (
     backbone_and_head,
     check_deterministic,
     check_ids,
@@ -16,8 +18,6 @@ from .architecture import (
     hidden_states,
     predicting_states,
 )
-from .batch import check_response, check_tokens, describe
-from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .data import SOURCES, TrainTest, write_triples
-from .files import hash_of_file, read_json, write_folder, write_json
-from .outputs import is_marked, written_by
+from ..artifacts.files import hash_of_file, read_json, write_folder, write_json
+from ..artifacts.outputs import is_marked, written_by
+from . import SOURCES, TrainTest, write_triples
 
 DATA = "data"
 TRAIN_FILE, TEST_FILE, ABOUT_FILE = "train.jsonl", "test.jsonl", "data.json"

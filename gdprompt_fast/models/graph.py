@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 # Nodes of PyTorch's own, without their "Backward" and number.
 _ELEMENTWISE = """

@@ -1,0 +1,1 @@
+"""Configurations: their fields and the files they are read from."""

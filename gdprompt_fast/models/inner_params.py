@@ -1,0 +1,50 @@
+"""Which parameters the inner step moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+
+InnerParams = str | Callable[[str, nn.Parameter], bool]
+
+
+def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
+    """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones
+    too), ``"lora"`` the active PEFT adapters, or those for which ``inner_params(name,
+    parameter)`` is true.
+
+    Raises:
+        ValueError: if the choice is unknown or selects nothing.
+    """
+    if callable(inner_params):
+        chosen = inner_params
+    elif inner_params in ("full", "lora"):
+
+        def chosen(name: str, _: nn.Parameter) -> bool:
+            if ".lora_" in name:
+                return inner_params == "lora" and _is_active(name, model)
+            frozen_copy = ".original_module." in name  # of PEFT's modules_to_save; never used
+            return inner_params == "full" and not frozen_copy
+
+    else:
+        raise UserError(
+            'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, '
+            f"got {inner_params!r}"
+        )
+    selected = {name: p for name, p in model.named_parameters() if chosen(name, p)}
+    if not selected:
+        raise UserError(
+            f"inner_params: expected to select some parameters, got none with {inner_params!r}"
+        )
+    return selected
+
+
+def _is_active(name: str, model: nn.Module) -> bool:
+    """Whether a parameter ``layer.lora_A.adapter.weight`` is of an adapter that the layer uses."""
+    path, _, rest = name.rpartition(".lora_")
+    layer: Any = model.get_submodule(path)
+    return rest.split(".")[1] in layer.active_adapters

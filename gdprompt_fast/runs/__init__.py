@@ -1,0 +1,1 @@
+"""Whole runs, from a command's options to its results."""

@@ -1,0 +1,1 @@
+"""Preparation and meta-training: the loop, its schedule and its checkpoints."""
