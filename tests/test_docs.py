@@ -157,14 +157,14 @@ def test_an_arrow_upwards_a_circle_and_a_room_without_a_floor_are_found(
     imports: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = imports.arrows()
-    upwards = found | {("ops", "train"): ["ops/new.py"]}
+    upwards = found | {("ops", "training"): ["ops/new.py"]}
     (said,) = imports.faults(upwards)
-    assert "ops imports train" in said and "ops/new.py" in said
+    assert "ops imports training" in said and "ops/new.py" in said
     (said,) = imports.faults(found | {("errors", "batch"): ["errors.py"]})
     assert "circle" in said
-    monkeypatch.setitem(imports.EXCEPTIONS, ("ops", "train"), "for a reason")
+    monkeypatch.setitem(imports.EXCEPTIONS, ("ops", "training"), "for a reason")
     assert imports.faults(upwards) == []
-    assert imports.faults(found) == ["ops no longer imports train"]
+    assert imports.faults(found) == ["ops no longer imports training"]
     monkeypatch.setitem(imports.FLOORS, "ground", imports.FLOORS["ground"][1:])
     assert "errors is a room without a floor" in imports.faults(found)
 

@@ -20,11 +20,12 @@ from gdprompt_fast.teacher import cache
 EXAMPLES, SHARD_EXAMPLES = 60, 2
 PROGRAM = f"""
 import sys
-from gdprompt_fast import backend, cli
+from gdprompt_fast.cli.main import main
+from gdprompt_fast.ops import backend
 from gdprompt_fast.teacher import cache
 backend.load_cpp = lambda: False  # as in the tests' own process
 cache.SHARD_EXAMPLES = {SHARD_EXAMPLES}
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 STEPS = ["--steps", "24", "--batch-size", "2", "--inner-lr", "0.1", "--checkpoint-every", "3"]
 GROUPS = ["--batch-size", "1", "--contexts-per-group", "2", "--queries-per-context", "2"]
