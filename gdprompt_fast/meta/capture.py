@@ -114,6 +114,7 @@ class Graphs:
         self._seen: set[Any] = set()
         self._refused: dict[Any, str] = {}
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._own: dict[nn.Parameter, int] = {}  # references that are ours
         self._validity: Any = None
         if device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -125,13 +126,14 @@ class Graphs:
     def begin(self, validity: Any) -> None:
         """Before a step: drops what was recorded when the model was another."""
         free = [p for p, buffer in self._buffers.items() if p.grad is not buffer]
-        if validity != self._validity or any(_is_kept(self._buffers, p) for p in free):
+        kept = any(_references(self._buffers, p) > self._own[p] for p in free)
+        if validity != self._validity or kept:
             self.clear()
         self._validity = validity
 
     def clear(self) -> None:
         """Drops the graphs and the buffers; one that is a ``.grad`` stays that, as any tensor."""
-        for each in (self._recorded, self._seen, self._refused, self._buffers):
+        for each in (self._recorded, self._seen, self._refused, self._buffers, self._own):
             each.clear()
 
     def run(
@@ -158,10 +160,11 @@ class Graphs:
         static, outputs = inputs.map(torch.clone), list[Tensor]()
         with _gradients_kept(trained):
             try:
-                buffers = {p: self._buffer(p) for p in trained}
-                for parameter, buffer in buffers.items():
-                    parameter.grad = buffer
-                written = {p: buffer._version for p, buffer in buffers.items()}
+                self._add_buffers(trained)
+                before = {p: _references(self._buffers, p) for p in trained}
+                written = {p: self._buffers[p]._version for p in trained}
+                for parameter in trained:
+                    parameter.grad = self._buffers[parameter]
                 graph = self.new_graph()
                 graph.record(lambda: outputs.extend(unit(static)))
             except torch.OutOfMemoryError:
@@ -171,13 +174,16 @@ class Graphs:
             except RuntimeError as error:
                 self._refused[key] = f"it could not be captured: {error}"
                 return
-        reached = [p for p in trained if buffers[p]._version != written[p]]
+        reached = [p for p in trained if self._buffers[p]._version != written[p]]
         self._recorded[key] = _Recorded(graph, tensors_of(static), outputs, reached)
+        for parameter in trained:
+            self._own[parameter] += _references(self._buffers, parameter) - before[parameter]
 
-    def _buffer(self, parameter: nn.Parameter) -> Tensor:
-        if parameter not in self._buffers:
-            self._buffers[parameter] = torch.zeros_like(parameter)
-        return self._buffers[parameter]
+    def _add_buffers(self, trained: Sequence[nn.Parameter]) -> None:
+        for parameter in trained:
+            if parameter not in self._buffers:
+                self._buffers[parameter] = torch.zeros_like(parameter)
+                self._own[parameter] = _references(self._buffers, parameter)
 
     def _take_over(self, reached: Sequence[nn.Parameter]) -> None:
         """Makes the buffers the gradients of the parameters."""
@@ -204,15 +210,10 @@ def _gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _references(held: dict[Any, Tensor], key: Any) -> tuple[int, int]:
-    """How many hold a tensor of ``held``, and its memory."""
-    count = torch._C._storage_Use_Count
-    return sys.getrefcount(held[key]), count(held[key].untyped_storage()._cdata)
-
-
-def _is_kept(held: dict[Any, Tensor], key: Any) -> bool:
-    """Whether anybody else holds a tensor of ``held``, or a view of it."""
-    return _references(held, key) > _references({key: torch.empty(1)}, key)
+def _references(held: dict[Any, Tensor], key: Any) -> int:
+    """How many hold a tensor of ``held``, or a view of it."""
+    count: int = torch._C._storage_Use_Count(held[key].untyped_storage()._cdata)
+    return sys.getrefcount(held[key]) + count
 
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()

@@ -163,7 +163,7 @@ class MetaStep:
             nll_C, inner_loss = take_inner_steps(
                 adapted, contexts_of(part.batch), steps, failures, keep_graph, first_group
             )
-            options = steps, self.config.outer_reduction, numbers.query_count
+            options = steps, self.config.outer_reduction, numbers.query_count, failures
             query = query_loss(adapted, part.batch, part.teacher, *options)
             lm = nll_C.sum() / numbers.lm_count
             (query + numbers.lm_weight * lm if keep_graph else query).backward()

@@ -106,7 +106,8 @@ def raise_pending(model: nn.Module) -> None:
 
 
 def _not_finite(name: str) -> FloatingPointError:
-    return FloatingPointError(f"{name}: expected finite numbers, got NaN or infinite ones")
+    what = "predictions" if name == "teacher" else "numbers"
+    return FloatingPointError(f"{name}: expected finite {what}, got NaN or infinite ones")
 
 
 @contextmanager

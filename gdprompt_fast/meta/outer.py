@@ -12,6 +12,7 @@ from ..ops.phase import Phase
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
+from .failures import Failures
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
 
@@ -23,6 +24,7 @@ def query_loss(
     level: int,
     outer_reduction: str,
     query_count: Tensor,
+    failures: Failures,
 ) -> Tensor:
     """The share of the batch's queries in the mean of the outer loss at each group's θ'.
 
@@ -32,13 +34,15 @@ def query_loss(
     layout = batch.layout
     hidden_BTD = adapted.hidden_states(batch.query_ids, layout.queries, level)
     hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, layout.position_S - 1)
-    target = _target(batch, teacher, adapted.state)
+    target = _target(batch, teacher, adapted.state, failures)
     losses_S = adapted.vocabulary.response_loss(hidden_SD, target, layout.slots)
     weight_S = layout.weight_S if outer_reduction == "sum" else layout.mean_weight_S
     return (losses_S * (weight_S / query_count).to(losses_S.dtype)).sum()
 
 
-def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) -> Target:
+def _target(
+    batch: MetaBatch, teacher: TeacherTargets | None, state: StepState, failures: Failures
+) -> Target:
     """What the prediction of each slot's token is compared with, [G, J, …]."""
     layout = batch.layout
     if teacher is None:
@@ -49,6 +53,7 @@ def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) 
         None if logits is None else layout.slots.to_groups(logits),
         None if hidden is None else layout.slots.to_groups(state.cast(hidden)),
         teacher.head,
+        watch=lambda lse: failures.watch("teacher", lse),
     )
 
 
