@@ -149,5 +149,6 @@ def inner_step(
             take_inner_steps(
                 adapted, context_ids, loss_mask, GroupedRows(group, groups), inner_steps
             )
+    state.raise_flagged()
     adapted.detach(level=inner_steps)
     return InnerUpdate(adapted)

@@ -211,5 +211,6 @@ class _Step:
         rows = GroupedRows(token_group, batch.groups)
         target = outer_target(batch, part.teacher, rows, adapted.state)
         losses_R = adapted.vocabulary.response_loss(hidden_RD, target, rows)
+        adapted.state.raise_flagged()
         weights = response_weights(batch, self.counts.queries, self.outer_reduction, losses_R.dtype)
         return (losses_R * weights).sum()

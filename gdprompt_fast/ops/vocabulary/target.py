@@ -28,6 +28,10 @@ class Target(Protocol):
         """KL(T ‖ P) of every row after the last tile, [G, N]."""
         ...
 
+    def failure(self) -> tuple[Exception, Tensor] | None:
+        """After :meth:`loss`, an error and a bool on the device that says whether it is one."""
+        ...
+
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
@@ -55,6 +59,9 @@ class GoldTarget:
 
     def loss(self, online: OnlineSums) -> Tensor:
         return online.lse_GR - online.value_GN
+
+    def failure(self) -> None:
+        return None
 
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
@@ -88,17 +95,14 @@ class TeacherTarget:
         return online.exponentials(passes.online_kl, z_GNv, self._logits(block))
 
     def loss(self, online: OnlineSums) -> Tensor:
-        """
-        Raises:
-            FloatingPointError: if the teacher's logits are not numbers.
-        """
         student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
-        if not torch.isfinite(self._lse_GN).all():
-            raise FloatingPointError(
-                "teacher: expected finite predictions, got NaN or infinite ones"
-            )
         _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
         return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
+
+    def failure(self) -> tuple[Exception, Tensor]:
+        assert self._lse_GN is not None
+        error = "teacher: expected finite predictions, got NaN or infinite ones"
+        return FloatingPointError(error), ~torch.isfinite(self._lse_GN).all()
 
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
