@@ -187,8 +187,8 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
         lambda patch: patch.setattr(
             attach,
             "VocabularySite",
-            lambda head, tokens, inner, state, own=attach.VocabularySite: own(
-                head, tokens, False, state
+            lambda head, tokens, inner, *rest, own=attach.VocabularySite: own(
+                head, tokens, False, *rest
             ),
         ),
     ),

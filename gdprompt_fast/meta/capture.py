@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,16 @@ def tensors_of(inputs: Mappable) -> list[Tensor]:
     return found
 
 
+class Done(NamedTuple):
+    """What a piece of work gives: numbers, then flags, and the error that each flag stands for."""
+
+    tensors: list[Tensor]
+    errors: list[Exception]
+
+
+Unit = Callable[[Any], Done]  # a piece of work; adds to ``.grad``
+
+
 @dataclass
 class _Recorded:
     """A graph, the memory that its inputs and outputs live in, and the parameters whose gradients
@@ -89,16 +99,14 @@ class _Recorded:
 
     graph: Graph
     inputs: list[Tensor]
-    outputs: Sequence[Tensor]
+    done: Done
     reached: list[nn.Parameter]
 
-    def __call__(self, inputs: Mappable) -> list[Tensor]:
+    def __call__(self, inputs: Mappable) -> Done:
         torch._foreach_copy_(self.inputs, tensors_of(inputs))
         self.graph.replay()
-        return [output.clone() for output in self.outputs]  # the next replay writes there
-
-
-Unit = Callable[[Any], Sequence[Tensor]]  # adds to ``.grad``
+        copies = [tensor.clone() for tensor in self.done.tensors]  # the next replay writes there
+        return Done(copies, self.done.errors)
 
 
 class Graphs:
@@ -138,15 +146,19 @@ class Graphs:
 
     def run(
         self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]
-    ) -> tuple[Sequence[Tensor], str]:
-        """The outputs of ``unit(inputs)``, and why they are not those of a replay: an empty string
+    ) -> tuple[Done, str]:
+        """The result of ``unit(inputs)``, and why they are not those of a replay: an empty string
         if they are.
         """
         if key not in self._recorded and key not in self._refused:
             if key not in self._seen:
                 self._seen.add(key)
                 return unit(inputs), "the first step of a shape warms kernels up"
-            self._record(key, unit, inputs, trained)
+            try:
+                self._record(key, unit, inputs, trained)
+            except torch.OutOfMemoryError:
+                self.clear()
+                self._refused[key] = "there is no memory for a graph beside what is in use"
         if key in self._refused:
             return unit(inputs), self._refused[key]
         self._recorded.move_to_end(key)
@@ -157,25 +169,23 @@ class Graphs:
     def _record(self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
         while len(self._recorded) >= MOST_GRAPHS:
             self._recorded.popitem(last=False)
-        static, outputs = inputs.map(torch.clone), list[Tensor]()
+        self._add_buffers(trained)
+        before = {p: _references(self._buffers, p) for p in trained}
+        written = {p: self._buffers[p]._version for p in trained}
+        static, done = inputs.map(torch.clone), list[Done]()
+        graph = self.new_graph()
         with _gradients_kept(trained):
+            for parameter in trained:
+                parameter.grad = self._buffers[parameter]
             try:
-                self._add_buffers(trained)
-                before = {p: _references(self._buffers, p) for p in trained}
-                written = {p: self._buffers[p]._version for p in trained}
-                for parameter in trained:
-                    parameter.grad = self._buffers[parameter]
-                graph = self.new_graph()
-                graph.record(lambda: outputs.extend(unit(static)))
+                graph.record(lambda: done.append(unit(static)))
             except torch.OutOfMemoryError:
-                self.clear()
-                self._refused[key] = "there is no memory for a graph beside what is in use"
-                return
+                raise
             except RuntimeError as error:
                 self._refused[key] = f"it could not be captured: {error}"
                 return
         reached = [p for p in trained if self._buffers[p]._version != written[p]]
-        self._recorded[key] = _Recorded(graph, tensors_of(static), outputs, reached)
+        self._recorded[key] = _Recorded(graph, tensors_of(static), done[0], reached)
         for parameter in trained:
             self._own[parameter] += _references(self._buffers, parameter) - before[parameter]
 

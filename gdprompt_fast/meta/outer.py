@@ -12,7 +12,6 @@ from ..ops.phase import Phase
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
-from .failures import Failures
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
 
@@ -24,7 +23,6 @@ def query_loss(
     level: int,
     outer_reduction: str,
     query_count: Tensor,
-    failures: Failures,
 ) -> Tensor:
     """The share of the batch's queries in the mean of the outer loss at each group's θ'.
 
@@ -34,15 +32,13 @@ def query_loss(
     layout = batch.layout
     hidden_BTD = adapted.hidden_states(batch.query_ids, layout.queries, level)
     hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, layout.position_S - 1)
-    target = _target(batch, teacher, adapted.state, failures)
+    target = _target(batch, teacher, adapted.state)
     losses_S = adapted.vocabulary.response_loss(hidden_SD, target, layout.slots)
     weight_S = layout.weight_S if outer_reduction == "sum" else layout.mean_weight_S
     return (losses_S * (weight_S / query_count).to(losses_S.dtype)).sum()
 
 
-def _target(
-    batch: MetaBatch, teacher: TeacherTargets | None, state: StepState, failures: Failures
-) -> Target:
+def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) -> Target:
     """What the prediction of each slot's token is compared with, [G, J, …]."""
     layout = batch.layout
     if teacher is None:
@@ -53,7 +49,6 @@ def _target(
         None if logits is None else layout.slots.to_groups(logits),
         None if hidden is None else layout.slots.to_groups(state.cast(hidden)),
         teacher.head,
-        watch=lambda lse: failures.watch("teacher", lse),
     )
 
 

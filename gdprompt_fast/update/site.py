@@ -27,6 +27,7 @@ class StepState:
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
+        flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
     """
@@ -38,7 +39,12 @@ class StepState:
     rates: Mapping[str, Tensor] | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
+    flags: list[tuple[Exception, Tensor]] = field(init=False, default_factory=list)
     _rates: dict[str | None, Rate] = field(init=False, default_factory=dict)
+
+    def flag(self, error: Exception, failed: Tensor) -> None:
+        """Notes what ``failed``, a bool on the device, would mean: nothing waits for it here."""
+        self.flags.append((error, failed))
 
     def rate(self, layer: str, like: Tensor) -> Rate:
         """η of a layer, on the device of its weight ``like``."""

@@ -28,6 +28,10 @@ class Target(Protocol):
         """KL(T ‖ P) of every row after the last tile, [G, N]."""
         ...
 
+    def failure(self) -> tuple[Exception, Tensor] | None:
+        """After :meth:`loss`, an error and a bool on the device that says whether it is one."""
+        ...
+
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
@@ -56,6 +60,9 @@ class GoldTarget:
     def loss(self, online: OnlineSums) -> Tensor:
         return online.lse_GR - online.value_GN
 
+    def failure(self) -> None:
+        return None
+
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
@@ -73,7 +80,6 @@ class TeacherTarget:
     Args:
         logits_GNV: [G, N, V], or None.
         hidden_GND, head_VD: the teacher's states and head, or None.
-        watch: is given the log-sum-exp of the teacher's logits, which are to be finite.
     """
 
     rows_per_token = 2
@@ -83,9 +89,7 @@ class TeacherTarget:
         logits_GNV: Tensor | None,
         hidden_GND: Tensor | None,
         head_VD: Tensor | None,
-        watch: Callable[[Tensor], None] = lambda _: None,
     ) -> None:
-        self._watch = watch
         self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
         self._lse_GN: Tensor | None = None  # known after the loss
 
@@ -95,9 +99,13 @@ class TeacherTarget:
 
     def loss(self, online: OnlineSums) -> Tensor:
         student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
-        self._watch(self._lse_GN)
         _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
         return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
+
+    def failure(self) -> tuple[Exception, Tensor]:
+        assert self._lse_GN is not None
+        error = "teacher: expected finite predictions, got NaN or infinite ones"
+        return FloatingPointError(error), ~torch.isfinite(self._lse_GN).all()
 
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
