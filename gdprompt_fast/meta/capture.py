@@ -40,11 +40,28 @@ class CudaGraph:
 
     def record(self, work: Callable[[], None]) -> None:
         options = dict(pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with _no_garbage_collection(), torch.cuda.graph(self._graph, **options):
+        random_numbers = _random_numbers(self._stream.device)
+        with _no_garbage_collection(), random_numbers, torch.cuda.graph(self._graph, **options):
             work()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def _random_numbers(device: torch.device) -> Iterator[None]:
+    """After a capture that failed, random numbers can be drawn as before: what is left of their
+    generator believes that it is still captured.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        fresh = torch.Generator(device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
 
 
 @contextmanager
@@ -124,11 +141,13 @@ class Graphs:
         self._buffers: dict[nn.Parameter, Tensor] = {}
         self._own: dict[nn.Parameter, int] = {}  # references that are ours
         self._validity: Any = None
-        if device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def new_graph(self) -> Graph:
+        assert self._stream is not None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         return CudaGraph(self._pool, self._stream)
 
     def begin(self, validity: Any) -> None:
@@ -143,6 +162,7 @@ class Graphs:
         """Drops the graphs and the buffers; one that is a ``.grad`` stays that, as any tensor."""
         for each in (self._recorded, self._seen, self._refused, self._buffers, self._own):
             each.clear()
+        self._pool = None  # it went with the last graph
 
     def run(
         self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]
