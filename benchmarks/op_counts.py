@@ -21,7 +21,6 @@ from unittest.mock import patch
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -90,9 +90,8 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def sums_wide(total: Tensor) -> bool:
-    """Whether a product of half precision can be summed in fp32 inside: no temporary, less rounding.
-
-    cuBLAS can.
+    """Whether a product of half precision can be summed in fp32 inside, as cuBLAS can: no
+    temporary, and less rounding.
     """
     wide = total.is_cuda and total.dtype == torch.float32
     return wide and hasattr(torch.ops.aten.addmm, "dtype_out")

@@ -32,7 +32,6 @@ from .phase import Phase
 from .rate import Rate
 from .rows import GroupedRows
 
-
 Matches = list[Tensor | None]  # of every factor; None where another product was cheaper
 
 
@@ -350,7 +349,8 @@ class _InnerLinearBackward(Function):
         factor, ctx.factor = ctx.factor, None
         direct_GSO = None
         if ctx.needs_dx and cot_dx is not None:
-            u_GMI, matches = rows.tokens_to_groups(cot_dx), []
+            matches: Matches = []
+            u_GMI = rows.tokens_to_groups(cot_dx)
             direct = layer.product(cot_dx, rows, level, bias=False, matches=matches)
             direct_GSO = rows.tokens_to_groups(direct)
             layer.add_use(u_GMI, factor.e_GSO, level, matches, [], double_backward=True)
