@@ -104,7 +104,7 @@ def updated_product(
             x_GMI.contiguous(),
             weight_OI,
             bias_O if bias_O is not None else y,
-            (match_GMS * scale).contiguous(),
+            (match_GMS if scale == 1.0 else match_GMS * scale).contiguous(),
             factor_GSO.contiguous(),
             y,
             groups * rows,

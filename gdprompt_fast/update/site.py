@@ -144,6 +144,9 @@ class MaterialisedSite(Site):
             return None
         index, rows = self.names.index(name), self.state.rows
         tensor = self.tensors[index]
+        if index < self.moving and rows.in_order:  # no gather, whose backward would sort
+            shape = rows.groups, rows.per_group, *tensor.shape[1:]
+            return tensor[:, None].expand(shape).flatten(0, 1)
         if index < self.moving:
             return tensor[rows.group_B]
         return tensor.expand(len(rows), *tensor.shape)
