@@ -1,0 +1,89 @@
+"""Tile sizes of the fused inner update by the class of shape, and where cuBLAS does better."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+class Tiles(NamedTuple):
+    """What one program makes, of what blocks, and how it is run.
+
+    ``split`` programs share one block's sums. ``tma``: the bulk copy engine brings the tiles,
+    where it can. ``interleaved``: both products advance in one loop, with two accumulators.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    context: int
+    warps: int
+    stages: int
+    split: int = 1
+    tma: bool = False
+    interleaved: bool = False
+
+
+# Any GPU, and Triton's interpreter.
+POINTERS = Tiles(64, 128, 64, 64, warps=4, stages=3)
+POINTERS_FP32 = Tiles(64, 64, 32, 32, warps=4, stages=3)
+
+WASTE = 1.5  # products done to products needed, from which on cuBLAS runs
+
+# Half precision on Hopper, by (rows, inputs, outputs): None where cuBLAS does better.
+HOPPER: dict[tuple[str, str, str], Tiles | None] = {
+    ("few", "shallow", "narrow"): Tiles(64, 64, 64, 64, warps=4, stages=4, split=4, tma=True),
+    ("few", "shallow", "square"): Tiles(128, 64, 64, 64, warps=4, stages=4, split=4, tma=True),
+    ("few", "shallow", "wide"): Tiles(128, 128, 64, 64, warps=4, stages=3, tma=True),
+    ("few", "deep", "narrow"): Tiles(64, 64, 64, 64, warps=4, stages=4, split=8, tma=True),
+    ("few", "deep", "square"): Tiles(128, 128, 64, 64, warps=4, stages=3, split=4, tma=True),
+    ("few", "deep", "wide"): Tiles(128, 128, 64, 64, warps=4, stages=3, tma=True),
+    **{
+        ("tiny", inputs, outputs): Tiles(64, 64, 64, 64, warps=4, stages=4, split=4, tma=True)
+        for inputs in ("shallow", "deep")
+        for outputs in ("narrow", "square", "wide")
+    },
+    **{
+        ("many", inputs, outputs): None
+        for inputs in ("shallow", "deep")
+        for outputs in ("narrow", "square", "wide")
+    },
+}
+
+
+def choose_tiles(x_GMI: Tensor, factor_GSO: Tensor) -> Tiles | None:
+    """What the kernel runs with on these shapes; None where cuBLAS is to run."""
+    groups, rows, inputs = x_GMI.shape
+    context, outputs = factor_GSO.shape[1:]
+    if x_GMI.dtype == torch.float32:
+        return POINTERS_FP32
+    if not has_bulk_copies(x_GMI.device):
+        return POINTERS
+    tiles = HOPPER[shape_class(groups * rows, inputs, outputs)]
+    if tiles is None or inputs % 8 or outputs % 8:  # the bulk copy engine reads 16 bytes
+        return None
+    tiles = tiles._replace(context=min(tiles.context, max(16, triton.next_power_of_2(context))))
+    # A block of rows multiplies all of its rows with the contexts of every group it meets.
+    aligned = rows % tiles.rows == 0 or tiles.rows % rows == 0
+    met = min(groups, triton.cdiv(tiles.rows, rows) + (not aligned))
+    done = inputs + met * max(context, tiles.context)
+    return tiles if done <= WASTE * (inputs + context) else None
+
+
+def shape_class(rows: int, inputs: int, outputs: int) -> tuple[str, str, str]:
+    """The key of ``HOPPER``, of all groups' rows together."""
+    many = "tiny" if rows <= 128 else "few" if rows <= 1024 else "many"
+    width = "narrow" if outputs <= 1024 else "square" if outputs <= 4096 else "wide"
+    return many, "shallow" if inputs <= 4096 else "deep", width
+
+
+@functools.cache
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether it is a GPU of Hopper's kind."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
