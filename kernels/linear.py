@@ -120,7 +120,7 @@ def _updated_product_kernel(
     TRANSPOSED: tl.constexpr,
     EXACT: tl.constexpr,
     TMA: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    ORDER: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -144,8 +144,15 @@ def _updated_product_kernel(
     i, end_i = steps_i * part // SPLIT, steps_i * (part + 1) // SPLIT
     u, end_u = steps_u * part // SPLIT, steps_u * (part + 1) // SPLIT
 
+    r, column = row + tl.arange(0, BLOCK_R), o + tl.arange(0, BLOCK_O)
+    in_r, in_o = r < ROWS, column < O
+    if SCALE_PER_GROUP:
+        own = tl.load(scale + r // M, mask=in_r, other=1.0)[:, None]
+    else:
+        own = tl.full((BLOCK_R, 1), scale, dtype=tl.float32)
+
     acc = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
-    if INTERLEAVED:  # the memory is busy with e while the matrix units are with w
+    if ORDER == "interleaved":  # the memory is busy with e while the matrix units are with w
         product = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
         both = tl.minimum(end_i - i, end_u - u)
         for step in range(0, both):
@@ -172,16 +179,37 @@ def _updated_product_kernel(
                 BLOCK_I,
             )
         i, u = i + both, u + both
+    if ORDER == "staggered":  # the same for all programs together: half of them begin with w
+        size = tl.abs(own)
+        invertible = (tl.min(size) > 1e-15) & (tl.max(size) < 1e15)
+        begun = invertible & (2 * tl.program_id(0) >= tl.num_programs(0))
+        end_begun = tl.where(begun, end_i, i)
+        for step in range(i, end_begun):
+            acc = _add_product(
+                acc,
+                x,
+                w,
+                row,
+                o,
+                step * BLOCK_I,
+                ROWS,
+                I,
+                O,
+                stride_w,
+                TRANSPOSED,
+                EXACT,
+                TMA,
+                BLOCK_R,
+                BLOCK_O,
+                BLOCK_I,
+            )
+        acc /= tl.where(begun, own, 1.0)
+        i = end_begun
     for step in range(u, end_u):
         g, s = first_group + step // steps_s, step % steps_s * BLOCK_S
         acc = _add_update(acc, a, e, row, o, g, s, M, O, S, EXACT, TMA, BLOCK_R, BLOCK_O, BLOCK_S)
-    r, column = row + tl.arange(0, BLOCK_R), o + tl.arange(0, BLOCK_O)
-    in_r, in_o = r < ROWS, column < O
-    if SCALE_PER_GROUP:
-        acc *= tl.load(scale + r // M, mask=in_r, other=0.0)[:, None]
-    else:
-        acc *= scale
-    if INTERLEAVED:
+    acc *= own
+    if ORDER == "interleaved":
         acc += product
     for step in range(i, end_i):
         acc = _add_product(
@@ -315,9 +343,9 @@ def fused_product(
 SUM_BLOCK = 1024
 
 
-def constexprs(tiles: Tiles) -> dict[str, int]:
+def constexprs(tiles: Tiles) -> dict[str, Any]:
     return dict(
-        INTERLEAVED=tiles.interleaved,
+        ORDER=tiles.order,
         SPLIT=tiles.split,
         BLOCK_R=tiles.rows,
         BLOCK_O=tiles.outputs,
@@ -362,7 +390,7 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
     if target == "sm_90":
         for tiles in sorted({tiles for tiles in HOPPER.values() if tiles}):
             for way in ("OI", "IO"):
-                name = f"updated_product bf16 {tuple(map(int, tiles))} {way}"
+                name = f"updated_product bf16 {tiles.label()} {way}"
                 cases.append(compile_case(name, "bf16", tiles, transposed=way == "IO"))
     return cases
 

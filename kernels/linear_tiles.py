@@ -14,7 +14,9 @@ class Tiles(NamedTuple):
     """What one program makes, of what blocks, and how it is run.
 
     ``split`` programs share one block's sums. ``tma``: the bulk copy engine brings the tiles,
-    where it can. ``interleaved``: both products advance in one loop, with two accumulators.
+    where it can. ``order``: "update first"; or "staggered", in half of the programs last, and
+    "interleaved", step by step with the product in a second accumulator, which keep memory and
+    matrix units busy at the same time.
     """
 
     rows: int
@@ -25,7 +27,12 @@ class Tiles(NamedTuple):
     stages: int
     split: int = 1
     tma: bool = False
-    interleaved: bool = False
+    order: str = "update first"
+
+    def label(self) -> str:
+        sizes = f"{self.rows}x{self.outputs}x{self.inputs}/{self.context}"
+        how = f"{self.warps} warps, {self.stages} stages, split {self.split}"
+        return f"{sizes}, {how}, {'TMA' if self.tma else 'pointers'}, {self.order}"
 
 
 # Any GPU, and Triton's interpreter.

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import linear as kernels
+from gdprompt_fast.kernels.linear_tiles import POINTERS, POINTERS_FP32, Tiles
 from gdprompt_fast.ops.eager import linear as eager
 
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -20,14 +21,28 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["weight-OI", "weight-IO"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+TILES = [
+    POINTERS,
+    POINTERS_FP32,
+    Tiles(16, 32, 16, 32, warps=4, stages=2, split=3, tma=True),
+    Tiles(64, 32, 16, 16, warps=4, stages=2, split=2, tma=True, order="staggered"),
+    Tiles(32, 32, 16, 32, warps=4, stages=2, tma=True, order="interleaved"),
+]
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=Tiles.label)
+@pytest.mark.parametrize(
+    ("bias", "transposed", "own_scale"),
+    [(False, False, False), (True, True, False), (False, True, True), (True, False, True)],
+    ids=["weight-OI", "bias-weight-IO", "weight-IO-own-scales", "bias-weight-OI-own-scales"],
+)
 @pytest.mark.parametrize(
     "shape",
     [
         (1, 1, 16, 16, 1),
         (3, 1, 41, 17, 5),
         (2, 37, 32, 48, 13),
+        (3, 24, 72, 40, 40),
         (5, 16, 20, 70, 64),
         (2, 130, 8, 8, 3),
     ],
@@ -39,6 +54,8 @@ def test_updated_product_is_as_exact_as_pytorch(
     shape: tuple[int, ...],
     bias: bool,
     transposed: bool,
+    own_scale: bool,
+    tiles: Tiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups, rows, inputs, outputs, context = shape
@@ -47,8 +64,9 @@ def test_updated_product_is_as_exact_as_pytorch(
     x, match = torch.randn(groups, rows, inputs), torch.randn(groups, rows, context)
     factor, b = torch.randn(groups, context, outputs), torch.randn(outputs) if bias else None
     tensors = [None if t is None else t.to(dtype) for t in (x, weight, b, match, factor)]
-    exact = eager.updated_product(*(None if t is None else t.double() for t in tensors), -0.3)
-    plain = eager.updated_product(*tensors, -0.3)
+    scale = torch.linspace(-0.3, 0.1, groups) if own_scale else -0.3
+    exact = eager.updated_product(*(None if t is None else t.double() for t in tensors), scale)
+    plain = eager.updated_product(*tensors, scale)
     empty = torch.Tensor.new_empty
 
     def poisoned(self: Tensor, *size: int, **options: Any) -> Tensor:
@@ -56,7 +74,7 @@ def test_updated_product_is_as_exact_as_pytorch(
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    got = kernels.updated_product(*tensors, -0.3)
+    got = kernels.fused_product(*tensors, scale, tiles)
     assert got.dtype == dtype
     error, allowed = relative_error(got, exact), 2 * relative_error(plain, exact) + FLOOR[dtype]
     assert error <= allowed, f"error {error:.1e}, allowed {allowed:.1e}"

@@ -12,8 +12,14 @@ def updated_product(
     bias_O: Tensor | None,
     match_GMS: Tensor,
     factor_GSO: Tensor,
-    scale: float,
+    scale: float | Tensor,
 ) -> Tensor:
-    """y = x Wᵀ + b + scale · match · E of every group, [G, M, O]."""
+    """y = x Wᵀ + b + scale · match · E of every group, [G, M, O].
+
+    Args:
+        scale: one number, or [G]: a group's own.
+    """
     y = torch.nn.functional.linear(x_GMI, weight_OI, bias_O)
+    if isinstance(scale, Tensor):
+        match_GMS, scale = (match_GMS * scale.view(-1, 1, 1)).to(match_GMS.dtype), 1.0
     return y.baddbmm_(match_GMS, factor_GSO, alpha=scale)
