@@ -22,6 +22,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .linear_tiles import HOPPER, POINTERS, POINTERS_FP32, Tiles, choose_tiles
 
+SUM_BLOCK = 1024  # of _sum_parts_kernel
+
 
 @triton.jit
 def _tile(
@@ -59,43 +61,24 @@ def _add_product(
     O,
     stride_w,
     TRANSPOSED: tl.constexpr,
-    EXACT: tl.constexpr,
     TMA: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     # acc[r, o] += Σ_i x[r, i] w[o, i] over one block of inputs
-    x_tile = _tile(x, 0, row, i, ROWS, I, I, TMA, BLOCK_R, BLOCK_I)
+    x_tile = _tile(x, 0, row, i, ROWS, I, I, TMA, acc.shape[0], BLOCK_I)
     if TRANSPOSED:
-        w_tile = _tile(w, 0, i, o, I, O, stride_w, TMA, BLOCK_I, BLOCK_O)
+        w_tile = _tile(w, 0, i, o, I, O, stride_w, TMA, BLOCK_I, acc.shape[1])
     else:
-        w_tile = _tile(w, 0, o, i, O, I, stride_w, TMA, BLOCK_O, BLOCK_I).T
-    return tl.dot(x_tile, w_tile, acc, input_precision="ieee" if EXACT else "tf32")
+        w_tile = _tile(w, 0, o, i, O, I, stride_w, TMA, acc.shape[1], BLOCK_I).T
+    return tl.dot(x_tile, w_tile, acc, input_precision="ieee")
 
 
 @triton.jit
-def _add_update(
-    acc,
-    a,
-    e,
-    row,
-    o,
-    g,
-    s,
-    M,
-    O,
-    S,
-    EXACT: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def _add_update(acc, a, e, row, o, g, s, M, O, S, TMA: tl.constexpr, BLOCK_S: tl.constexpr):
     # acc[r, o] += Σ_s a[r, s] e[g, s, o] over one block of contexts, at the rows of group g
-    a_tile = _tile(a, g, row - g * M, s, M, S, S, TMA, BLOCK_R, BLOCK_S)
-    e_tile = _tile(e, g, s, o, S, O, O, TMA, BLOCK_S, BLOCK_O)
-    return tl.dot(a_tile, e_tile, acc, input_precision="ieee" if EXACT else "tf32")
+    a_tile = _tile(a, g, row - g * M, s, M, S, S, TMA, acc.shape[0], BLOCK_S)
+    e_tile = _tile(e, g, s, o, S, O, O, TMA, BLOCK_S, acc.shape[1])
+    return tl.dot(a_tile, e_tile, acc, input_precision="ieee")
 
 
 # Sizes that change from batch to batch are not specialised on, here and in the other kernels: each
@@ -118,7 +101,6 @@ def _updated_product_kernel(
     HAS_BIAS: tl.constexpr,
     SCALE_PER_GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    EXACT: tl.constexpr,
     TMA: tl.constexpr,
     ORDER: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -157,26 +139,10 @@ def _updated_product_kernel(
         both = tl.minimum(end_i - i, end_u - u)
         for step in range(0, both):
             g, s = first_group + (u + step) // steps_s, (u + step) % steps_s * BLOCK_S
-            acc = _add_update(
-                acc, a, e, row, o, g, s, M, O, S, EXACT, TMA, BLOCK_R, BLOCK_O, BLOCK_S
-            )
+            acc = _add_update(acc, a, e, row, o, g, s, M, O, S, TMA, BLOCK_S)
+            k = (i + step) * BLOCK_I
             product = _add_product(
-                product,
-                x,
-                w,
-                row,
-                o,
-                (i + step) * BLOCK_I,
-                ROWS,
-                I,
-                O,
-                stride_w,
-                TRANSPOSED,
-                EXACT,
-                TMA,
-                BLOCK_R,
-                BLOCK_O,
-                BLOCK_I,
+                product, x, w, row, o, k, ROWS, I, O, stride_w, TRANSPOSED, TMA, BLOCK_I
             )
         i, u = i + both, u + both
     if ORDER == "staggered":  # the same for all programs together: half of them begin with w
@@ -185,51 +151,19 @@ def _updated_product_kernel(
         begun = invertible & (2 * tl.program_id(0) >= tl.num_programs(0))
         end_begun = tl.where(begun, end_i, i)
         for step in range(i, end_begun):
-            acc = _add_product(
-                acc,
-                x,
-                w,
-                row,
-                o,
-                step * BLOCK_I,
-                ROWS,
-                I,
-                O,
-                stride_w,
-                TRANSPOSED,
-                EXACT,
-                TMA,
-                BLOCK_R,
-                BLOCK_O,
-                BLOCK_I,
-            )
+            k = step * BLOCK_I
+            acc = _add_product(acc, x, w, row, o, k, ROWS, I, O, stride_w, TRANSPOSED, TMA, BLOCK_I)
         acc /= tl.where(begun, own, 1.0)
         i = end_begun
     for step in range(u, end_u):
         g, s = first_group + step // steps_s, step % steps_s * BLOCK_S
-        acc = _add_update(acc, a, e, row, o, g, s, M, O, S, EXACT, TMA, BLOCK_R, BLOCK_O, BLOCK_S)
+        acc = _add_update(acc, a, e, row, o, g, s, M, O, S, TMA, BLOCK_S)
     acc *= own
     if ORDER == "interleaved":
         acc += product
     for step in range(i, end_i):
-        acc = _add_product(
-            acc,
-            x,
-            w,
-            row,
-            o,
-            step * BLOCK_I,
-            ROWS,
-            I,
-            O,
-            stride_w,
-            TRANSPOSED,
-            EXACT,
-            TMA,
-            BLOCK_R,
-            BLOCK_O,
-            BLOCK_I,
-        )
+        k = step * BLOCK_I
+        acc = _add_product(acc, x, w, row, o, k, ROWS, I, O, stride_w, TRANSPOSED, TMA, BLOCK_I)
     if HAS_BIAS and SPLIT == 1:
         acc += tl.load(b_ptr + column, mask=in_o, other=0.0).to(tl.float32)[None, :]
     y_row = (part.to(tl.int64) * ROWS + r)[:, None] * O
@@ -320,7 +254,6 @@ def fused_product(
             HAS_BIAS=bias_O is not None,
             SCALE_PER_GROUP=isinstance(scale, Tensor),
             TRANSPOSED=transposed,
-            EXACT=x_GMI.dtype == torch.float32,
             TMA=tma,
             **constexprs(tiles),
             num_warps=tiles.warps,
@@ -338,9 +271,6 @@ def fused_product(
                 BLOCK=SUM_BLOCK,
             )
     return y
-
-
-SUM_BLOCK = 1024
 
 
 def constexprs(tiles: Tiles) -> dict[str, Any]:
@@ -387,6 +317,17 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
         compile_case("updated_product bf16", "bf16", POINTERS),
         compile_case("updated_product fp32", "fp32", POINTERS_FP32),
     ]
+    cases.append(
+        dict(
+            name="sum_parts bf16",
+            kernel=_sum_parts_kernel,
+            signature=dict(parts_ptr="*fp32", b_ptr="*bf16", y_ptr="*bf16", ROWS="i32", O="i32"),
+            constexprs=dict(HAS_BIAS=True, SPLIT=4, BLOCK=SUM_BLOCK),
+            aligned=["O"],
+            num_warps=4,
+            num_stages=3,
+        )
+    )
     if target == "sm_90":
         for tiles in sorted({tiles for tiles in HOPPER.values() if tiles}):
             for way in ("OI", "IO"):
@@ -422,7 +363,6 @@ def compile_case(name: str, dtype: str, tiles: Tiles, transposed: bool = False) 
             HAS_BIAS=False,
             SCALE_PER_GROUP=False,
             TRANSPOSED=transposed,
-            EXACT=dtype == "fp32",
             TMA=tiles.tma,
             **constexprs(tiles),
         ),

@@ -41,24 +41,19 @@ POINTERS_FP32 = Tiles(64, 64, 32, 32, warps=4, stages=3)
 
 WASTE = 1.5  # products done to products needed, from which on cuBLAS runs
 
-# Half precision on Hopper, by (rows, inputs, outputs): None where cuBLAS does better.
-HOPPER: dict[tuple[str, str, str], Tiles | None] = {
-    ("few", "shallow", "narrow"): Tiles(64, 64, 64, 64, warps=4, stages=4, split=4, tma=True),
-    ("few", "shallow", "square"): Tiles(128, 64, 64, 64, warps=4, stages=4, split=4, tma=True),
-    ("few", "shallow", "wide"): Tiles(128, 128, 64, 64, warps=4, stages=3, tma=True),
-    ("few", "deep", "narrow"): Tiles(64, 64, 64, 64, warps=4, stages=4, split=8, tma=True),
-    ("few", "deep", "square"): Tiles(128, 128, 64, 64, warps=4, stages=3, split=4, tma=True),
-    ("few", "deep", "wide"): Tiles(128, 128, 64, 64, warps=4, stages=3, tma=True),
-    **{
-        ("tiny", inputs, outputs): Tiles(64, 64, 64, 64, warps=4, stages=4, split=4, tma=True)
-        for inputs in ("shallow", "deep")
-        for outputs in ("narrow", "square", "wide")
-    },
-    **{
-        ("many", inputs, outputs): None
-        for inputs in ("shallow", "deep")
-        for outputs in ("narrow", "square", "wide")
-    },
+# Half precision on Hopper, by ``shape_class``. A class that is not here is cuBLAS's.
+HOPPER = {
+    ("tiny", "middle", "narrow"): Tiles(64, 32, 128, 16, warps=4, stages=6, tma=True),
+    ("tiny", "middle", "middle"): Tiles(64, 64, 128, 16, warps=4, stages=4, split=2, tma=True),
+    ("tiny", "middle", "wide"): Tiles(128, 64, 64, 16, warps=4, stages=5, tma=True),
+    ("tiny", "long", "middle"): Tiles(64, 64, 64, 16, warps=4, stages=5, split=4, tma=True),
+    ("few", "middle", "narrow"): Tiles(64, 32, 128, 64, warps=4, stages=4, tma=True),
+    ("few", "short", "middle"): Tiles(64, 64, 64, 64, warps=4, stages=5, tma=True),
+    ("few", "middle", "middle"): Tiles(128, 64, 64, 64, warps=4, stages=4, split=2, tma=True),
+    ("few", "middle", "wide"): Tiles(
+        128, 128, 64, 64, warps=4, stages=3, tma=True, order="staggered"
+    ),
+    ("few", "long", "middle"): Tiles(128, 128, 64, 64, warps=4, stages=3, split=4, tma=True),
 }
 
 
@@ -68,29 +63,33 @@ def choose_tiles(x_GMI: Tensor, factor_GSO: Tensor) -> Tiles | None:
     context, outputs = factor_GSO.shape[1:]
     if x_GMI.dtype == torch.float32:
         return POINTERS_FP32
-    if not has_bulk_copies(x_GMI.device):
+    if not is_hopper(x_GMI.device):
         return POINTERS
-    tiles = HOPPER[shape_class(groups * rows, inputs, outputs)]
+    tiles = HOPPER.get(shape_class(groups * rows, inputs, outputs))
     if tiles is None or inputs % 8 or outputs % 8:  # the bulk copy engine reads 16 bytes
         return None
     tiles = tiles._replace(context=min(tiles.context, max(16, triton.next_power_of_2(context))))
-    # A block of rows multiplies all of its rows with the contexts of every group it meets.
+    wasteful = products_done(tiles, groups, rows, inputs, context) > WASTE * (inputs + context)
+    return None if wasteful else tiles
+
+
+def products_done(tiles: Tiles, groups: int, rows: int, inputs: int, context: int) -> int:
+    """Of a row with every column of W and E: a block's rows meet the contexts of all its groups."""
     aligned = rows % tiles.rows == 0 or tiles.rows % rows == 0
     met = min(groups, triton.cdiv(tiles.rows, rows) + (not aligned))
-    done = inputs + met * max(context, tiles.context)
-    return tiles if done <= WASTE * (inputs + context) else None
+    return inputs + met * triton.cdiv(context, tiles.context) * tiles.context
 
 
 def shape_class(rows: int, inputs: int, outputs: int) -> tuple[str, str, str]:
     """The key of ``HOPPER``, of all groups' rows together."""
-    many = "tiny" if rows <= 128 else "few" if rows <= 1024 else "many"
-    width = "narrow" if outputs <= 1024 else "square" if outputs <= 4096 else "wide"
-    return many, "shallow" if inputs <= 4096 else "deep", width
+    few = "tiny" if rows <= 128 else "few" if rows <= 1024 else "many"
+    long = "short" if inputs <= 1024 else "middle" if inputs <= 4096 else "long"
+    wide = "narrow" if outputs <= 1024 else "middle" if outputs <= 4096 else "wide"
+    return few, long, wide
 
 
 @functools.cache
-def has_bulk_copies(device: torch.device) -> bool:
-    """Whether it is a GPU of Hopper's kind."""
+def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import linear as kernels
+from gdprompt_fast.kernels import linear_tiles
 from gdprompt_fast.kernels.linear_tiles import POINTERS, POINTERS_FP32, Tiles
 from gdprompt_fast.ops.eager import linear as eager
 
@@ -78,3 +79,33 @@ def test_updated_product_is_as_exact_as_pytorch(
     assert got.dtype == dtype
     error, allowed = relative_error(got, exact), 2 * relative_error(plain, exact) + FLOOR[dtype]
     assert error <= allowed, f"error {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("own_scale", [False, True], ids=["one-scale", "scale-per-group"])
+def test_where_the_table_has_no_tiles_cublas_gives_the_same(
+    own_scale: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(*size) for size in ((3, 4, 8), (16, 8), (16,), (3, 4, 5), (3, 5, 16))]
+    scale = torch.linspace(-0.3, 0.1, 3) if own_scale else -0.3
+    fused = kernels.updated_product(*tensors, scale)
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: None)
+    torch.testing.assert_close(kernels.updated_product(*tensors, scale), fused)
+
+
+def test_tiles_on_hopper_are_those_of_the_class_unless_rows_or_groups_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiles = Tiles(128, 128, 64, 64, warps=4, stages=3, tma=True)
+    monkeypatch.setattr(linear_tiles, "is_hopper", lambda _: True)
+    monkeypatch.setattr(linear_tiles, "HOPPER", {("few", "middle", "wide"): tiles})
+
+    def chosen(rows: int, context: int, inputs: int, outputs: int) -> Tiles | None:
+        x = torch.empty(16, rows, inputs, dtype=torch.bfloat16, device="meta")
+        return linear_tiles.choose_tiles(x, x.new_empty(16, context, outputs))
+
+    assert chosen(32, 256, 2048, 8192) == tiles
+    assert chosen(32, 17, 2048, 8192) == tiles._replace(context=32)
+    assert chosen(32, 256, 2048, 2048) is None, "a class that is not in the table"
+    assert chosen(32, 256, 2044, 8192) is None, "rows of W that are no multiple of 16 bytes"
+    assert chosen(10, 256, 2048, 8192) is None, "a block that meets 14 groups"
