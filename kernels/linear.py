@@ -81,6 +81,40 @@ def _add_update(acc, a, e, row, o, g, s, M, O, S, TMA: tl.constexpr, BLOCK_S: tl
     return tl.dot(a_tile, e_tile, acc, input_precision="ieee")
 
 
+@triton.jit
+def _steps_of_update(row, ROWS, M, S, part, SPLIT, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    # First group of these rows, and this part's steps over the contexts of all their groups
+    first, last = row // M, (tl.minimum(row + BLOCK_R, ROWS) - 1) // M
+    steps = tl.maximum(last - first + 1, 0) * tl.cdiv(S, BLOCK_S)
+    return first, steps * part // SPLIT, steps * (part + 1) // SPLIT
+
+
+@triton.jit
+def _add_updates(
+    acc,
+    a,
+    e,
+    row,
+    o,
+    done,
+    part,
+    ROWS,
+    M,
+    O,
+    S,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    # acc[r, o] += Σ_s a[r, s] e[r // M, s, o] over this part's steps but those done
+    first, u, end_u = _steps_of_update(row, ROWS, M, S, part, SPLIT, acc.shape[0], BLOCK_S)
+    steps_s = tl.cdiv(S, BLOCK_S)
+    for step in range(u + done, end_u):
+        g, s = first + step // steps_s, step % steps_s * BLOCK_S
+        acc = _add_update(acc, a, e, row, o, g, s, M, O, S, TMA, BLOCK_S)
+    return acc
+
+
 # Sizes that change from batch to batch are not specialised on, here and in the other kernels: each
 # value would compile again.
 @triton.jit(do_not_specialize=["ROWS", "M"])
@@ -103,6 +137,7 @@ def _updated_product_kernel(
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     ORDER: tl.constexpr,
+    HALVED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -118,14 +153,8 @@ def _updated_product_kernel(
     height = tl.minimum(tl.cdiv(ROWS, BLOCK_R) - 8 * band, 8)
     row, o = (8 * band + within % height) * BLOCK_R, within // height * BLOCK_O
 
-    # This part's steps over the inputs, and over the contexts of every group of these rows.
     part = tl.program_id(1)
-    steps_i, steps_s = tl.cdiv(I, BLOCK_I), tl.cdiv(S, BLOCK_S)
-    first_group, last_group = row // M, (tl.minimum(row + BLOCK_R, ROWS) - 1) // M
-    steps_u = (last_group - first_group + 1) * steps_s
-    i, end_i = steps_i * part // SPLIT, steps_i * (part + 1) // SPLIT
-    u, end_u = steps_u * part // SPLIT, steps_u * (part + 1) // SPLIT
-
+    i, end_i = tl.cdiv(I, BLOCK_I) * part // SPLIT, tl.cdiv(I, BLOCK_I) * (part + 1) // SPLIT
     r, column = row + tl.arange(0, BLOCK_R), o + tl.arange(0, BLOCK_O)
     in_r, in_o = r < ROWS, column < O
     if SCALE_PER_GROUP:
@@ -134,17 +163,20 @@ def _updated_product_kernel(
         own = tl.full((BLOCK_R, 1), scale, dtype=tl.float32)
 
     acc = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
+    done = 0
     if ORDER == "interleaved":  # the memory is busy with e while the matrix units are with w
         product = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
-        both = tl.minimum(end_i - i, end_u - u)
-        for step in range(0, both):
-            g, s = first_group + (u + step) // steps_s, (u + step) % steps_s * BLOCK_S
+        first, u, end_u = _steps_of_update(row, ROWS, M, S, part, SPLIT, BLOCK_R, BLOCK_S)
+        steps_s = tl.cdiv(S, BLOCK_S)
+        done = tl.minimum(end_i - i, end_u - u)
+        for step in range(0, done):
+            g, s = first + (u + step) // steps_s, (u + step) % steps_s * BLOCK_S
             acc = _add_update(acc, a, e, row, o, g, s, M, O, S, TMA, BLOCK_S)
             k = (i + step) * BLOCK_I
             product = _add_product(
                 product, x, w, row, o, k, ROWS, I, O, stride_w, TRANSPOSED, TMA, BLOCK_I
             )
-        i, u = i + both, u + both
+        i += done
     if ORDER == "staggered":  # the same for all programs together: half of them begin with w
         size = tl.abs(own)
         invertible = (tl.min(size) > 1e-15) & (tl.max(size) < 1e15)
@@ -155,9 +187,14 @@ def _updated_product_kernel(
             acc = _add_product(acc, x, w, row, o, k, ROWS, I, O, stride_w, TRANSPOSED, TMA, BLOCK_I)
         acc /= tl.where(begun, own, 1.0)
         i = end_begun
-    for step in range(u, end_u):
-        g, s = first_group + step // steps_s, step % steps_s * BLOCK_S
-        acc = _add_update(acc, a, e, row, o, g, s, M, O, S, TMA, BLOCK_S)
+    if HALVED:  # each half of the rows meets fewer groups
+        half: tl.constexpr = BLOCK_R // 2
+        top, low = acc.reshape(2, half, BLOCK_O).permute(1, 2, 0).split()
+        top = _add_updates(top, a, e, row, o, done, part, ROWS, M, O, S, SPLIT, TMA, BLOCK_S)
+        low = _add_updates(low, a, e, row + half, o, done, part, ROWS, M, O, S, SPLIT, TMA, BLOCK_S)
+        acc = tl.join(top, low).permute(2, 0, 1).reshape(BLOCK_R, BLOCK_O)
+    else:
+        acc = _add_updates(acc, a, e, row, o, done, part, ROWS, M, O, S, SPLIT, TMA, BLOCK_S)
     acc *= own
     if ORDER == "interleaved":
         acc += product
@@ -276,6 +313,7 @@ def fused_product(
 def constexprs(tiles: Tiles) -> dict[str, Any]:
     return dict(
         ORDER=tiles.order,
+        HALVED=tiles.halved,
         SPLIT=tiles.split,
         BLOCK_R=tiles.rows,
         BLOCK_O=tiles.outputs,
@@ -303,7 +341,7 @@ def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list
     blocks = [
         (x.view(1, -1, x.shape[2]), (tiles.rows, tiles.inputs)),
         (weight[None], weight_block[::-1] if transposed else weight_block),
-        (match, (tiles.rows, tiles.context)),
+        (match, (tiles.update_rows, tiles.context)),
         (factor, (tiles.context, tiles.outputs)),
     ]
     return [TensorDescriptor.from_tensor(tensor, [1, *block]) for tensor, block in blocks]
@@ -342,7 +380,7 @@ def compile_case(name: str, dtype: str, tiles: Tiles, transposed: bool = False) 
     blocks = dict(
         x=(tiles.rows, tiles.inputs),
         w=weight,
-        a=(tiles.rows, tiles.context),
+        a=(tiles.update_rows, tiles.context),
         e=(tiles.context, tiles.outputs),
     )
     operands = {

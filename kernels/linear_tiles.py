@@ -16,7 +16,8 @@ class Tiles(NamedTuple):
     ``split`` programs share one block's sums. ``tma``: the bulk copy engine brings the tiles,
     where it can. ``order``: "update first"; or "staggered", in half of the programs last, and
     "interleaved", step by step with the product in a second accumulator, which keep memory and
-    matrix units busy at the same time.
+    matrix units busy at the same time. ``halved``: the groups' part is done by halves of the rows,
+    which meet fewer groups each (not with "interleaved").
     """
 
     rows: int
@@ -28,11 +29,17 @@ class Tiles(NamedTuple):
     split: int = 1
     tma: bool = False
     order: str = "update first"
+    halved: bool = False
+
+    @property
+    def update_rows(self) -> int:
+        return self.rows // 2 if self.halved else self.rows
 
     def label(self) -> str:
         sizes = f"{self.rows}x{self.outputs}x{self.inputs}/{self.context}"
         how = f"{self.warps} warps, {self.stages} stages, split {self.split}"
-        return f"{sizes}, {how}, {'TMA' if self.tma else 'pointers'}, {self.order}"
+        how += f", {'TMA' if self.tma else 'pointers'}, {self.order}"
+        return f"{sizes}, {how}{', halved' if self.halved else ''}"
 
 
 # Any GPU, and Triton's interpreter.
@@ -75,8 +82,9 @@ def choose_tiles(x_GMI: Tensor, factor_GSO: Tensor) -> Tiles | None:
 
 def products_done(tiles: Tiles, groups: int, rows: int, inputs: int, context: int) -> int:
     """Of a row with every column of W and E: a block's rows meet the contexts of all its groups."""
-    aligned = rows % tiles.rows == 0 or tiles.rows % rows == 0
-    met = min(groups, triton.cdiv(tiles.rows, rows) + (not aligned))
+    block = tiles.update_rows
+    aligned = rows % block == 0 or block % rows == 0
+    met = min(groups, triton.cdiv(block, rows) + (not aligned))
     return inputs + met * triton.cdiv(context, tiles.context) * tiles.context
 
 

@@ -25,8 +25,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 TILES = [
     POINTERS,
     POINTERS_FP32,
-    Tiles(16, 32, 16, 32, warps=4, stages=2, split=3, tma=True),
-    Tiles(64, 32, 16, 16, warps=4, stages=2, split=2, tma=True, order="staggered"),
+    Tiles(32, 32, 16, 32, warps=4, stages=2, split=3, tma=True, halved=True),
+    Tiles(64, 32, 16, 16, warps=4, stages=2, split=2, tma=True, order="staggered", halved=True),
     Tiles(32, 32, 16, 32, warps=4, stages=2, tma=True, order="interleaved"),
 ]
 
