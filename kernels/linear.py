@@ -292,7 +292,7 @@ def fused_product(
             SCALE_PER_GROUP=isinstance(scale, Tensor),
             TRANSPOSED=transposed,
             TMA=tma,
-            **constexprs(tiles),
+            **tiles.constexprs(),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -308,18 +308,6 @@ def fused_product(
                 BLOCK=SUM_BLOCK,
             )
     return y
-
-
-def constexprs(tiles: Tiles) -> dict[str, Any]:
-    return dict(
-        ORDER=tiles.order,
-        HALVED=tiles.halved,
-        SPLIT=tiles.split,
-        BLOCK_R=tiles.rows,
-        BLOCK_O=tiles.outputs,
-        BLOCK_I=tiles.inputs,
-        BLOCK_S=tiles.context,
-    )
 
 
 def _describable(operands: list[Tensor]) -> bool:
@@ -402,7 +390,7 @@ def compile_case(name: str, dtype: str, tiles: Tiles, transposed: bool = False) 
             SCALE_PER_GROUP=False,
             TRANSPOSED=transposed,
             TMA=tiles.tma,
-            **constexprs(tiles),
+            **tiles.constexprs(),
         ),
         aligned=[size for size in sizes if size not in ("ROWS", "M")],
         num_warps=tiles.warps,

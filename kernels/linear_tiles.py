@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,6 +35,17 @@ class Tiles(NamedTuple):
     def update_rows(self) -> int:
         return self.rows // 2 if self.halved else self.rows
 
+    def constexprs(self) -> dict[str, Any]:
+        return dict(
+            ORDER=self.order,
+            HALVED=self.halved,
+            SPLIT=self.split,
+            BLOCK_R=self.rows,
+            BLOCK_O=self.outputs,
+            BLOCK_I=self.inputs,
+            BLOCK_S=self.context,
+        )
+
     def label(self) -> str:
         sizes = f"{self.rows}x{self.outputs}x{self.inputs}/{self.context}"
         how = f"{self.warps} warps, {self.stages} stages, split {self.split}"
@@ -56,11 +67,15 @@ HOPPER = {
     ("tiny", "long", "middle"): Tiles(64, 64, 64, 16, warps=4, stages=5, split=4, tma=True),
     ("few", "middle", "narrow"): Tiles(64, 32, 128, 64, warps=4, stages=4, tma=True),
     ("few", "short", "middle"): Tiles(64, 64, 64, 64, warps=4, stages=5, tma=True),
-    ("few", "middle", "middle"): Tiles(128, 64, 64, 64, warps=4, stages=4, split=2, tma=True),
-    ("few", "middle", "wide"): Tiles(
-        128, 128, 64, 64, warps=4, stages=3, tma=True, order="staggered"
+    ("few", "middle", "middle"): Tiles(
+        128, 64, 64, 64, warps=4, stages=4, split=2, tma=True, halved=True
     ),
-    ("few", "long", "middle"): Tiles(128, 128, 64, 64, warps=4, stages=3, split=4, tma=True),
+    ("few", "middle", "wide"): Tiles(
+        128, 128, 64, 64, warps=4, stages=3, tma=True, order="staggered", halved=True
+    ),
+    ("few", "long", "middle"): Tiles(
+        128, 128, 64, 64, warps=4, stages=3, split=4, tma=True, halved=True
+    ),
 }
 
 
