@@ -53,9 +53,11 @@ class Tiles(NamedTuple):
         return f"{sizes}, {how}{', halved' if self.halved else ''}"
 
 
-# Any GPU, and Triton's interpreter.
+# Any GPU.
 POINTERS = Tiles(64, 128, 64, 64, warps=4, stages=3)
 POINTERS_FP32 = Tiles(64, 64, 32, 32, warps=4, stages=3)
+# Triton's interpreter pays for steps, not for sizes.
+INTERPRETED = Tiles(128, 128, 64, 64, warps=4, stages=3)
 
 WASTE = 1.5  # products done to products needed, from which on cuBLAS runs
 
@@ -83,6 +85,8 @@ def choose_tiles(x_GMI: Tensor, factor_GSO: Tensor) -> Tiles | None:
     """What the kernel runs with on these shapes; None where cuBLAS is to run."""
     groups, rows, inputs = x_GMI.shape
     context, outputs = factor_GSO.shape[1:]
+    if x_GMI.device.type == "cpu":
+        return INTERPRETED
     if x_GMI.dtype == torch.float32:
         return POINTERS_FP32
     if not is_hopper(x_GMI.device):
@@ -113,6 +117,4 @@ def shape_class(rows: int, inputs: int, outputs: int) -> tuple[str, str, str]:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
