@@ -111,6 +111,9 @@ TIMED: dict[str, dict[str, Shape]] = {
         "queries up": UP,
         "queries down": DOWN,
         "queries up, backward": {**DOWN, "transposed": 1},
+        "queries down, backward": {**UP, "transposed": 1},
+        "queries square": {**UP, "outputs": 2048},
+        "queries narrow": {**UP, "outputs": 512},
         "contexts up": {**UP, "rows": 256},
     },
     "attention": {
@@ -261,7 +264,7 @@ def linear_passes(draw: Draw, shape: Shape) -> Passes:
     weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
     bias = draw(outputs) if shape.get("bias") else None
     match, factor = draw(groups, rows, context), draw(groups, context, outputs)
-    return {"updated_product": (x, weight, bias, match, factor, -0.3)}
+    return {"updated_product": (x, weight, bias, match, factor)}
 
 
 def lora_passes(draw: Draw, shape: Shape) -> Passes:

@@ -235,7 +235,7 @@ class InnerLinear:
         else:
             match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
             y_GMO = implementation("linear", x_GMI).updated_product(
-                x_GMI, weight_OI, bias_O, match_GMS, value_GSO, 1.0
+                x_GMI, weight_OI, bias_O, match_GMS, value_GSO
             )
             matches.append(match_GMS)
         for key_GSI, value_GSO in rest:
