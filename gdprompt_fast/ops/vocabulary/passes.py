@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import Block, Columns, column_blocks, wide
+from .block import Block, Columns, add_product_, column_blocks, wide, wide_product
 from .online import OnlineSums
 from .state import Adjoint, HeadStep, Projection, Use, Vocabulary
 from .target import GoldTarget, Target
@@ -123,7 +123,8 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
     if vocabulary.inner:
         for use in vocabulary.uses:
             assert use.f_context_GMS is not None
-            match = a_GSD @ wide(use.u_GMD).transpose(1, 2)
+            # [G, M, S] in memory: M may be any number, and matrix units load rows of 16 bytes
+            match = (wide(use.u_GMD) @ a_GSD.transpose(1, 2)).transpose(1, 2)
             f_p = use.f_b_GMS[level] + vocabulary.at_next(use.f_context_GMS)
             center -= vocabulary.inner_lr * (match * f_p.transpose(1, 2)).sum(-1)
             use_match.append(match.to(use.u_GMD.dtype))
@@ -149,11 +150,11 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
         tile = vocabulary.tile(block, level)
         z_cot, b = tile.z_cot_GSv, tile.b_GSv[level]
         assert z_cot is not None
-        _add(sums, "W", block.expand(z_cot, vocabulary.weight_VD))
+        _add_product(sums, "W", z_cot.flatten(0, 1), block.rows_of(vocabulary.weight_VD))
         for k in terms:
             b_T = tile.b_GSv[k].transpose(1, 2)
-            _add(sums, f"z{k}", z_cot @ b_T)
-            _add(sums, f"b{k}", b @ b_T)
+            _add_product(sums, f"z{k}", z_cot, b_T)
+            _add_product(sums, f"b{k}", b, b_T)
         vocabulary.add_weight_gradient(block, z_cot, h)
         if step.direction_GSD is not None:
             vocabulary.add_weight_gradient(block, b, step.direction_GSD)
@@ -166,7 +167,7 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
         assert tile.z_cot_GSv is not None
         z_context, b_context = wide(tile.z_cot_GSv), wide(tile.b_GSv[level])
         b_b = [sums[f"b{k}"] for k in terms]
-    h_cot = vocabulary.complete_product(sums["W"], z_b, z_context, level)
+    h_cot = vocabulary.complete_product(sums["W"].view(h.shape), z_b, z_context, level)
     if step.adjoint is not None:
         h_cot = h_cot + _factor_cotangent(vocabulary, step, level)
     if terms:
@@ -176,11 +177,11 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
     return h_cot.to(h.dtype)
 
 
-def _add(sums: dict[str, Tensor], name: str, share: Tensor) -> None:
+def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
     if name in sums:
-        sums[name].add_(share)
+        add_product_(sums[name], a, b)
     else:
-        sums[name] = wide(share)
+        sums[name] = wide_product(a, b)
 
 
 def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Tensor:

@@ -161,9 +161,8 @@ class Vocabulary:
 
     def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
         """Rows times W'ᵀ at the columns of a block, [G, N, v]; in fp32 or fp64 if W' is not W."""
-        z = block.project(rows.h_GND, self.weight_VD)
-        if rows.match_GNS or rows.lookup_match_GNS is not None:
-            z = wide(z)
+        updated = bool(rows.match_GNS) or rows.lookup_match_GNS is not None
+        z = block.project(rows.h_GND, self.weight_VD, in_wide=updated)
         for k, match_GNS in enumerate(rows.match_GNS):
             add_product_(z, match_GNS, b_GSv[k], -self.inner_lr)
         if rows.lookup_match_GNS is not None:

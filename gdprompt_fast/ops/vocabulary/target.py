@@ -80,7 +80,10 @@ class TeacherTarget:
     def __init__(
         self, logits_GNV: Tensor | None, hidden_GND: Tensor | None, head_VD: Tensor | None
     ) -> None:
-        self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
+        self._logits_GNV, self._hidden_GND = logits_GNV, hidden_GND
+        if hidden_GND is not None and head_VD is not None:
+            head_VD = head_VD.to(hidden_GND.dtype)  # once: every block of every pass reads it
+        self._head_VD = head_VD
         self._lse_GN: Tensor | None = None  # known after the loss
 
     def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
