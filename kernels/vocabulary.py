@@ -107,11 +107,16 @@ def _logit_cotangent_kernel(
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor, lse_GN: Tensor, ids_GN: Tensor, columns: int | Tensor, dtype: torch.dtype
+    z_GNv: Tensor,
+    lse_GN: Tensor,
+    ids_GN: Tensor,
+    columns: int | Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − onehot(id)."""
+    """e^(z − lse) − onehot(id), in ``out`` if given."""
     z = rows_of(z_GNv)
-    b = torch.empty(z_GNv.shape, dtype=dtype, device=z.device)
+    b = torch.empty(z_GNv.shape, dtype=dtype, device=z.device) if out is None else out
     ids, (first, columns_ptr) = ids_GN.contiguous(), _columns(columns)
     with torch.cuda.device_of(z):
         _softmax_minus_one_hot_kernel[grid(b)](
@@ -134,10 +139,11 @@ def softmax_difference(
     teacher_z_GNv: Tensor,
     teacher_lse_GN: Tensor,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse)."""
+    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
     z, t = rows_of(z_GNv), rows_of(teacher_z_GNv)
-    f = torch.empty(z_GNv.shape, dtype=dtype, device=z.device)
+    f = torch.empty(z_GNv.shape, dtype=dtype, device=z.device) if out is None else out
     lse, t_lse = lse_GN.contiguous(), teacher_lse_GN.contiguous()
     with torch.cuda.device_of(z):
         width = f.shape[2]
@@ -154,10 +160,11 @@ def logit_cotangent(
     b_GNv: Tensor,
     ids_GN: Tensor,
     columns: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype."""
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
     b_bar, b = rows_of(b_bar_GNv), b_GNv.contiguous()
-    z_cot = torch.empty_like(b)
+    z_cot = torch.empty_like(b) if out is None else out
     first, columns_ptr = _columns(columns)
     rows = (t.contiguous() for t in (center_GN, weight_GN))
     with torch.cuda.device_of(b):

@@ -36,8 +36,15 @@ class Target(Protocol):
         """
         ...
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
-        """P − T in a block, after :meth:`loss`; [G, N, v]."""
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """P − T in a block, after :meth:`loss`; [G, N, v], in ``out`` if given."""
         ...
 
 
@@ -61,9 +68,16 @@ class GoldTarget:
     ) -> list[Tensor]:
         return [p - t for p, t in zip(online.means(), gather(self._ids_GN), strict=True)]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
-        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype)
+        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype, out)
 
 
 class TeacherTarget:
@@ -108,10 +122,17 @@ class TeacherTarget:
     ) -> list[Tensor]:
         return [p - t for p, t in (mean.chunk(2, dim=1) for mean in online.means())]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
         teacher_z_GNv = self._logits(block)
-        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype)
+        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype, out)
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:
