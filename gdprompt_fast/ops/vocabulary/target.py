@@ -40,8 +40,15 @@ class Target(Protocol):
         """
         ...
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
-        """P − T in a block, after :meth:`loss`; [G, N, v]."""
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """P − T in a block, after :meth:`loss`; [G, N, v], in ``out`` if given."""
         ...
 
 
@@ -68,9 +75,16 @@ class GoldTarget:
     ) -> list[Tensor]:
         return [p - t for p, t in zip(online.means(), gather(self._ids_GN), strict=True)]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
-        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype)
+        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype, out)
 
 
 class TeacherTarget:
@@ -90,7 +104,10 @@ class TeacherTarget:
         hidden_GND: Tensor | None,
         head_VD: Tensor | None,
     ) -> None:
-        self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
+        self._logits_GNV, self._hidden_GND = logits_GNV, hidden_GND
+        if hidden_GND is not None and head_VD is not None:
+            head_VD = head_VD.to(hidden_GND.dtype)  # once: every block of every pass reads it
+        self._head_VD = head_VD
         self._lse_GN: Tensor | None = None  # known after the loss
 
     def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
@@ -112,10 +129,17 @@ class TeacherTarget:
     ) -> list[Tensor]:
         return [p - t for p, t in (mean.chunk(2, dim=1) for mean in online.means())]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
         teacher_z_GNv = self._logits(block)
-        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype)
+        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype, out)
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:
