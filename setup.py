@@ -17,6 +17,7 @@ SUBPACKAGES = [
     "exactness",
     "experiments",
     "kernels",
+    "kernels.attention",
     "loading",
     "meta",
     "ops",

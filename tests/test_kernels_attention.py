@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 from gdprompt_fast import backend
 from gdprompt_fast.kernels import attention as kernels
+from gdprompt_fast.kernels.attention import launch
+from gdprompt_fast.kernels.attention.tiles import Tiles
 from gdprompt_fast.ops.attention import attention, visible_keys
 from gdprompt_fast.ops.eager import attention as eager
 
@@ -133,8 +135,8 @@ def errors(
 def test_errs_at_most_twice_as_much_as_pytorch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, heads, kv_heads, tokens, dim, window, lengths, dtype, tile = CASES[case]
     if tile is not None:
-        cut = kernels.Tiles(*tile, num_warps=4, num_stages=1)
-        monkeypatch.setattr(kernels, "_tiles", lambda *_: cut)
+        cut = Tiles(*tile, num_warps=4, num_stages=1)
+        monkeypatch.setattr(launch, "tiles_of", lambda *_: cut)
     tensors = inputs(batch, heads, kv_heads, tokens, dim, dtype)
     before = {key: t.clone() for key, t in tensors.items()}
     segment_BT = None if lengths is None else segments_of(lengths, batch)

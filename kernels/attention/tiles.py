@@ -1,0 +1,81 @@
+"""How the attention kernels are cut up: one table, by GPU, head dim and length of the texts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+SHORT = 512  # tokens up to which a text is short
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut up: ``queries`` × ``keys`` scores at a time."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    split: bool = True  # blocks that need no mask in a loop of their own
+    tma: bool = False  # inputs through the copy engine, where they are aligned for it
+
+
+# In bf16 and fp16 on sm_90, by head dim (up to 64, up to 128) and length: each warp group of four
+# warps has the 64 rows that wgmma wants (queries, or keys in the kernels over key blocks); nothing
+# spills.
+SM_90: dict[str, dict[tuple[int, str], Tiles]] = {
+    "forward": {
+        (64, "short"): Tiles(64, 64, 4, 3),
+        (64, "long"): Tiles(128, 64, 8, 3),
+        (128, "short"): Tiles(128, 64, 8, 2),
+        (128, "long"): Tiles(128, 64, 8, 2),
+    },
+    "backward_query": {
+        (64, "short"): Tiles(64, 64, 4, 2),
+        (64, "long"): Tiles(64, 64, 4, 2),
+        (128, "short"): Tiles(128, 64, 8, 2),
+        (128, "long"): Tiles(128, 64, 8, 2),
+    },
+    "backward_key": {
+        (64, "short"): Tiles(64, 64, 4, 2),
+        (64, "long"): Tiles(64, 64, 4, 2),
+        (128, "short"): Tiles(32, 128, 8, 2),
+        (128, "long"): Tiles(32, 128, 8, 2),
+    },
+    "double_backward_query": {
+        (64, "short"): Tiles(64, 32, 4, 2),
+        (64, "long"): Tiles(64, 32, 4, 2),
+        (128, "short"): Tiles(64, 32, 8, 2),
+        (128, "long"): Tiles(64, 32, 8, 2),
+    },
+    "double_backward_key": {
+        (64, "short"): Tiles(32, 64, 4, 2),
+        (64, "long"): Tiles(32, 64, 4, 2),
+        (128, "short"): Tiles(16, 128, 8, 2),
+        (128, "long"): Tiles(16, 128, 8, 2),
+    },
+}
+
+
+def target_of(device: torch.device) -> str:
+    """The GPU whose tiles fit: sm_80 stands for those without wgmma or tcgen05."""
+    if torch.version.hip:
+        return "gfx942"
+    if device.type != "cuda":  # Triton's interpreter
+        return "sm_90"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def tiles_of(kernel: str, dim: int, tokens: int, dtype: torch.dtype, target: str) -> Tiles:
+    """The tiles of a kernel, by its name in ``SM_90``."""
+    if dtype == torch.float32:  # without matrix instructions the operands live in registers
+        return Tiles(16, 16, 8, 1)
+    if dim > 128:
+        return Tiles(32, 16, 8, 1)
+    if target == "gfx942":
+        return Tiles(32, 32, 4, 1)
+    if target == "sm_80":
+        return Tiles(64, 32, 4, 2) if dim <= 64 else Tiles(32, 32, 8, 2)
+    length = "short" if tokens <= SHORT else "long"
+    return SM_90[kernel][64 if dim <= 64 else 128, length]
