@@ -17,6 +17,7 @@ Shapes: B batch, H heads, K key/value heads, G = H / K, T tokens, D head dim.
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from .launch import Visible, compile_cases, launch_kernel
@@ -33,7 +34,7 @@ def attention_forward(
         q, scale = -q, -scale
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = _statistic(q)
     inputs = {"q": q, "k": k, "v": v}
     launch_kernel("forward", inputs, (out.transpose(1, 2),), (lse,), scale, visible)
     return out, lse
@@ -52,7 +53,7 @@ def attention_backward(
     """dQ, dK and dV from dO [B, T, H, D]."""
     dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-    rows = lse, torch.empty_like(lse)
+    rows = *_rows_dense(lse), _statistic(q)
     inputs = {"do": dout.transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
     launch_kernel("backward_query", inputs, (dq,), rows, scale, visible)
     launch_kernel("backward_key", inputs, (dk, dv), rows, scale, visible)
@@ -76,7 +77,7 @@ def attention_double_backward(
     cot_dq, cot_dk, cot_dv = _rows_dense(cot_dq, cot_dk, cot_dv)
     dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     cot_dout, cot_q, cot_k, cot_v = (torch.empty_like(t) for t in (dout, q, k, v))
-    rows = lse, *(torch.empty_like(lse) for _ in range(3))
+    rows = *_rows_dense(lse), *(_statistic(q) for _ in range(3))
     inputs = {"do": dout.transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
     inputs |= {"cot_dq": cot_dq, "cot_dk": cot_dk, "cot_dv": cot_dv}
     by_query = cot_dout.transpose(1, 2), cot_q
@@ -88,3 +89,9 @@ def attention_double_backward(
 def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied where the last dimension is not contiguous."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _statistic(q: Tensor) -> Tensor:
+    """An fp32 number for each query, [B, H, T], its rows aligned for the copy engine."""
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty(batch, heads, triton.cdiv(tokens, 4) * 4, dtype=torch.float32)[..., :tokens]

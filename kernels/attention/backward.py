@@ -22,6 +22,7 @@ from .blocks import (
     query_program,
     row_dot,
     store,
+    store_row,
 )
 
 
@@ -33,8 +34,8 @@ def attention_backward_query_kernel(
     k,  # [B, K, T, D] in, q's dtype
     v,  # [B, K, T, D] in, q's dtype
     dq,  # [B, H, T, D] out, q's dtype
-    lse_ptr,  # [B, H, T] in, fp32
-    delta_ptr,  # [B, H, T] out, fp32
+    lse,  # [B, H, T] in, fp32
+    delta,  # [B, H, T] out, fp32
     first_key_ptr,  # [B, T] in, int32, if BOUNDED
     H,
     G,
@@ -54,13 +55,12 @@ def attention_backward_query_kernel(
     )
     query = first + tl.arange(0, BLOCK_M)
     first_key = first_keys(first_key_ptr, batch, query, T, BOUNDED)
-    row = (batch * H + head) * T + query
     do_tile = load(do, batch, head, first, T, D, BLOCK_M, BLOCK_D)
     q_tile = load(q, batch, head, first, T, D, BLOCK_M, BLOCK_D)
-    delta = row_dot(do_tile, load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D))
-    tl.store(delta_ptr + row, delta, query < T)
-    lse = load_row(lse_ptr, row, query, T)
-    queries = query[:, None], first_key[:, None], do_tile, q_tile, lse[:, None], delta[:, None]
+    delta_row = row_dot(do_tile, load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D))
+    store_row(delta, delta_row, batch, head, first, T, BLOCK_M)
+    lse_row = load_row(lse, batch, head, first, T, BLOCK_M)
+    queries = query, first_key, do_tile, q_tile, lse_row, delta_row
     keys = k, v, batch, kv_head, T
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = _add_keys(acc, queries, keys, full_end, end, scale, D, BLOCK_D, BLOCK_N, True, BOUNDED)
@@ -90,15 +90,18 @@ def _add_keys(
     BOUNDED: tl.constexpr,
 ):
     # dQ / scale with more keys
-    query, first_key, do_tile, q_tile, lse, delta = queries
+    query, first_key, do_tile, q_tile, lse_row, delta_row = queries
     k, v, batch, kv_head, T = keys
     for back in range(0, end - begin, BLOCK_N):
         start = end - BLOCK_N - back
         k_tile = load(k, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         v_tile = load(v, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         key = start + tl.arange(0, BLOCK_N)[None, :]
-        p = probabilities(q_tile, k_tile, query, first_key, key, lse, scale, MASKED, BOUNDED)
-        ds = p * (dot_t(do_tile, v_tile) - delta)
+        s = dot_t(q_tile, k_tile)
+        p = probabilities(
+            s, query[:, None], first_key[:, None], key, lse_row[:, None], scale, MASKED, BOUNDED
+        )
+        ds = p * (dot_t(do_tile, v_tile) - delta_row[:, None])
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
     return acc
 
@@ -111,8 +114,8 @@ def attention_backward_key_kernel(
     v,  # [B, K, T, D] in, q's dtype
     dk,  # [B, K, T, D] out, q's dtype
     dv,  # [B, K, T, D] out, q's dtype
-    lse_ptr,  # [B, H, T] in, fp32
-    delta_ptr,  # [B, H, T] in, fp32
+    lse,  # [B, H, T] in, fp32
+    delta,  # [B, H, T] in, fp32
     first_key_ptr,  # [B, T] in, int32, if BOUNDED; the last queries likewise
     last_query_ptr,
     H,
@@ -135,7 +138,7 @@ def attention_backward_key_kernel(
     k_tile = load(k, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     v_tile = load(v, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     keys = key, k_tile, v_tile
-    queries = do, q, lse_ptr, delta_ptr, first_key_ptr, batch, kv_head, H, G, T
+    queries = do, q, lse, delta, first_key_ptr, batch, kv_head, H, G, T
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = dk_acc, dv_acc
@@ -172,22 +175,20 @@ def _add_queries(
     # dK / scale and dV with more queries, of every head of the group
     dk_acc, dv_acc = sums
     key, k_tile, v_tile = keys
-    do, q, lse_ptr, delta_ptr, first_key_ptr, batch, kv_head, H, G, T = queries
+    do, q, lse, delta, first_key_ptr, batch, kv_head, H, G, T = queries
     head = kv_head * G
     start = begin
     for _ in range(0, G * ((end - begin) // BLOCK_M)):
         query = start + tl.arange(0, BLOCK_M)
         first_key = first_keys(first_key_ptr, batch, query, T, BOUNDED)[None, :]
-        row = (batch * H + head) * T + query
         do_tile = load(do, batch, head, start, T, D, BLOCK_M, BLOCK_D)
         q_tile = load(q, batch, head, start, T, D, BLOCK_M, BLOCK_D)
-        lse = load_row(lse_ptr, row, query, T)[None, :]
-        delta = load_row(delta_ptr, row, query, T)[None, :]
-        p = probabilities(
-            k_tile, q_tile, query[None, :], first_key, key, lse, scale, MASKED, BOUNDED
-        )
+        lse_row = load_row(lse, batch, head, start, T, BLOCK_M)[None, :]
+        delta_row = load_row(delta, batch, head, start, T, BLOCK_M)[None, :]
+        s = dot_t(k_tile, q_tile)
+        p = probabilities(s, query[None, :], first_key, key, lse_row, scale, MASKED, BOUNDED)
         dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
-        ds = p * (dot_t(v_tile, do_tile) - delta)
+        ds = p * (dot_t(v_tile, do_tile) - delta_row)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
         head, start = next_queries(head, start, begin, end, BLOCK_M)
     return dk_acc, dv_acc

@@ -1,7 +1,8 @@
 """What the attention kernels share: places in the grid, ranges of blocks, tiles, scores.
 
-A tensor x of [B, H, T, D] or [B, K, T, D] enters a kernel as a tuple of its pointer and its strides
-of batch, head and token, or as a tensor descriptor, which the GPU's copy engine reads by itself.
+A tensor x of [B, H, T, D], [B, K, T, D] or [B, H, T] (a statistic of each query) enters a kernel as
+a tuple of its pointer and its strides of batch, head and, where it has a head dim, token, or as a
+tensor descriptor, which the GPU's copy engine reads by itself.
 """
 
 from __future__ import annotations
@@ -95,9 +96,29 @@ def first_keys(first_key_ptr, batch, query, T, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointer, row, query, T):
-    # a statistic [B, H, T] of queries, zero outside
-    return tl.load(pointer + row, query < T, 0.0)
+def load_row(x, batch, head, first, T, ROWS: tl.constexpr):
+    # x[batch, head, first + i], zero outside
+    if isinstance(x, tl.tensor_descriptor):
+        place = [tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(first, tl.int32)]
+        return x.load(place).reshape(ROWS)
+    else:
+        pointers, inside = _row(x, batch, head, first, T, ROWS)
+        return tl.load(pointers, inside, 0.0)
+
+
+@triton.jit
+def store_row(x, values, batch, head, first, T, ROWS: tl.constexpr):
+    # x[batch, head, first + i] = values[i]
+    pointers, inside = _row(x, batch, head, first, T, ROWS)
+    tl.store(pointers, values, inside)
+
+
+@triton.jit
+def _row(x, batch, head, first, T, ROWS: tl.constexpr):
+    # pointers to x[batch, head, first + i], and which of them are inside
+    pointer, batch_stride, head_stride = x
+    row = first + tl.arange(0, ROWS)
+    return pointer + batch * batch_stride + head * head_stride + row, row < T
 
 
 @triton.jit
@@ -162,10 +183,10 @@ def visible(query, first_key, key, BOUNDED: tl.constexpr):
 
 @triton.jit
 def probabilities(
-    a, b, query, first_key, key, lse, scale, MASKED: tl.constexpr, BOUNDED: tl.constexpr
+    products, query, first_key, key, lse, scale, MASKED: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    # exp(scale a bᵀ − lse), zero where the query does not see the key; exp2 is cheaper than exp
-    bits = dot_t(a, b) * (scale * LOG2_E) - lse * LOG2_E
+    # exp(scale Q Kᵀ − lse), zero where the query does not see the key; exp2 is cheaper than exp
+    bits = products * (scale * LOG2_E) - lse * LOG2_E
     if MASKED:
         bits = tl.where(visible(query, first_key, key, BOUNDED), bits, float("-inf"))
     return tl.exp2(bits)

@@ -1,7 +1,7 @@
 """The double backward of attention, in two kernels: 19 products of [queries, keys, head dim] for
 each pair of blocks, eleven by query and eight by key. Twelve are the fewest there can be; five make
-the scores and their tangents a second time, for one writer of every output, and two sum dS K and P K
-in the same sweep as the row statistics σ and τ, where a sweep before for them would take five.
+the scores and their tangents a second time, for one writer of every output, and two sum dS K and
+P K in the same sweep as the row statistics σ and τ: a sweep of its own for them would take five.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .blocks import (
     row_dot,
     scores_tangent,
     store,
+    store_row,
 )
 
 
@@ -39,10 +40,10 @@ def attention_double_backward_query_kernel(
     v,  # [B, K, T, D] in, q's dtype
     cot_do,  # [B, H, T, D] out, q's dtype
     cot_q,  # [B, H, T, D] out, q's dtype
-    lse_ptr,  # [B, H, T] in, fp32
-    delta_ptr,  # [B, H, T] out, fp32; σ and τ likewise
-    sigma_ptr,
-    tau_ptr,
+    lse,  # [B, H, T] in, fp32
+    delta,  # [B, H, T] out, fp32; σ and τ likewise
+    sigma,
+    tau,
     first_key_ptr,  # [B, T] in, int32, if BOUNDED
     H,
     G,
@@ -67,17 +68,16 @@ def attention_double_backward_query_kernel(
     )
     query = first + tl.arange(0, BLOCK_M)
     first_key = first_keys(first_key_ptr, batch, query, T, BOUNDED)
-    row = (batch * H + head) * T + query
     qd_tile = load(cot_dq, batch, head, first, T, D, BLOCK_M, BLOCK_D)
     do_tile = load(do, batch, head, first, T, D, BLOCK_M, BLOCK_D)
     q_tile = load(q, batch, head, first, T, D, BLOCK_M, BLOCK_D)
-    delta = row_dot(do_tile, load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D))
-    tl.store(delta_ptr + row, delta, query < T)
-    lse = load_row(lse_ptr, row, query, T)
+    delta_row = row_dot(do_tile, load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D))
+    store_row(delta, delta_row, batch, head, first, T, BLOCK_M)
+    lse_row = load_row(lse, batch, head, first, T, BLOCK_M)
     zero_row = tl.zeros([BLOCK_M], tl.float32)
     zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = zero_row, zero_row, zero_row, zero_row, zero, zero, zero, zero
-    queries = query, first_key, qd_tile, do_tile, q_tile, lse, delta
+    queries = query, first_key, qd_tile, do_tile, q_tile, lse_row, delta_row
     keys = cot_dk, cot_dv, k, v, batch, kv_head, T
     sums = _add_keys(
         sums, queries, keys, full_end, end, scale, D, BLOCK_D, BLOCK_N, True, True, BOUNDED
@@ -89,14 +89,15 @@ def attention_double_backward_query_kernel(
         )
         if BOUNDED:
             sums = _add_keys(
-                sums, queries, keys, begin, full_begin, scale, D, BLOCK_D, BLOCK_N, False, True, True
+                *(sums, queries, keys, begin, full_begin, scale),
+                *(D, BLOCK_D, BLOCK_N, False, True, True),
             )
-    sigma_0, tau_0, sigma, tau, cot_do_acc, cot_q_acc, ds_k, p_k = sums
-    tl.store(sigma_ptr + row, sigma_0 + sigma, query < T)
-    tl.store(tau_ptr + row, tau_0 + tau, query < T)
+    sigma_0, tau_0, d_sigma, d_tau, cot_do_acc, cot_q_acc, ds_k, p_k = sums
+    store_row(sigma, sigma_0 + d_sigma, batch, head, first, T, BLOCK_M)
+    store_row(tau, tau_0 + d_tau, batch, head, first, T, BLOCK_M)
     out_tile = load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
-    cot_do_acc -= sigma[:, None] * out_tile
-    cot_q_acc -= sigma[:, None] * ds_k + tau[:, None] * p_k
+    cot_do_acc -= d_sigma[:, None] * out_tile
+    cot_q_acc -= d_sigma[:, None] * ds_k + d_tau[:, None] * p_k
     store(cot_do, cot_do_acc, batch, head, first, T, D, BLOCK_M, BLOCK_D)
     store(cot_q, cot_q_acc * scale, batch, head, first, T, D, BLOCK_M, BLOCK_D)
 
@@ -119,8 +120,8 @@ def _add_keys(
     # The sums with more keys, from the last to the first. With OWN the queries' own keys are among
     # them, each the first that its query sees: σ₀ and τ₀ are Ṡ and dO V̇ᵀ there, since sums of
     # differences from them keep their digits where the keys have much in common.
-    sigma_0, tau_0, sigma, tau, cot_do, cot_q, ds_k, p_k = sums
-    query, first_key, qd_tile, do_tile, q_tile, lse, delta = queries
+    sigma_0, tau_0, d_sigma, d_tau, cot_do, cot_q, ds_k, p_k = sums
+    query, first_key, qd_tile, do_tile, q_tile, lse_row, delta_row = queries
     cot_dk, cot_dv, k, v, batch, kv_head, T = keys
     for back in range(0, end - begin, BLOCK_N):
         start = end - BLOCK_N - back
@@ -129,9 +130,9 @@ def _add_keys(
         v_tile = load(v, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         vd_tile = load(cot_dv, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         key = start + tl.arange(0, BLOCK_N)[None, :]
+        s = dot_t(q_tile, k_tile)
         p = probabilities(
-            *(q_tile, k_tile, query[:, None], first_key[:, None], key),
-            *(lse[:, None], scale, MASKED, BOUNDED),
+            s, query[:, None], first_key[:, None], key, lse_row[:, None], scale, MASKED, BOUNDED
         )
         sd = scores_tangent(q_tile, k_tile, qd_tile, kd_tile, scale)
         if OWN:
@@ -141,9 +142,9 @@ def _add_keys(
         cot_do = dot(p_16, vd_tile, cot_do)
         p_k = dot(p_16, k_tile, p_k)
         pd = p * sd
-        sigma += tl.sum(pd, 1)
+        d_sigma += tl.sum(pd, 1)
         cot_do = dot(pd.to(v_tile.dtype), v_tile, cot_do)
-        dp = dot_t(do_tile, v_tile) - delta[:, None]
+        dp = dot_t(do_tile, v_tile) - delta_row[:, None]
         ds = (p * dp).to(k_tile.dtype)
         ds_k = dot(ds, k_tile, ds_k)
         cot_q = dot(ds, kd_tile, cot_q)
@@ -151,9 +152,9 @@ def _add_keys(
         if OWN:
             tau_0 += tl.sum(tl.where(key == query[:, None], dp_dot, 0.0), 1)
         x = p * (dp * sd + (dp_dot - tau_0[:, None]))
-        tau += tl.sum(x, 1)
+        d_tau += tl.sum(x, 1)
         cot_q = dot(x.to(k_tile.dtype), k_tile, cot_q)
-    return sigma_0, tau_0, sigma, tau, cot_do, cot_q, ds_k, p_k
+    return sigma_0, tau_0, d_sigma, d_tau, cot_do, cot_q, ds_k, p_k
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -167,10 +168,10 @@ def attention_double_backward_key_kernel(
     v,  # [B, K, T, D] in, q's dtype
     cot_k,  # [B, K, T, D] out, q's dtype
     cot_v,  # [B, K, T, D] out, q's dtype
-    lse_ptr,  # [B, H, T] in, fp32; δ, σ and τ likewise
-    delta_ptr,
-    sigma_ptr,
-    tau_ptr,
+    lse,  # [B, H, T] in, fp32; δ, σ and τ likewise
+    delta,
+    sigma,
+    tau,
     first_key_ptr,  # [B, T] in, int32, if BOUNDED; the last queries likewise
     last_query_ptr,
     H,
@@ -196,7 +197,7 @@ def attention_double_backward_key_kernel(
     k_tile = load(k, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     v_tile = load(v, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     keys = key, kd_tile, vd_tile, k_tile, v_tile
-    rows = lse_ptr, delta_ptr, sigma_ptr, tau_ptr
+    rows = lse, delta, sigma, tau
     queries = cot_dq, do, q, rows, first_key_ptr, batch, kv_head, H, G, T
     cot_k_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     cot_v_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -235,28 +236,26 @@ def _add_queries(
     cot_k, cot_v = sums
     key, kd_tile, vd_tile, k_tile, v_tile = keys
     cot_dq, do, q, rows, first_key_ptr, batch, kv_head, H, G, T = queries
-    lse_ptr, delta_ptr, sigma_ptr, tau_ptr = rows
+    lse, delta, sigma, tau = rows
     head = kv_head * G
     start = begin
     for _ in range(0, G * ((end - begin) // BLOCK_M)):
         query = start + tl.arange(0, BLOCK_M)
         first_key = first_keys(first_key_ptr, batch, query, T, BOUNDED)[None, :]
-        row = (batch * H + head) * T + query
         qd_tile = load(cot_dq, batch, head, start, T, D, BLOCK_M, BLOCK_D)
         do_tile = load(do, batch, head, start, T, D, BLOCK_M, BLOCK_D)
         q_tile = load(q, batch, head, start, T, D, BLOCK_M, BLOCK_D)
-        lse = load_row(lse_ptr, row, query, T)[None, :]
-        delta = load_row(delta_ptr, row, query, T)[None, :]
-        sigma = load_row(sigma_ptr, row, query, T)[None, :]
-        tau = load_row(tau_ptr, row, query, T)[None, :]
-        p = probabilities(
-            k_tile, q_tile, query[None, :], first_key, key, lse, scale, MASKED, BOUNDED
-        )
-        sd = scores_tangent(k_tile, q_tile, kd_tile, qd_tile, scale) - sigma
+        lse_row = load_row(lse, batch, head, start, T, BLOCK_M)[None, :]
+        delta_row = load_row(delta, batch, head, start, T, BLOCK_M)[None, :]
+        sigma_row = load_row(sigma, batch, head, start, T, BLOCK_M)[None, :]
+        tau_row = load_row(tau, batch, head, start, T, BLOCK_M)[None, :]
+        s = dot_t(k_tile, q_tile)
+        p = probabilities(s, query[None, :], first_key, key, lse_row, scale, MASKED, BOUNDED)
+        sd = scores_tangent(k_tile, q_tile, kd_tile, qd_tile, scale) - sigma_row
         cot_v = dot((p * sd).to(do_tile.dtype), do_tile, cot_v)
-        dp = dot_t(v_tile, do_tile) - delta
+        dp = dot_t(v_tile, do_tile) - delta_row
         cot_k = dot((p * dp).to(qd_tile.dtype), qd_tile, cot_k)
-        cot_s = p * dot(vd_tile, tl.trans(do_tile), dp * sd - tau)
+        cot_s = p * dot(vd_tile, tl.trans(do_tile), dp * sd - tau_row)
         cot_k = dot(cot_s.to(q_tile.dtype), q_tile, cot_k)
         head, start = next_queries(head, start, begin, end, BLOCK_M)
     return cot_k, cot_v

@@ -15,6 +15,7 @@ from .blocks import (
     load,
     query_program,
     store,
+    store_row,
     visible,
 )
 
@@ -28,7 +29,7 @@ def attention_forward_kernel(
     k,  # [B, K, T, D] in, q's dtype
     v,  # [B, K, T, D] in, q's dtype
     out,  # [B, H, T, D] out, q's dtype
-    lse_ptr,  # [B, H, T] out, fp32
+    lse,  # [B, H, T] out, fp32
     first_key_ptr,  # [B, T] in, int32, if BOUNDED
     H,
     G,
@@ -60,15 +61,25 @@ def attention_forward_kernel(
     )
     if SPLIT:
         sums = _attend(
-            sums, seen, keys, full_begin, full_end, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, False, False
+            sums,
+            seen,
+            keys,
+            full_begin,
+            full_end,
+            scale,
+            D,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_N,
+            False,
+            False,
         )
         if BOUNDED:
             sums = _attend(
                 sums, seen, keys, begin, full_begin, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, True
             )
     top, total, acc = sums
-    lse = (top + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + (batch * H + head) * T + query, lse, query < T)
+    store_row(lse, (top + tl.log2(total)) * LN_2, batch, head, first, T, BLOCK_M)
     store(out, acc / total[:, None], batch, head, first, T, D, BLOCK_M, BLOCK_D)
 
 

@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     by_key_inputs: tuple[str, ...]  # [B, K, T, D]
 
 
+STATISTICS = "lse", "delta", "sigma", "tau"  # [B, H, T], fp32
 COTANGENTS = "cot_dk", "cot_dv", "k", "v"
 KERNELS = {
     "forward": Kernel(attention_forward_kernel, False, ("q",), ("k", "v")),
@@ -61,12 +62,13 @@ def launch_kernel(
         return
     tiles = tiles_of(name, dim, tokens, inputs["q"].dtype, target_of(inputs["q"].device))
     block_d = max(16, triton.next_power_of_2(dim))
-    read = [(inputs[n], tiles.queries) for n in kernel.by_query_inputs]
-    read += [(inputs[n], tiles.keys) for n in kernel.by_key_inputs]
-    if tiles.tma and all(_aligned(t) for t, _ in read):
-        arguments = [TensorDescriptor(t, t.shape, t.stride(), [1, 1, n, block_d]) for t, n in read]
-    else:
-        arguments = [_strided(t) for t, _ in read]
+    arguments = [_input(inputs[n], tiles, tiles.queries, block_d) for n in kernel.by_query_inputs]
+    arguments += [_input(inputs[n], tiles, tiles.keys, block_d) for n in kernel.by_key_inputs]
+    arguments += [_strided(t) for t in outputs]
+    if kernel.by_key:
+        arguments += [_input(row, tiles, tiles.queries) for row in rows]
+    else:  # each is read once, or written
+        arguments += [_strided(row) for row in rows]
     bounds = visible or (None, None)
     if kernel.by_key:
         grid = (batch * kv_heads, triton.cdiv(tokens, tiles.keys))
@@ -76,8 +78,6 @@ def launch_kernel(
     with torch.cuda.device_of(inputs["q"]):
         kernel.function[grid](
             *arguments,
-            *(_strided(t) for t in outputs),
-            *rows,
             *bounds,
             heads,
             heads // kv_heads,
@@ -89,13 +89,18 @@ def launch_kernel(
         )
 
 
+def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
+    """A descriptor for the copy engine, if all of it begins at multiples of 16 bytes."""
+    aligned = t.data_ptr() % 16 == 0 and all(
+        n * t.element_size() % 16 == 0 for n in t.stride()[:-1]
+    )
+    if tiles.tma and aligned:
+        return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
+    return _strided(t)
+
+
 def _strided(t: Tensor) -> tuple[Any, ...]:
-    return (t, *t.stride()[:3])
-
-
-def _aligned(t: Tensor) -> bool:
-    """Whether the copy engine can read it: everything starts at multiples of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in t.stride()[:3])
+    return (t, *t.stride()[:-1])
 
 
 def _constants(tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
@@ -133,22 +138,23 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
 def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, Any]:
     """A kernel with some tiles, as ``compile_cases`` has them."""
     kernel, constants = KERNELS[name], _constants(tiles, dim, bounded)
-    rows = dict.fromkeys(kernel.by_query_inputs, tiles.queries)
-    rows |= dict.fromkeys(kernel.by_key_inputs, tiles.keys)
+    block_d = constants["BLOCK_D"]
+    blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
+    blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}
+    if kernel.by_key:
+        blocks |= {argument: [1, 1, tiles.queries] for argument in STATISTICS}
     scalars = {"H": "i32", "G": "i32", "T": "i32", "scale": "fp32"}
     signature: dict[str, Any] = {}
     for argument in kernel.function.arg_names:
-        if argument in ("first_key_ptr", "last_query_ptr"):
+        row = argument in STATISTICS
+        if argument.endswith("_ptr"):
             signature[argument] = "*i32"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32"
         elif argument in scalars:
             signature[argument] = scalars[argument]
-        elif argument in rows and tiles.tma:
-            block = [1, 1, rows[argument], constants["BLOCK_D"]]
-            signature[argument] = f"tensordesc<bf16{block}>"
+        elif argument in blocks and tiles.tma:
+            signature[argument] = f"tensordesc<{'fp32' if row else 'bf16'}{blocks[argument]}>"
         elif argument not in constants:
-            signature[argument] = ("*bf16", "i32", "i32", "i32")
+            signature[argument] = ("*fp32", "i32", "i32") if row else ("*bf16", "i32", "i32", "i32")
     extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
     pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
     return {
