@@ -138,7 +138,7 @@ def attention_backward_key_kernel(
     k_tile = load(k, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     v_tile = load(v, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     keys = key, k_tile, v_tile
-    queries = do, q, lse, delta, first_key_ptr, batch, kv_head, H, G, T
+    queries = do, q, lse, delta, first_key_ptr, batch, kv_head, G, T
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = dk_acc, dv_acc
@@ -175,7 +175,7 @@ def _add_queries(
     # dK / scale and dV with more queries, of every head of the group
     dk_acc, dv_acc = sums
     key, k_tile, v_tile = keys
-    do, q, lse, delta, first_key_ptr, batch, kv_head, H, G, T = queries
+    do, q, lse, delta, first_key_ptr, batch, kv_head, G, T = queries
     head = kv_head * G
     start = begin
     for _ in range(0, G * ((end - begin) // BLOCK_M)):

@@ -1,7 +1,8 @@
 """The double backward of attention, in two kernels: 19 products of [queries, keys, head dim] for
 each pair of blocks, eleven by query and eight by key. Twelve are the fewest there can be; five make
 the scores and their tangents a second time, for one writer of every output, and two sum dS K and
-P K in the same sweep as the row statistics σ and τ: a sweep of its own for them would take five.
+P K in the same sweep as the row statistics σ and τ. Where registers are too few for that, σ and τ
+have a sweep of their own before, and it is 22.
 """
 
 from __future__ import annotations
@@ -55,17 +56,16 @@ def attention_double_backward_query_kernel(
     BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    SWEEPS: tl.constexpr,
 ):
     # cot dO = Ṗ V + P V̇,  cot Q = scale (S̄ K + dS K̇), with Ṡ = scale (Q̇ Kᵀ + Q K̇ᵀ),
     # Ṗ = P ∘ (Ṡ − σ),  dS = P ∘ (dP − δ),  S̄ = P ∘ (P̄ − τ),  P̄ = (dP − δ) ∘ (Ṡ − σ) + dO V̇ᵀ,
     # σ = rowsum(P ∘ Ṡ),  τ = rowsum(P ∘ P̄).
-    # The sweep takes σ₀ and τ₀ for σ and τ, and what they are short of is made up at its end:
+    # One sweep takes σ₀ and τ₀ for σ and τ, and what they are short of is made up at its end:
     # Ṗ V = (P ∘ (Ṡ − σ₀)) V − (σ − σ₀) O,  S̄ K = X K − (σ − σ₀) dS K − (τ − τ₀) P K,
     # X = P ∘ ((dP − δ) ∘ (Ṡ − σ₀) + dO V̇ᵀ − τ₀),  τ − τ₀ = rowsum(X).
     batch, head, kv_head, first = query_program(H, G, BLOCK_M)
-    begin, full_begin, full_end, end = key_blocks(
-        first_key_ptr, batch, first, T, BLOCK_M, BLOCK_N, BOUNDED, SPLIT
-    )
+    blocks = key_blocks(first_key_ptr, batch, first, T, BLOCK_M, BLOCK_N, BOUNDED, SPLIT)
     query = first + tl.arange(0, BLOCK_M)
     first_key = first_keys(first_key_ptr, batch, query, T, BOUNDED)
     qd_tile = load(cot_dq, batch, head, first, T, D, BLOCK_M, BLOCK_D)
@@ -74,32 +74,65 @@ def attention_double_backward_query_kernel(
     delta_row = row_dot(do_tile, load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D))
     store_row(delta, delta_row, batch, head, first, T, BLOCK_M)
     lse_row = load_row(lse, batch, head, first, T, BLOCK_M)
-    zero_row = tl.zeros([BLOCK_M], tl.float32)
-    zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sums = zero_row, zero_row, zero_row, zero_row, zero, zero, zero, zero
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    no_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sums = zero, zero, zero, zero, no_sum, no_sum, no_sum, no_sum
     queries = query, first_key, qd_tile, do_tile, q_tile, lse_row, delta_row
     keys = cot_dk, cot_dv, k, v, batch, kv_head, T
+    if SWEEPS == 2:
+        sums = _sweep(
+            *(sums, queries, keys, blocks, scale),
+            *(D, BLOCK_D, BLOCK_N, True, False, BOUNDED, SPLIT),
+        )
+        sigma_0, tau_0, d_sigma, d_tau, _, _, _, _ = sums
+        sums = sigma_0 + d_sigma, tau_0 + d_tau, zero, zero, no_sum, no_sum, no_sum, no_sum
+    sums = _sweep(
+        *(sums, queries, keys, blocks, scale),
+        *(D, BLOCK_D, BLOCK_N, SWEEPS == 1, True, BOUNDED, SPLIT),
+    )
+    sigma_0, tau_0, d_sigma, d_tau, cot_do_acc, cot_q_acc, ds_k, p_k = sums
+    store_row(sigma, sigma_0 + d_sigma, batch, head, first, T, BLOCK_M)
+    store_row(tau, tau_0 + d_tau, batch, head, first, T, BLOCK_M)
+    if SWEEPS == 1:
+        out_tile = load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
+        cot_do_acc -= d_sigma[:, None] * out_tile
+        cot_q_acc -= d_sigma[:, None] * ds_k + d_tau[:, None] * p_k
+    store(cot_do, cot_do_acc, batch, head, first, T, D, BLOCK_M, BLOCK_D)
+    store(cot_q, cot_q_acc * scale, batch, head, first, T, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _sweep(
+    sums,
+    queries,
+    keys,
+    blocks,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # all keys of a block of queries: the row statistics, the sums, or both at once
+    begin, full_begin, full_end, end = blocks
     sums = _add_keys(
-        sums, queries, keys, full_end, end, scale, D, BLOCK_D, BLOCK_N, True, True, BOUNDED
+        *(sums, queries, keys, full_end, end, scale),
+        *(D, BLOCK_D, BLOCK_N, ROWS, SUMS, ROWS, True, BOUNDED),
     )
     if SPLIT:
         sums = _add_keys(
             *(sums, queries, keys, full_begin, full_end, scale),
-            *(D, BLOCK_D, BLOCK_N, False, False, False),
+            *(D, BLOCK_D, BLOCK_N, ROWS, SUMS, False, False, False),
         )
         if BOUNDED:
             sums = _add_keys(
                 *(sums, queries, keys, begin, full_begin, scale),
-                *(D, BLOCK_D, BLOCK_N, False, True, True),
+                *(D, BLOCK_D, BLOCK_N, ROWS, SUMS, False, True, True),
             )
-    sigma_0, tau_0, d_sigma, d_tau, cot_do_acc, cot_q_acc, ds_k, p_k = sums
-    store_row(sigma, sigma_0 + d_sigma, batch, head, first, T, BLOCK_M)
-    store_row(tau, tau_0 + d_tau, batch, head, first, T, BLOCK_M)
-    out_tile = load(out, batch, head, first, T, D, BLOCK_M, BLOCK_D).to(tl.float32)
-    cot_do_acc -= d_sigma[:, None] * out_tile
-    cot_q_acc -= d_sigma[:, None] * ds_k + d_tau[:, None] * p_k
-    store(cot_do, cot_do_acc, batch, head, first, T, D, BLOCK_M, BLOCK_D)
-    store(cot_q, cot_q_acc * scale, batch, head, first, T, D, BLOCK_M, BLOCK_D)
+    return sums
 
 
 @triton.jit
@@ -113,13 +146,15 @@ def _add_keys(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     OWN: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    # The sums with more keys, from the last to the first. With OWN the queries' own keys are among
-    # them, each the first that its query sees: σ₀ and τ₀ are Ṡ and dO V̇ᵀ there, since sums of
-    # differences from them keep their digits where the keys have much in common.
+    # More keys, from the last to the first. With OWN the queries' own keys are among them, each the
+    # first that its query sees: σ₀ and τ₀ are Ṡ and dO V̇ᵀ there, since sums of differences from
+    # them keep their digits where the keys have much in common.
     sigma_0, tau_0, d_sigma, d_tau, cot_do, cot_q, ds_k, p_k = sums
     query, first_key, qd_tile, do_tile, q_tile, lse_row, delta_row = queries
     cot_dk, cot_dv, k, v, batch, kv_head, T = keys
@@ -130,30 +165,39 @@ def _add_keys(
         v_tile = load(v, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         vd_tile = load(cot_dv, batch, kv_head, start, T, D, BLOCK_N, BLOCK_D)
         key = start + tl.arange(0, BLOCK_N)[None, :]
-        s = dot_t(q_tile, k_tile)
+        own = key == query[:, None]
         p = probabilities(
-            s, query[:, None], first_key[:, None], key, lse_row[:, None], scale, MASKED, BOUNDED
+            *(dot_t(q_tile, k_tile), query[:, None], first_key[:, None], key),
+            *(lse_row[:, None], scale, MASKED, BOUNDED),
         )
+        p_16 = p.to(k_tile.dtype)
+        if SUMS:
+            cot_do = dot(p_16, vd_tile, cot_do)
+        if ROWS and SUMS:
+            p_k = dot(p_16, k_tile, p_k)
         sd = scores_tangent(q_tile, k_tile, qd_tile, kd_tile, scale)
         if OWN:
-            sigma_0 += tl.sum(tl.where(key == query[:, None], sd, 0.0), 1)
+            sigma_0 += tl.sum(tl.where(own, sd, 0.0), 1)
         sd -= sigma_0[:, None]
-        p_16 = p.to(k_tile.dtype)
-        cot_do = dot(p_16, vd_tile, cot_do)
-        p_k = dot(p_16, k_tile, p_k)
         pd = p * sd
-        d_sigma += tl.sum(pd, 1)
-        cot_do = dot(pd.to(v_tile.dtype), v_tile, cot_do)
+        if ROWS:
+            d_sigma += tl.sum(pd, 1)
+        if SUMS:
+            cot_do = dot(pd.to(v_tile.dtype), v_tile, cot_do)
         dp = dot_t(do_tile, v_tile) - delta_row[:, None]
         ds = (p * dp).to(k_tile.dtype)
-        ds_k = dot(ds, k_tile, ds_k)
-        cot_q = dot(ds, kd_tile, cot_q)
+        if ROWS and SUMS:
+            ds_k = dot(ds, k_tile, ds_k)
+        if SUMS:
+            cot_q = dot(ds, kd_tile, cot_q)
         dp_dot = dot_t(do_tile, vd_tile)
         if OWN:
-            tau_0 += tl.sum(tl.where(key == query[:, None], dp_dot, 0.0), 1)
+            tau_0 += tl.sum(tl.where(own, dp_dot, 0.0), 1)
         x = p * (dp * sd + (dp_dot - tau_0[:, None]))
-        d_tau += tl.sum(x, 1)
-        cot_q = dot(x.to(k_tile.dtype), k_tile, cot_q)
+        if ROWS:
+            d_tau += tl.sum(x, 1)
+        if SUMS:
+            cot_q = dot(x.to(k_tile.dtype), k_tile, cot_q)
     return sigma_0, tau_0, d_sigma, d_tau, cot_do, cot_q, ds_k, p_k
 
 
@@ -198,7 +242,7 @@ def attention_double_backward_key_kernel(
     v_tile = load(v, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
     keys = key, kd_tile, vd_tile, k_tile, v_tile
     rows = lse, delta, sigma, tau
-    queries = cot_dq, do, q, rows, first_key_ptr, batch, kv_head, H, G, T
+    queries = cot_dq, do, q, rows, first_key_ptr, batch, kv_head, G, T
     cot_k_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     cot_v_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = cot_k_acc, cot_v_acc
@@ -235,7 +279,7 @@ def _add_queries(
     # cot K / scale and cot V with more queries, of every head of the group
     cot_k, cot_v = sums
     key, kd_tile, vd_tile, k_tile, v_tile = keys
-    cot_dq, do, q, rows, first_key_ptr, batch, kv_head, H, G, T = queries
+    cot_dq, do, q, rows, first_key_ptr, batch, kv_head, G, T = queries
     lse, delta, sigma, tau = rows
     head = kv_head * G
     start = begin

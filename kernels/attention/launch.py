@@ -83,7 +83,7 @@ def launch_kernel(
             heads // kv_heads,
             tokens,
             scale,
-            **_constants(tiles, dim, visible is not None),
+            **_constants(kernel, tiles, dim, visible is not None),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
@@ -103,15 +103,17 @@ def _strided(t: Tensor) -> tuple[Any, ...]:
     return (t, *t.stride()[:-1])
 
 
-def _constants(tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
-    return {
+def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
+    constants = {
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
         "BOUNDED": bounded,
         "SPLIT": tiles.split,
+        "SWEEPS": tiles.sweeps,
     }
+    return {name: constants[name] for name in kernel.function.arg_names if name in constants}
 
 
 def compile_cases(target: str) -> list[dict[str, Any]]:
@@ -137,7 +139,8 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
 
 def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, Any]:
     """A kernel with some tiles, as ``compile_cases`` has them."""
-    kernel, constants = KERNELS[name], _constants(tiles, dim, bounded)
+    kernel = KERNELS[name]
+    constants = _constants(kernel, tiles, dim, bounded)
     block_d = constants["BLOCK_D"]
     blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
     blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}

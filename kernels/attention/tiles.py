@@ -18,6 +18,7 @@ class Tiles(NamedTuple):
     num_stages: int
     split: bool = True  # blocks that need no mask in a loop of their own
     tma: bool = False  # inputs through the copy engine, where they are aligned for it
+    sweeps: int = 1  # over the keys, of the double backward by query
 
 
 # In bf16 and fp16 on sm_90, by head dim (up to 64, up to 128) and length: each warp group of four
@@ -25,34 +26,34 @@ class Tiles(NamedTuple):
 # spills.
 SM_90: dict[str, dict[tuple[int, str], Tiles]] = {
     "forward": {
-        (64, "short"): Tiles(64, 64, 4, 3),
-        (64, "long"): Tiles(128, 64, 8, 3),
-        (128, "short"): Tiles(128, 64, 8, 2),
-        (128, "long"): Tiles(128, 64, 8, 2),
+        (64, "short"): Tiles(64, 64, 4, 3, tma=True),
+        (64, "long"): Tiles(64, 128, 4, 2, tma=True),
+        (128, "short"): Tiles(128, 64, 8, 2, tma=True),
+        (128, "long"): Tiles(128, 64, 8, 2, tma=True),
     },
     "backward_query": {
-        (64, "short"): Tiles(64, 64, 4, 2),
-        (64, "long"): Tiles(64, 64, 4, 2),
-        (128, "short"): Tiles(128, 64, 8, 2),
-        (128, "long"): Tiles(128, 64, 8, 2),
+        (64, "short"): Tiles(64, 64, 4, 2, tma=True),
+        (64, "long"): Tiles(64, 64, 4, 2, tma=True),
+        (128, "short"): Tiles(128, 64, 8, 2, tma=True),
+        (128, "long"): Tiles(128, 64, 8, 2, tma=True),
     },
     "backward_key": {
-        (64, "short"): Tiles(64, 64, 4, 2),
-        (64, "long"): Tiles(64, 64, 4, 2),
-        (128, "short"): Tiles(32, 128, 8, 2),
-        (128, "long"): Tiles(32, 128, 8, 2),
+        (64, "short"): Tiles(64, 64, 4, 2, tma=True),
+        (64, "long"): Tiles(64, 64, 4, 2, tma=True),
+        (128, "short"): Tiles(32, 128, 8, 2, tma=True),
+        (128, "long"): Tiles(32, 128, 8, 2, tma=True),
     },
     "double_backward_query": {
-        (64, "short"): Tiles(64, 32, 4, 2),
-        (64, "long"): Tiles(64, 32, 4, 2),
-        (128, "short"): Tiles(64, 32, 8, 2),
-        (128, "long"): Tiles(64, 32, 8, 2),
+        (64, "short"): Tiles(64, 32, 4, 3, tma=True),
+        (64, "long"): Tiles(128, 32, 8, 2, tma=True),
+        (128, "short"): Tiles(128, 16, 8, 2, tma=True, sweeps=2),
+        (128, "long"): Tiles(128, 16, 8, 2, tma=True, sweeps=2),
     },
     "double_backward_key": {
-        (64, "short"): Tiles(32, 64, 4, 2),
-        (64, "long"): Tiles(32, 64, 4, 2),
-        (128, "short"): Tiles(16, 128, 8, 2),
-        (128, "long"): Tiles(16, 128, 8, 2),
+        (64, "short"): Tiles(32, 64, 4, 2, tma=True),
+        (64, "long"): Tiles(32, 64, 4, 2, tma=True),
+        (128, "short"): Tiles(16, 128, 8, 2, tma=True),
+        (128, "long"): Tiles(16, 128, 8, 2, tma=True),
     },
 }
 
@@ -78,4 +79,5 @@ def tiles_of(kernel: str, dim: int, tokens: int, dtype: torch.dtype, target: str
     if target == "sm_80":
         return Tiles(64, 32, 4, 2) if dim <= 64 else Tiles(32, 32, 8, 2)
     length = "short" if tokens <= SHORT else "long"
-    return SM_90[kernel][64 if dim <= 64 else 128, length]
+    tiles = SM_90[kernel][64 if dim <= 64 else 128, length]
+    return tiles if target == "sm_90" else tiles._replace(tma=False)
