@@ -52,8 +52,8 @@ SM_90: dict[str, dict[tuple[int, str], Tiles]] = {
     "double_backward_key": {
         (64, "short"): Tiles(32, 64, 4, 2, tma=True),
         (64, "long"): Tiles(32, 64, 4, 2, tma=True),
-        (128, "short"): Tiles(16, 128, 8, 2, tma=True),
-        (128, "long"): Tiles(16, 128, 8, 2, tma=True),
+        (128, "short"): Tiles(16, 128, 8, 2, split=False, tma=True),
+        (128, "long"): Tiles(16, 128, 8, 2, split=False, tma=True),
     },
 }
 
