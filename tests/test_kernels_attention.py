@@ -148,6 +148,34 @@ def test_errs_at_most_twice_as_much_as_pytorch(case: str, monkeypatch: pytest.Mo
     assert all(torch.equal(tensors[key], t) for key, t in before.items()), "an input was changed"
 
 
+@pytest.mark.parametrize("way", ["one loop", "two sweeps", "copy engine"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_every_way_to_cut_a_kernel_up_is_right(
+    way: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Tiles(
+        *(16, 16, 4, 1),
+        split=way != "one loop",
+        tma=way == "copy engine",
+        sweeps=1 + ("two" in way),
+    )
+    monkeypatch.setattr(launch, "tiles_of", lambda *_: cut)
+    tensors = inputs(1, 4, 2, 45, 16, BF16)
+    for name, error, allowed in errors(tensors, visible_keys(tensors["q"], window)):
+        assert error <= 2 * allowed + FLOOR[BF16], f"{name}: error {error:.2e}, {allowed:.2e}"
+
+
+def test_a_negative_scale_is_one() -> None:
+    tensors = inputs(1, 2, 1, 20, 16, FP32)
+    ours, gold = (
+        run(module, {n: t.to(dtype) for n, t in tensors.items()}, -0.4, None)
+        for module, dtype in ((kernels, FP32), (eager, torch.float64))
+    )
+    for name, outputs in ours.items():
+        for value, truth in zip(outputs, gold[name], strict=True):
+            assert relative_error(value, truth) < 1e-5, name
+
+
 def test_output_is_laid_out_as_the_model_reads_it() -> None:
     tensors = inputs(1, 2, 1, 5, 16, FP32)
     out, lse = run(kernels, tensors, 0.25, None)["forward"]
