@@ -69,7 +69,7 @@ def launch_kernel(
         arguments += [_input(row, tiles, tiles.queries) for row in rows]
     else:  # each is read once, or written
         arguments += [_strided(row) for row in rows]
-    bounds = visible or (None, None)
+    bounds: tuple[Tensor | None, ...] = visible or (None, None)
     if kernel.by_key:
         grid = (batch * kv_heads, triton.cdiv(tokens, tiles.keys))
     else:
