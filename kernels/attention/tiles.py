@@ -80,6 +80,6 @@ def tiles_of(kernel: str, dim: int, tokens: int, dtype: torch.dtype, target: str
         return Tiles(64, 32, 4, 2, sweeps=2) if dim <= 64 else Tiles(32, 32, 8, 2, sweeps=2)
     if target == "sm_100" and kernel == "double_backward_query":
         return Tiles(128 if dim <= 64 else 64, 32, 8, 2, sweeps=2)  # by the tensor memory
-    length = "short" if tokens <= SHORT else "long"
+    length = "short" if tokens <= SHORT or target == "sm_100" else "long"  # the smaller, there
     tiles = SM_90[kernel][64 if dim <= 64 else 128, length]
     return tiles if target == "sm_90" else tiles._replace(tma=False)
