@@ -77,7 +77,8 @@ def tiles_of(kernel: str, dim: int, tokens: int, dtype: torch.dtype, target: str
     if target == "gfx942":
         return Tiles(32, 32, 4, 1)
     if target == "sm_80":
-        return Tiles(64, 32, 4, 2, sweeps=2) if dim <= 64 else Tiles(32, 32, 8, 2, sweeps=2)
+        tiles = Tiles(64, 32, 4, 2, sweeps=2) if dim <= 64 else Tiles(32, 32, 8, 2, sweeps=2)
+        return tiles._replace(split=kernel != "double_backward_query")  # two loops of it spill
     if target == "sm_100" and kernel == "double_backward_query":
         return Tiles(128 if dim <= 64 else 64, 32, 8, 2, sweeps=2)  # by the tensor memory
     length = "short" if tokens <= SHORT or target == "sm_100" else "long"  # the smaller, there
