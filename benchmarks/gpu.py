@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py             # needs a CUDA machine; appends to results/gpu.jsonl
     python benchmarks/gpu.py --tiny      # the same code on a CPU in Triton's interpreter, tiny
-    shapes; the timings mean nothing, and tests/triton_interpreter.py makes bf16 right
+    shapes; the timings mean nothing, and tests/helpers/triton_interpreter.py makes bf16 right
 
 Ceilings first: the copy bandwidth and the matrix rate that every other number is a ratio of. Then
 every pass of every kernel in ``gdprompt_fast.ops.backend.KERNELS``: the gate, its error against
@@ -927,7 +927,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.tiny:
         torch.set_num_threads(1)
         sys.path.append(str(ROOT / "tests"))
-        importlib.import_module("triton_interpreter").mend()
+        importlib.import_module("helpers.triton_interpreter").mend()
     elif os.environ["TRITON_INTERPRET"] == "1" or not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device and no TRITON_INTERPRET=1; or give --tiny")
     else:

@@ -1,0 +1,465 @@
+"""A planted fault for each way of being wrong: the step refuses or ``check_exactness`` finds it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gdprompt_fast import MetaBatch, check_exactness
+from gdprompt_fast.errors import UserError
+from gdprompt_fast.meta import inner as meta_inner
+from gdprompt_fast.meta import step
+from gdprompt_fast.ops import attention, embedding, gradient, linear, lora, phase
+from gdprompt_fast.ops.eager import attention as eager_attention
+from gdprompt_fast.ops.eager import gelu, norm, rotary, swiglu
+from gdprompt_fast.ops.vocabulary import functions
+from gdprompt_fast.update import attach, recompute, substitutes
+from gdprompt_fast.update.linear import LinearSite
+from gdprompt_fast.update.site import StepState
+from helpers import tampering
+
+Build = Callable[..., Any]
+Patch = pytest.MonkeyPatch
+OPTIONS: dict[str, Any] = dict(inner_lr=0.1, objective="gold", lm_weight=0.3, backend="torch")
+
+
+def changes(place: Any, name: str, change: Callable[[Any], Any]) -> Callable[[Patch], None]:
+    """Plants a fault in what a function of the engine returns."""
+
+    def plant(patch: Patch) -> None:
+        own = getattr(place, name)
+        patch.setattr(place, name, lambda *args, **kwargs: change(own(*args, **kwargs)))
+
+    return plant
+
+
+def of_tuple(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda found: tuple(change(t) if i == index else t for i, t in enumerate(found))
+
+
+def first_order_only(patch: Patch) -> None:
+    own = phase.Phase
+    for place in (step, meta_inner):
+        patch.setattr(place, "Phase", lambda second_order: own(False))
+
+
+def scaled_inner_lr(patch: Patch) -> None:
+    own = StepState.__init__
+
+    def init(self: Any, groups: int, inner_lr: float, *rest: Any) -> None:
+        own(self, groups, 1.01 * inner_lr, *rest)
+
+    patch.setattr(StepState, "__init__", init)
+
+
+def dropped_query(patch: Patch) -> None:
+    def weights(batch: MetaBatch, *rest: Any) -> Tensor:
+        weight = own(batch, *rest)
+        weight[: int(batch.response_mask[0].sum())] = 0
+        return weight
+
+    own = step.response_weights
+    patch.setattr(step, "response_weights", weights)
+
+
+def other_group(patch: Patch) -> None:
+    """Queries are answered at their neighbour's θ'."""
+    own = step.GroupedRows
+    patch.setattr(step, "GroupedRows", lambda group, groups: own(group.roll(1), groups))
+
+
+def stale_weights(patch: Patch) -> None:
+    """A layer's weights are kept from one step to the next."""
+    kept: dict[tuple[int, torch.dtype], Tensor] = {}
+    own = LinearSite.__init__
+
+    def init(self: Any, module: Any, *rest: Any, **options: Any) -> None:
+        own(self, module, *rest, **options)
+        weight = self.layer.weight_OI
+        self.layer.weight_OI = kept.setdefault((id(module), weight.dtype), weight.clone())
+
+    patch.setattr(LinearSite, "__init__", init)
+
+
+def unweighted_contexts(patch: Patch) -> None:
+    def weights(*args: Any) -> tuple[Tensor, Tensor]:
+        share, weight = own(*args)
+        return share, (weight > 0) * weight.max()
+
+    own = meta_inner.context_weights
+    patch.setattr(meta_inner, "context_weights", weights)
+
+
+def dropped_bias(patch: Patch) -> None:
+    own = linear.InnerLinear.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **{**kwargs, "inner_bias": False})
+
+    patch.setattr(linear.InnerLinear, "__init__", init)
+
+
+def nothing_pulled(patch: Patch) -> None:
+    patch.setattr(linear.InnerLinear, "pull", lambda self, factor: (None, None))
+
+
+def half_pulled(patch: Patch) -> None:
+    own = linear.InnerLinear.pull
+    patch.setattr(linear.InnerLinear, "pull", lambda self, factor: (None, own(self, factor)[1]))
+
+
+ZERO = torch.zeros_like
+# name of a model of conftest, and what is planted in the engine
+ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
+    "the second-order term is dropped": ("llama-tied", first_order_only),
+    "the inner rate is off by 1 %": ("llama-tied", scaled_inner_lr),
+    "a query is dropped": ("llama-tied", dropped_query),
+    "queries are answered at another group's weights": ("llama-tied", other_group),
+    "weights are those of an earlier step": ("llama-untied", stale_weights),
+    "contexts are not averaged by their lengths": ("llama-tied", unweighted_contexts),
+    "biases do not move": ("llama-biases", dropped_bias),
+    "factors get no cotangents": ("llama-untied", nothing_pulled),
+    "inputs of the context get no cotangents from its factors": ("llama-untied", half_pulled),
+    "attention's double backward forgets the queries": (
+        "llama-tied",
+        changes(eager_attention, "attention_double_backward", of_tuple(1, ZERO)),
+    ),
+    "attention's double backward forgets the values": (
+        "llama-tied",
+        changes(eager_attention, "attention_double_backward", of_tuple(3, ZERO)),
+    ),
+    "attention's backward is off by 1 %": (
+        "llama-tied",
+        changes(eager_attention, "attention_backward", of_tuple(0, lambda t: 1.01 * t)),
+    ),
+    "attention is not within its window": (
+        "mistral-sliding-window",
+        changes(attention, "visible_keys", lambda _: None),
+    ),
+    "a norm's double backward forgets its weight": (
+        "llama-tied",
+        changes(norm, "norm_double_backward", of_tuple(2, ZERO)),
+    ),
+    "a norm's epsilon is forgotten": (
+        "llama-tied",
+        lambda patch: patch.setattr(
+            norm,
+            "norm_forward",
+            lambda x, w, b, eps, c, own=norm.norm_forward: own(x, w, b, 0.1, c),
+        ),
+    ),
+    "a layer norm's double backward has the sign wrong": (
+        "gpt2-conv1d-positions",
+        changes(norm, "norm_double_backward", of_tuple(1, torch.neg)),
+    ),
+    "SwiGLU's double backward forgets the gate": (
+        "llama-tied",
+        changes(swiglu, "swiglu_double_backward", of_tuple(1, ZERO)),
+    ),
+    "GELU's second derivative is missing": (
+        "gpt2-conv1d-positions",
+        changes(gelu, "gelu_double_backward", of_tuple(1, ZERO)),
+    ),
+    "rotation is undone by itself": (
+        "llama-tied",
+        lambda patch: patch.setattr(rotary, "rotary_backward", rotary.rotary_forward),
+    ),
+    "λ is forgotten": (
+        "llama-tied",
+        changes(step, "take_inner_steps", lambda found: (found[0].detach(), found[1])),
+    ),
+    "the tied embedding's lookups get no cotangents": (
+        "llama-tied",
+        changes(functions, "lookup_cotangent", ZERO),
+    ),
+    "the head does not move": (
+        "llama-untied",
+        lambda patch: patch.setattr(
+            attach,
+            "VocabularySite",
+            lambda head, tokens, inner, state, own=attach.VocabularySite: own(
+                head, tokens, False, state
+            ),
+        ),
+    ),
+    "a table's lookups get no cotangents": (
+        "llama-untied",
+        lambda patch: patch.setattr(embedding.InnerEmbedding, "pull", lambda self, factor: None),
+    ),
+    "rows of a gradient overwrite each other": (
+        "llama-untied",
+        lambda patch: patch.setattr(
+            gradient.WeightGradient,
+            "add_rows",
+            lambda self, index, rows: self._buffer().index_put_(
+                (index,), rows.to(self._parameter.dtype)
+            ),
+        ),
+    ),
+    "a weight's later products are dropped": (
+        "gpt2-conv1d-positions",
+        lambda patch: patch.setattr(gradient, "_add_product_", lambda *_: None),
+    ),
+    "the wrong scale of attention": (
+        "llama-tied",
+        lambda patch: patch.setattr(
+            substitutes,
+            "attention",
+            lambda q, k, v, scale, window, own=substitutes.attention: own(
+                q, k, v, scale=1.1 * scale, window=window
+            ),
+        ),
+    ),
+}
+
+
+EXACT: set[str] = set()  # the models for which that has been shown
+
+
+@pytest.mark.parametrize("fault", ENGINE)
+def test_a_fault_in_the_engine_is_found(
+    fault: str, tiny_model: Build, make_batch: Build, monkeypatch: Patch
+) -> None:
+    name, plant = ENGINE[fault]
+    model, batch = tiny_model(name), make_batch("grouped" if "group" in fault else "one-each")
+    batch.query_ids[:3, :3] = batch.context_ids[:3, :3]  # queries are about their contexts
+    if name not in EXACT:  # without the fault
+        assert check_exactness(model, batch, **OPTIONS).exact
+        EXACT.add(name)
+    plant(monkeypatch)
+    if plant is stale_weights:
+        step.fast_meta_step(model, batch, **OPTIONS)
+        model.zero_grad()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    try:
+        report = check_exactness(model, batch, **OPTIONS)
+    except UserError as refusal:
+        assert "its own forward computes" in str(refusal)
+    else:
+        assert report.verdict == "not exact", report.table()
+
+
+def test_a_fault_in_recomputation_is_found(
+    tiny_model: Build, make_batch: Build, monkeypatch: Patch
+) -> None:
+    own = recompute.BlockUse.double_backward
+
+    def forgetful(self: Any, *args: Any) -> Any:
+        e, h, *inputs = own(self, *args)
+        return e, torch.zeros_like(h), *inputs
+
+    monkeypatch.setattr(recompute.BlockUse, "double_backward", forgetful)
+    report = check_exactness(tiny_model(), make_batch(), **OPTIONS, recompute="block")
+    assert report.verdict == "not exact"
+
+
+def test_a_fault_in_an_adapters_inner_step_is_found(
+    lora_model: Build, make_batch: Build, monkeypatch: Patch
+) -> None:
+    own = lora.lora_materialise
+    monkeypatch.setattr(
+        lora, "lora_materialise", lambda w, e, x, rows, scale: own(w, e, x, rows, 1.01 * scale)
+    )
+    report = check_exactness(lora_model(), make_batch(), **OPTIONS, inner_params="lora")
+    assert report.verdict == "not exact"
+
+
+def disabled(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module._disable_adapters = True
+
+
+def quantised(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+
+
+def elsewhere(model: Any) -> None:
+    model.model.layers[0].mlp.to("meta")
+
+
+def active_dropout(model: Any) -> None:
+    layer = model.model.layers[0]
+    layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5)).train()
+
+
+def by_tamper(tamper: tampering.Tamper) -> Callable[[Any], Any]:
+    return lambda model: tamper(model, random.Random(0))
+
+
+def custom_op(model: Any) -> None:
+    @torch.library.custom_op("gdprompt_fast_tests::halve", mutates_args=())
+    def halve(x: Tensor) -> Tensor:
+        return x / 2
+
+    halve.register_autograd(lambda ctx, dy: dy / 2, setup_context=lambda *_, **__: None)
+    model.model.layers[1].register_forward_hook(lambda _, __, output: halve(output))
+
+
+def checkpointed(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = functools.partial(checkpoint, mlp.forward, use_reentrant=False)
+
+
+def autocast_inside(model: Any) -> None:
+    mlp = model.float().model.layers[0].mlp
+    mlp.forward = torch.autocast("cpu", torch.bfloat16)(mlp.forward)
+
+
+def skips_at_random(model: Any) -> None:
+    own = model.model.layers[0].mlp
+    own.register_forward_hook(lambda _, __, y: 0 * y if random.random() < 0.01 else y)
+
+
+def mixes_rows(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda _, __, y: y - y.mean(0, keepdim=True))
+
+
+def changes_its_input(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj  # gate_proj has read the same
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].mul_(1.1),))
+
+
+def attention_of_one_layer(model: Any) -> None:
+    def without_queries(module: Any, query: Tensor, *arguments: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query.detach(), *arguments, **options)
+
+    AttentionInterface.register("without_queries", without_queries)
+    attention = model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "without_queries"
+
+
+def copied_with_its_wrapper(model: Any) -> None:
+    copied = copy.deepcopy(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(copied.forward)
+
+
+def other_silu(model: Any) -> Callable[[], None]:
+    own = nn.functional.silu
+    nn.functional.silu = lambda x, inplace=False: 1.1 * own(x)
+    return lambda: setattr(nn.functional, "silu", own)
+
+
+# name of a model, what is planted in it, and what the refusal says
+REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "a hook on the head": (
+        "llama-untied",
+        lambda m: m.lm_head.register_forward_hook(lambda *_: None),
+        "a forward hook",
+    ),
+    "a hook on the causal LM": (
+        "llama-tied",
+        lambda m: m.register_forward_hook(lambda *_: None),
+        "LlamaForCausalLM.*a forward hook",
+    ),
+    "a pre-hook on the causal LM": (
+        "llama-tied",
+        lambda m: m.register_forward_pre_hook(lambda *_: None),
+        "a forward pre-hook",
+    ),
+    "another forward of the causal LM": (
+        "llama-tied",
+        lambda m: setattr(m, "forward", lambda *args, **kwargs: None),
+        "a replaced forward",
+    ),
+    "another forward of a layer": (
+        "llama-tied",
+        lambda m: setattr(m.model.layers[0].mlp.up_proj, "forward", lambda x: x),
+        r"own forward of model.layers.0.mlp.up_proj",
+    ),
+    "a backward hook": ("llama-tied", by_tamper(tampering.backward_hook), "no backward hooks"),
+    "an autograd Function without a graph": (
+        "llama-tied",
+        by_tamper(tampering.opaque_function),
+        "_Opaque",
+    ),
+    "a custom op": ("llama-tied", custom_op, "twice differentiable, got"),
+    "a compiled layer": ("llama-tied", by_tamper(tampering.compiled_layer), "not compiled"),
+    "a gradient cut off": (
+        "llama-tied",
+        by_tamper(tampering.detaching_hook),
+        "something cuts it off",
+    ),
+    "a weight read by a hook": (
+        "llama-tied",
+        by_tamper(tampering.hook_that_reads_a_weight),
+        "read elsewhere",
+    ),
+    "a layer in two places": (
+        "llama-tied",
+        by_tamper(tampering.shared_module),
+        "used twice|shared by",
+    ),
+    "a weight in two layers": ("llama-tied", by_tamper(tampering.shared_weight), "shared by"),
+    "attention that is not causal": (
+        "llama-tied",
+        lambda m: setattr(m.model.layers[0].self_attn, "is_causal", False),
+        "is_causal=False",
+    ),
+    "integer weights": ("llama-tied", quantised, "plain tensors of a floating dtype"),
+    "weights on another device": ("llama-tied", elsewhere, "all weights on one device"),
+    "active dropout": ("llama-tied", active_dropout, "no active dropout"),
+    "an activation checkpoint": ("llama-tied", checkpointed, "no activation checkpoints"),
+    "an autocast inside": ("llama-tied", autocast_inside, "an autocast to be around"),
+    "something random": ("llama-tied", skips_at_random, "nothing random"),
+    "rows that mix": ("llama-tied", mixes_rows, "what its own forward computes"),
+    "an input changed in place": ("llama-tied", changes_its_input, "leave their inputs"),
+    "an attention of one layer": ("llama-tied", attention_of_one_layer, "something cuts it off"),
+    "a forward of another model": ("llama-tied", copied_with_its_wrapper, "a replaced forward"),
+    "another silu of PyTorch": ("llama-tied", other_silu, "what its own forward computes"),
+    "nothing to train": ("llama-tied", lambda m: m.requires_grad_(False) and None, "requires_grad"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_fault_in_a_model_is_refused(fault: str, tiny_model: Build, make_batch: Build) -> None:
+    name, plant, message = REFUSED[fault]
+    model = tiny_model(name)
+    undo = plant(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        with pytest.raises(UserError, match=message):
+            step.fast_meta_step(model, make_batch(), objective="gold", inner_lr=0.1)
+        assert all(p.grad is None for p in model.parameters())
+        after = model.state_dict().items()
+        assert all(torch.equal(value, before[key]) for key, value in after if not value.is_meta)
+    finally:
+        if callable(undo):
+            undo()
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "merged": ({}, lambda m: m.merge_adapter(), "merged into"),
+    "disabled": ({}, disabled, "disabled"),
+    "DoRA": ({"use_dora": True}, lambda m: None, "plain LoRA"),
+    "on the head": ({"modules_to_save": ["lm_head"]}, lambda m: None, "modules_to_save"),
+    "on the embedding": ({"modules_to_save": ["embed_tokens"]}, lambda m: None, "modules_to_save"),
+    "layers replicated": ({"layer_replication": [[0, 2], [1, 2]]}, lambda m: None, "plain LoRA"),
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTERS)
+def test_adapters_that_are_not_plain_lora_in_use_are_refused(
+    fault: str, lora_model: Build, make_batch: Build
+) -> None:
+    options, plant, message = ADAPTERS[fault]
+    model = lora_model("llama-untied", **options)
+    plant(model)
+    with pytest.raises(UserError, match=message):
+        step.fast_meta_step(model, make_batch(), objective="gold", inner_lr=0.1)
+    assert all(p.grad is None for p in model.parameters())
