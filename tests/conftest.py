@@ -14,16 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from gdprompt_fast import MetaBatch
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.ops import backend
-from helpers.models import MODELS, SIZES, last_tokens, ragged
+from helpers.models import MODELS, last_tokens, ragged, small_llama
 
 if importlib.util.find_spec("triton") is not None:
     from helpers import triton_interpreter
@@ -124,35 +120,14 @@ def make_batch() -> Callable[[str], MetaBatch]:
     return build
 
 
-@pytest.fixture
-def small_llama() -> Callable[[int], torch.nn.Module]:
-    """A tied Llama over a vocabulary of the given size, with seeded weights."""
-
-    def make(vocabulary: int) -> torch.nn.Module:
-        torch.manual_seed(0)
-        config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, tie_word_embeddings=True)
-        return LlamaForCausalLM(config).eval()
-
-    return make
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny saved Llama with the people tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = people_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(
+        len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

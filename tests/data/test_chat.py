@@ -10,8 +10,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -27,6 +25,7 @@ from gdprompt_fast.data import (
     tokenise_triples,
 )
 from gdprompt_fast.evaluation import read_predictions
+from helpers.models import small_llama
 
 ROOMY = Limits(400, 400, 400)
 TRIPLE = {"context": "Bob sings.", "query": "Who?", "response": "Bob"}
@@ -151,15 +150,9 @@ def test_a_record_that_speaks_like_the_template_keeps_its_whole_response() -> No
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "model"
     tokenizer = chat_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
+    small_llama(len(tokenizer), num_hidden_layers=1, max_position_embeddings=128).save_pretrained(
+        folder
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast.data import Example, Limits, query_rows, tokenise_triples, with_responses
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
@@ -31,39 +30,18 @@ from gdprompt_fast.evaluation import (
 )
 from gdprompt_fast.evaluation.adapted import adapted_one_after_another
 from gdprompt_fast.teacher import greedy_answers
+from helpers import models
 
 VOCABULARY = len(people_tokenizer())
 INNER = InnerStep(lr=0.5)
 
 
 def llama(tied: bool = True) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
+    return models.llama(VOCABULARY, tie_word_embeddings=tied)
 
 
 def gpt2() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        vocab_size=VOCABULARY,
-        n_positions=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return GPT2LMHeadModel(config).eval()
+    return models.gpt2(VOCABULARY, positions=64)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from torch import nn
 from gdprompt_fast.data import Example, Limits, prompt_rows, query_rows, tokenise_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.training.prepare import PrepareOptions, fine_tune, fine_tuning_backward, row_loss
+from helpers.models import llama
 
 TOKENIZER = people_tokenizer()
 
@@ -22,8 +21,8 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def model(small_llama: Callable[[int], nn.Module]) -> nn.Module:
-    return small_llama(len(TOKENIZER))
+def model() -> nn.Module:
+    return llama(len(TOKENIZER), tie_word_embeddings=True)
 
 
 def by_hand(model: nn.Module, examples: list[Example], rows: str, text_weight: float) -> float:

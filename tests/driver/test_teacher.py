@@ -6,48 +6,20 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast.data import Limits, prompt_rows, tokenise_triples, with_responses
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.teacher import greedy_answers, teach
+from helpers.models import gpt2, llama
 
 VOCABULARY = len(people_tokenizer())
 
 
-def llama() -> torch.nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-        )
-    )
-
-
-def gpt2() -> torch.nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=64,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
-@pytest.fixture(params=[llama, gpt2], ids=["rotary positions", "learned positions"])
+@pytest.fixture(params=["rotary positions", "learned positions"])
 def teacher(request: pytest.FixtureRequest) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return request.param().eval()
+    if request.param == "rotary positions":
+        return llama(VOCABULARY)
+    return gpt2(VOCABULARY, positions=64)
 
 
 PROMPTS = [[5, 9, 23, 40, 7, 88], [61], [12, 80, 3, 33], [9, 9, 100, 20, 31, 64, 70, 15, 2]]

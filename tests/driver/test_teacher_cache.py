@@ -10,31 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import TeacherTargets, fast_meta_step
 from gdprompt_fast.data import Example, Limits, meta_batch, tokenise_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache, cache, teach
+from helpers.models import small_llama
 
 TOKENIZER = people_tokenizer()
 EOS = TOKENIZER.eos_token_id
 
 
 def llama(seed: int, **config: Any) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
+    options: dict[str, Any] = {"initializer_range": 0.2, "tie_word_embeddings": True, **config}
+    model = small_llama(len(TOKENIZER), seed, **options)
     model.lm_head.weight.data[EOS] *= 10  # now likely, now unlikely: answers of several lengths
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import gdprompt_fast.training.loop
 from gdprompt_fast import MetaBatch, fast_meta_step, reference_meta_step
@@ -33,6 +33,7 @@ from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.training.checkpoint import MetricsLog, read_metrics
 from gdprompt_fast.training.loop import TrainOptions, train
 from gdprompt_fast.training.prepare import fine_tuning_backward, row_loss
+from helpers.models import small_llama
 
 TOKENIZER = people_tokenizer()
 GOLD = TrainOptions(
@@ -47,20 +48,15 @@ LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 
 def tiny_llama(seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+    model = small_llama(
+        len(TOKENIZER),
+        seed,
         initializer_range=0.2,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config)
+    return model.train()
 
 
 @pytest.fixture(scope="module")

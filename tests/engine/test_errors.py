@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, inner_step, reference_meta_step
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.reference.compare import gradients_of, worst_error
+from helpers.models import VOCABULARY, llama
 
 Build = Callable[..., Any]
 
@@ -346,18 +346,11 @@ def test_inner_step_checks_its_arguments(tiny_model: Build, make_batch: Build) -
 def test_rotary_tables_that_depend_on_the_length_refuse_padding_beyond_their_limit(
     make_batch: Build,
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=67,
-        initializer_range=0.3,
+    model = llama(
+        VOCABULARY,
         max_position_embeddings=6,
         rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0),
-    )
-    model = LlamaForCausalLM(config).double().eval()
+    ).double()
     batch = make_batch()
     with pytest.raises(UserError, match=r"context_mask: expected rows of one length beyond 6"):
         fast_meta_step(model, batch, objective="gold")

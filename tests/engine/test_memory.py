@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
 from gdprompt_fast.models.memory import PeakMemory, model_tensors, peak_bytes_over_model
@@ -149,19 +149,10 @@ def test_recomputed_blocks_keep_their_input_and_factors_only(batch: MetaBatch) -
 
 def test_lora_outside_needs_no_gradient_of_the_size_of_a_base_weight(batch: MetaBatch) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            tie_word_embeddings=True,
-        )
-    )
+    base = wide_llama(256, layers=1)
     model = peft.get_peft_model(base, peft.LoraConfig(r=1, target_modules="all-linear")).eval()
     sizes: list[int] = []
-    smallest = 256 * 256  # the attention projections
+    smallest = 256 * 128  # the projections to keys and values
     with PeakMemory(model_tensors(model), on_new=lambda t: sizes.append(t.numel())):
         fast_meta_step(model, batch, objective="gold")
     tokens = EXAMPLES * CONTEXT

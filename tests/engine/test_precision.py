@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
 from gdprompt_fast.models.memory import PeakMemory, model_tensors
@@ -19,7 +18,7 @@ from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
 from gdprompt_fast.update.site import MaterialisedSite
-from helpers.models import MODELS
+from helpers.models import MODELS, VOCABULARY, llama
 
 Build = Callable[..., Any]
 
@@ -184,15 +183,8 @@ def test_small_parameters_keep_their_update_in_bf16_too(
 
 
 def test_an_adapted_bf16_model_runs(make_batch: Build) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=67,
-    )
-    model, batch = LlamaForCausalLM(config).bfloat16().eval(), make_batch()
+    model = llama(VOCABULARY, initializer_range=0.02).bfloat16()
+    batch = make_batch()
     update = inner_step(model, batch.context_ids, batch.context_mask, inner_lr=0.1)
     with update.applied_to(model, groups=torch.arange(3)):
         logits = model(input_ids=batch.query_ids).logits

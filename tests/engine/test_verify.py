@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, inner_step
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.meta import verify
+from helpers.models import wide_llama
 
 Build = Callable[..., Any]
 DIFFERS = "expected to compute what its own forward computes"
@@ -139,15 +139,7 @@ def test_a_verified_model_is_not_kept_alive(tiny_model: Build, make_batch: Build
 
 
 def test_the_look_takes_less_than_a_twentieth_of_a_step() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        vocab_size=1024,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = wide_llama(128)
     ids = torch.randint(1024, (24, 64))
     real = torch.ones_like(ids, dtype=torch.bool)
     response = real & (torch.arange(64) >= 48)

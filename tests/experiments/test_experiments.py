@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import gdprompt_fast.training.loop
 from gdprompt_fast.artifacts.outputs import Outputs
@@ -48,6 +48,7 @@ from gdprompt_fast.ops import backend
 from gdprompt_fast.presets import load_preset
 from gdprompt_fast.report import results_page
 from helpers.model_folders import edit_weights, to_cache
+from helpers.models import small_llama
 
 CPU = torch.device("cpu")
 TINY = """
@@ -155,17 +156,10 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny preset, on a random Llama over the generators' words."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = word_tokenizer(sorted({*people_vocabulary(), *characters_vocabulary()}))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
+    model = small_llama(
+        len(tokenizer), num_hidden_layers=1, max_position_embeddings=128, tie_word_embeddings=True
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tomllib.loads(TINY.replace("MODEL", folder.as_posix()))
 

@@ -36,6 +36,20 @@ SIZES: dict[str, Any] = dict(
     initializer_range=0.3,
 )
 
+
+def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
+    return GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=vocabulary,
+        n_positions=positions,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -52,18 +66,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     ),
     "qwen3-head-norms": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
     "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
-    "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=32,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ),
+    "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(gpt2_config(VOCABULARY, positions=32)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(
             hidden_size=32,
@@ -75,6 +78,27 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
         )
     ),
 }
+
+
+def llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A seeded Llama of SIZES but for ``changes``."""
+    return _seeded_llama(seed, {**SIZES, "vocab_size": vocabulary, **changes})
+
+
+def small_llama(vocabulary: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A seeded Llama half as wide, its weights as small as transformers makes them."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return _seeded_llama(seed, {**sizes, "vocab_size": vocabulary, **changes})
+
+
+def _seeded_llama(seed: int, config: dict[str, Any]) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+
+
+def gpt2(vocabulary: int, positions: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(gpt2_config(vocabulary, positions)).eval()
 
 
 def ragged(lengths: list[int], width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,18 +116,9 @@ def last_tokens(mask: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 def wide_llama(hidden: int, vocabulary: int = 1024, layers: int = 4) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    """A tied Llama whose weights are much larger than a few tokens' activations."""
+    sizes = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
+    return llama(vocabulary, **sizes, initializer_range=0.02, tie_word_embeddings=True)
 
 
 def random_batch(
