@@ -16,9 +16,12 @@ from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.eager import vocabulary as eager
 from gdprompt_fast.ops.vocabulary import block
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
+from helpers.materialised import (
+    leaf,
+    vocabulary_twice,
+)
 from helpers.models import random_batch, self_teacher, wide_llama
 from helpers.passes import assert_at_most_twice_eager
-from helpers.vocabulary import leaf, vocabulary_twice
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from gdprompt_fast.kernels import vocabulary as kernels

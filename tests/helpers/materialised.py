@@ -1,6 +1,8 @@
-"""A model of one layer whose head, and tied table, take an inner step."""
+"""Small functions with an inner step inside, by the ops and with materialised weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,39 @@ from gdprompt_fast.ops.vocabulary import (
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same_value_and_gradients(
+    op: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> None:
+    """The gradient of what follows an inner step goes through the double backward of the op."""
+    out, expected = op(*inputs), plain(*inputs)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, direction)
+    for g, e in zip(got, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+
+
+def materialised_linear(
+    x_context: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_query: Tensor,
+    groups: list[Tensor],
+    steps: int,
+) -> Tensor:
+    out = torch.zeros(*x_query.shape[:-1], len(weight), dtype=x_query.dtype)
+    for g in range(3):
+        own = [weight] if bias is None else [weight, bias]
+        for _ in range(steps):
+            loss = F.linear(x_context[groups[0] == g], *own).sin().sum()
+            grads = torch.autograd.grad(loss, own, create_graph=True)
+            own = [w - 0.3 * dw for w, dw in zip(own, grads, strict=True)]
+        out = out.index_put(
+            ((groups[1] == g).nonzero()[:, 0],), F.linear(x_query[groups[1] == g], *own)
+        )
+    return out
 
 
 def vocabulary_twice(
