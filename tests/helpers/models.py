@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +142,19 @@ def self_teacher(model: LlamaForCausalLM, batch: MetaBatch) -> TeacherTargets:
     ids = torch.cat([batch.context_ids, batch.query_ids], 1)
     response = torch.cat([torch.zeros_like(batch.context_mask), batch.response_mask], 1)
     return TeacherTargets.from_model(model, ids, torch.ones_like(response), response)
+
+
+def one_row(batch: MetaBatch) -> MetaBatch:
+    """The first context and query."""
+    return MetaBatch(*(getattr(batch, f.name)[:1] for f in dataclasses.fields(batch)[:5]))
+
+
+def random_teacher(
+    batch: MetaBatch, dtype: torch.dtype = torch.float64, ruled_out: slice = slice(0)
+) -> TeacherTargets:
+    """Confident predictions of a batch's response tokens, with some that are impossible."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = int(batch.response_mask.sum())
+    logits = 2 * torch.randn(tokens, VOCABULARY, generator=generator, dtype=dtype)
+    logits[:, ruled_out] = -torch.inf
+    return TeacherTargets.from_logits(logits)
