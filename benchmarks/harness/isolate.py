@@ -63,7 +63,7 @@ class Worker:
 
     def run(self, limit_s: float, function: Work, *arguments: Any) -> Row:
         """What the function returns, or a status that says why it does not."""
-        connection = self._connection or self._start()
+        connection = self.start()
         connection.send((function, arguments))
         try:
             if not connection.poll(limit_s):
@@ -79,7 +79,10 @@ class Worker:
             self.close()
         return row  # type: ignore[no-any-return]
 
-    def _start(self) -> Connection:
+    def start(self) -> Connection:
+        """The process, on its way to being ready; a call is served when it is."""
+        if self._connection is not None:
+            return self._connection
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=_serve, args=(theirs, *self._arguments), daemon=True
@@ -122,6 +125,7 @@ def _serve(
         except EOFError:
             return
         row = _outcome(function, arguments)
+        gc.collect()  # what a call has left in the reference cycles of autograd
         connection.send((row, _is_usable()))
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,36 +77,37 @@ class Run:
         self.results, self.common, self.new_worker, self.end = results, common, new_worker, end
         self.rows: list[Row] = []
 
-    def do(self, jobs: Sequence[Job], processes: int | None = None) -> list[Row]:
+    def do(self, jobs: Sequence[Job], processes: int) -> list[Row]:
         """Those beside each other first, in as many processes; then the others, in order."""
         beside = [each for each in jobs if not each.worker]
-        progress = tqdm(total=len(jobs), unit="row")
-        count = min(processes or 16, os.cpu_count() or 1, len(beside))
-        pool: Pool[Job] = Pool([self.new_worker() for _ in range(count)])
-        again: list[Job] = []
-        for each, row in pool.outcomes(beside, self._run):
-            progress.set_description(each.label)
-            if count > 1 and row["status"].startswith(RETRIED):
-                again.append(each)
-                continue
-            self._record(each, row)
-            progress.update()
-        turns = [(each, each.worker or "again") for each in again]
-        turns += [(each, each.worker) for each in jobs if each.worker]
-        self._in_turn(turns, progress)
+        in_turn = [each for each in jobs if each.worker]
+        workers = {each.worker: self.new_worker() for each in in_turn}
+        for worker in workers.values():  # they get ready meanwhile
+            worker.start()
+        progress = tqdm(total=len(jobs), unit="row", mininterval=1.0)
+        for each, row in self._side_by_side(beside, processes):
+            self._record(each, row, progress)
+        for index, each in enumerate(in_turn):
+            progress.set_description(each.label, refresh=False)
+            self._record(each, self._run(workers[each.worker], each), progress)
+            if each.worker not in {later.worker for later in in_turn[index + 1 :]}:
+                workers[each.worker].close()
         progress.close()
         return self.rows
 
-    def _in_turn(self, turns: Sequence[tuple[Job, str]], progress: Any) -> None:
-        worker, name = self.new_worker(), ""
-        for each, needs in turns:
-            progress.set_description(each.label)
-            if needs != name:
-                worker.close()
-                worker, name = self.new_worker(), needs
-            self._record(each, self._run(worker, each))
-            progress.update()
-        worker.close()
+    def _side_by_side(self, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Row]]:
+        """What failed for what ran beside it, perhaps, is tried again alone."""
+        count = min(processes, len(jobs))
+        pool: Pool[Job] = Pool([self.new_worker() for _ in range(count)])
+        again: list[Job] = []
+        for each, row in pool.outcomes(jobs, self._run):
+            if count > 1 and row["status"].startswith(RETRIED):
+                again.append(each)
+            else:
+                yield each, row
+        with self.new_worker() as worker:
+            for each in again:
+                yield each, self._run(worker, each)
 
     def _run(self, worker: Worker, each: Job) -> Row:
         left = self.end - time.time()
@@ -127,7 +127,7 @@ class Run:
             and not row["status"].startswith(("passed", "not available"))
         ]
 
-    def _record(self, each: Job, outcome: Row) -> None:
+    def _record(self, each: Job, outcome: Row, progress: Any) -> None:
         row = row_of(**{**each.row, **self.common, **outcome})
         if row["rate"] and (ceiling := self.ceiling(row["ceiling"])):
             row["ceiling_ratio"] = row["rate"] / ceiling
@@ -136,6 +136,8 @@ class Run:
             row["ratio_to_ordinary"] = row["median_ms"] / base
         self.rows.append(row)
         append(self.results, row)
+        progress.set_description(each.label, refresh=False)
+        progress.update()
 
     def ceiling(self, name: str) -> float | None:
         """Bytes or FLOPs per second."""

@@ -1,5 +1,5 @@
-"""What is matrix products with kernels between them: the inner-updated linear layer, and the losses at
-the vocabulary.
+"""What is matrix products with kernels between them: the inner-updated linear layer, and the losses
+at the vocabulary.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdprompt_fast.ops import backend
-from gdprompt_fast.testing.gates import FLOOR, Verdict, judge, tensors_in, widened
+from gdprompt_fast.testing.gates import Verdict, judge, tensors_in, widened
 from gdprompt_fast.testing.op_inputs import PASS_NAMES, PASSES, Shape, drawer, flops
 
 from ..harness.bench import Bench
@@ -71,7 +71,7 @@ def ceiling_jobs(bench: Bench) -> Iterator[Job]:
     ):
         yield job(
             functools.partial(run, bench),
-            WORKER,
+            "main",
             section="ceiling",
             kind="ceiling",
             op=name,

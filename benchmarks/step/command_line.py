@@ -1,4 +1,4 @@
-"""Short commands of ``gdprompt`` on the device, each a row: exit code, seconds, losses that fall."""
+"""Short commands of ``gdprompt`` on the device, each a row: exit code, seconds, falling losses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def arguments(command: str, folder: Path, bench: Bench) -> list[str]:
 
 
 def run_command(bench: Bench, command: str) -> Row:
-    """Runs it in a process of its own; of a training the mean losses of the first and last steps."""
+    """Runs it in a process of its own; of a training the mean of the first and of the last losses."""
     if importlib.util.find_spec("datasets") is None:
         return {"status": "not available: no module datasets"}
     with tempfile.TemporaryDirectory() as name:

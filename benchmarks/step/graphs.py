@@ -21,7 +21,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """None, which PyTorch's attention takes for causal."""
 
 
-# Traced or captured, transformers makes a mask of tokens × tokens, for which there is no fast kernel.
+# Traced or captured, transformers makes a mask of tokens × tokens: no fast kernel takes one.
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 AttentionMaskInterface.register(CAUSAL, _no_mask)
 

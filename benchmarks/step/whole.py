@@ -1,5 +1,5 @@
-"""Whole steps on a GPU: this package's beside the ordinary step and the sequential exact loop, each as
-it comes and as the strongest it can be.
+"""Whole steps on a GPU: this package's beside the ordinary step and the sequential exact loop, each
+as it comes and as the strongest it can be.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .flops import step_flops
 from .graphs import as_graph, causal_attention
 
 MICRO_GROUPS = 4
-CAPTURE = "capture" in inspect.signature(fast_meta_step).parameters
+HAS_CAPTURE = "capture" in inspect.signature(fast_meta_step).parameters
 NOT_CAPTURABLE = "not available: fast_meta_step has no argument capture"
 
 ONE_B = CASES["llama-1b"]
@@ -79,7 +79,7 @@ def gate_step(bench: Bench, name: str) -> Row:
     three where steps are captured, which is then a replay.
     """
     options, autocast = STEP_GATES[name]
-    if "capture" in options and not CAPTURE:
+    if "capture" in options and not HAS_CAPTURE:
         return {"status": NOT_CAPTURABLE}
     shape = gate_shape(bench.tiny)
     model = random_model(shape, bench.device, torch.float32)
@@ -233,7 +233,7 @@ def captured(gates: tuple[str, ...] = ("kl_autocast_captured",), **options: Any)
 
 
 def eager(*gates: str, **options: Any) -> Way:
-    never = {"capture": "never"} if CAPTURE else {}
+    never = {"capture": "never"} if HAS_CAPTURE else {}
     return Way(functools.partial(meta, **never, **options), ("kl_autocast", *gates))
 
 
@@ -288,7 +288,7 @@ def task_of(shape: Case, bench: Bench) -> Task:
 
 def time_step(bench: Bench, shape_name: str, way_name: str) -> Row:
     way, shape = WAYS[way_name], shape_of(shape_name, bench.tiny)
-    if way.captures and not CAPTURE:
+    if way.captures and not HAS_CAPTURE:
         return {"status": NOT_CAPTURABLE}
     task = task_of(shape, bench)
     step = way.make(task)
@@ -304,9 +304,9 @@ def time_step(bench: Bench, shape_name: str, way_name: str) -> Row:
     present = [*model_tensors(task.model), *_tensors(task.teacher)]
     measured = measure_step(bench.device, call, present, way.seconds, way.least, most=10)
     tokens = shape.examples * shape.context_tokens, shape.examples * shape.query_tokens
-    work = step_flops(
-        way_name.removeprefix(ADAM), shape.shapes()["parameters"], *tokens, bool(shape.rank)
-    )
+    named = task.model.named_parameters()
+    parameters = sum(p.numel() for name, p in named if ".lora_" not in name)
+    work = step_flops(way_name.removeprefix(ADAM), parameters, *tokens, bool(shape.rank))
     loss = getattr(last, "outer_loss", None)
     return dict(
         **measured,
@@ -326,6 +326,7 @@ def _tensors(teacher: TeacherTargets | None) -> list[Tensor]:
 def step_jobs(bench: Bench) -> Iterator[Job]:
     for worker, shape_name, ways in TIMED:
         shape = shape_of(shape_name, bench.tiny)
+        sizes = shape.shapes()
         for name in ways:
             yield job(
                 functools.partial(time_step, bench, shape_name, name),
@@ -339,7 +340,7 @@ def step_jobs(bench: Bench) -> Iterator[Job]:
                 case=shape_name,
                 dtype="bfloat16 autocast" if is_autocast(shape) else "bfloat16",
                 ceiling="matrix",
-                **shape.shapes(),
+                **sizes,
             )
 
 

@@ -2,7 +2,7 @@
 
     ‖got − exact‖ / ‖exact‖  ≤  2 ‖plain − exact‖ / ‖exact‖ + floor
 
-``exact`` is the plain pass in fp64, so that the allowed error follows from the dtype's own rounding.
+``exact`` is the plain pass in fp64, so that what is allowed follows from the dtype's own rounding.
 """
 
 from __future__ import annotations
