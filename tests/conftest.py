@@ -22,7 +22,7 @@ from gdprompt_fast.ops import backend
 from helpers.models import MODELS, last_tokens, ragged, small_llama
 
 if importlib.util.find_spec("triton") is not None:
-    from helpers import triton_interpreter
+    from gdprompt_fast.testing import triton_interpreter
 
     triton_interpreter.mend()
 

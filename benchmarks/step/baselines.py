@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from gdprompt_fast import fast_meta_step
+from gdprompt_fast.meta.config import MetaStepOutput
 from gdprompt_fast.reference.frugal import Example, Task, all_alive, sequential
 from gdprompt_fast.reference.step import Parameters
 from gdprompt_fast.update.masks import attention_by
@@ -35,21 +36,22 @@ def ordinary(task: Task) -> None:
 
 def fast(task: Task) -> None:
     """This package. Holds two sets of activations of all examples, and no copy of θ."""
-    _fast(task)
+    meta_step(task)
 
 
 def fast_recomputed(task: Task) -> None:
     """This package, making each block's activations again where a pass needs them."""
-    _fast(task, recompute="block")
+    meta_step(task, recompute="block")
 
 
 def fast_first_order(task: Task) -> None:
     """This package without the second-order term. Holds one set of activations."""
-    _fast(task, first_order=True)
+    meta_step(task, first_order=True)
 
 
-def _fast(task: Task, **options: Any) -> None:
-    fast_meta_step(
+def meta_step(task: Task, **options: Any) -> MetaStepOutput:
+    """This package's step on a task, with options of :func:`gdprompt_fast.fast_meta_step`."""
+    return fast_meta_step(
         task.model,
         task.batch,
         inner_lr=task.inner_lr,

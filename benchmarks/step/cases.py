@@ -62,8 +62,7 @@ def llama(
         num_key_value_heads=kv_heads,
         intermediate_size=ffn,
         vocab_size=vocabulary,
-        tie_word_embeddings=True,
-        **{"max_position_embeddings": 8192, **config},
+        **{"max_position_embeddings": 8192, "tie_word_embeddings": True, **config},
     )
 
 
@@ -74,6 +73,7 @@ def parameters_of(config: LlamaConfig) -> int:
 
 
 LLAMA_1B = llama(2048, 16, 32, 8, 8192, 128256)
+LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256, tie_word_embeddings=False)
 CASES = {
     "tiny": Case(llama(64, 2, 4, 2, 128, 256), 4, 16, 8),
     "llama-63m": Case(llama(768, 8, 12, 4, 2048, 16384), 8, 64, 16),
