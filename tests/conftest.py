@@ -19,6 +19,7 @@ from gdprompt_fast import MetaBatch
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.ops import backend
+from gdprompt_fast.testing import gates
 from helpers.models import MODELS, last_tokens, ragged, small_llama
 
 if importlib.util.find_spec("triton") is not None:
@@ -52,6 +53,14 @@ def on_each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         request.getfixturevalue("cpp")
     with backend.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Fresh memory is NaN: an element that no pass writes shows."""
+    torch.manual_seed(0)
+    with gates.poisoned_empty():
+        yield
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ def relative_error(got: Tensor, exact: Tensor, negligible: float | None = None) 
         negligible: a truth of a norm up to this counts as zero, and the error is then ‖got‖ itself;
             None: whatever is not zero where the truth is has an error without bounds.
     """
+    got, exact = got.detach(), exact.detach()
     norm = exact.norm()
     if negligible is not None and norm <= negligible:
         return float(got.double().norm())

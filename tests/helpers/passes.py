@@ -1,27 +1,31 @@
-"""How exact a pass of an op is: next to PyTorch's own error in the same dtype."""
+"""The gate of testing/gates.py on every output of a pass, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+from gdprompt_fast.testing import gates
+from gdprompt_fast.testing.gates import relative_error, widened
+
+FLOOR = {**gates.FLOOR, torch.float64: 1e-12}
 
 
-def relative_error(value: Tensor, gold: Tensor) -> float:
-    return float(((value.double() - gold).norm() / gold.norm()).detach())
+def widen(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of a pass for its run in fp64."""
+    return tuple(map(widened, values))
 
 
 def assert_at_most_twice_eager(
-    names: str, kernel: tuple[Any, ...], eager: tuple[Any, ...], gold: tuple[Any, ...]
+    names: str | Sequence[str], fast: Sequence[Any], eager: Sequence[Any], gold: Sequence[Any]
 ) -> None:
-    for name, fast, plain, exact in zip(names.split(), kernel, eager, gold, strict=True):
-        assert (fast is None) == (plain is None), name
-        if fast is None:
+    names = names.split() if isinstance(names, str) else names
+    for name, ours, theirs, exact in zip(names, fast, eager, gold, strict=True):
+        assert (ours is None) == (theirs is None), name
+        if ours is None:
             continue
-        assert (fast.shape, fast.dtype) == (plain.shape, plain.dtype), name
-        ours, theirs = relative_error(fast, exact), relative_error(plain, exact)
-        floor = FLOOR[fast.dtype]
-        assert ours <= 2 * theirs + floor, f"{name}: kernel {ours:.2e}, eager {theirs:.2e}"
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
+        error, plain = relative_error(ours, exact), relative_error(theirs, exact)
+        assert error <= 2 * plain + FLOOR[ours.dtype], f"{name}: {error:.2e}, eager {plain:.2e}"

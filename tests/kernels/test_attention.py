@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from gdprompt_fast.testing.gates import FLOOR, relative_error
+
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 from gdprompt_fast.kernels import attention as kernels
@@ -17,7 +19,6 @@ from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import attention, visible_keys
 from gdprompt_fast.ops.eager import attention as eager
 
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # batch, heads, key/value heads, tokens, head dim, window, segments, dtype, tile (queries, keys)
@@ -48,19 +49,6 @@ CASES = {
     ),
     "the tiles of a GPU, head dim 128, in bf16": (1, 2, 1, 131, 128, None, None, BF16, None),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised tensors hold NaN: an element that no kernel writes shows."""
-    for owner, name in ((torch, "empty_like"), (Tensor, "new_empty")):
-        empty = getattr(owner, name)
-
-        def poisoned(*args: Any, empty: Any = empty, **options: Any) -> Tensor:
-            fresh = empty(*args, **options)
-            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-        monkeypatch.setattr(owner, name, poisoned)
 
 
 def inputs(
@@ -104,12 +92,6 @@ def run(
     }
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """‖value − truth‖ / ‖truth‖, of the value alone where the truth is zero."""
-    norm = truth.norm().item()
-    return (value.double() - truth).norm().item() / (norm if norm > 1e-12 else 1.0)
-
-
 def errors(
     tensors: dict[str, Tensor], visible: tuple[Tensor, Tensor] | None = None
 ) -> Iterator[tuple[str, float, float]]:
@@ -124,8 +106,8 @@ def errors(
             assert value.dtype == ordinary.dtype and value.shape == truth.shape
             yield (
                 f"{name}, output {i}",
-                relative_error(value, truth),
-                relative_error(ordinary, truth),
+                relative_error(value, truth, negligible=1e-12),
+                relative_error(ordinary, truth, negligible=1e-12),
             )
 
 

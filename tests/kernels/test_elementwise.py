@@ -23,7 +23,7 @@ from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.swiglu import swiglu
-from helpers.passes import assert_at_most_twice_eager, relative_error
+from helpers.passes import assert_at_most_twice_eager, relative_error, widen
 from helpers.paths import BENCHMARKS
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -41,10 +41,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "KERNELS", frozenset({"norm", "swiglu", "gelu", "rotary"}))
-
-
-def widen(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(t.double() if isinstance(t, Tensor) else t for t in values)
 
 
 def rows(B: int, D: int, dtype: torch.dtype, expanded: bool) -> Tensor:

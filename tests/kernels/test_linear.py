@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
+
+from gdprompt_fast.testing.gates import FLOOR, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import linear as kernels
 from gdprompt_fast.ops.eager import linear as eager
-
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["weight-OI", "weight-IO"])
@@ -39,23 +32,14 @@ def test_updated_product_is_as_exact_as_pytorch(
     shape: tuple[int, ...],
     bias: bool,
     transposed: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups, rows, inputs, outputs, context = shape
-    torch.manual_seed(0)
     weight = torch.randn(inputs, outputs).T if transposed else torch.randn(outputs, inputs)
     x, match = torch.randn(groups, rows, inputs), torch.randn(groups, rows, context)
     factor, b = torch.randn(groups, context, outputs), torch.randn(outputs) if bias else None
     tensors = [None if t is None else t.to(dtype) for t in (x, weight, b, match, factor)]
     exact = eager.updated_product(*(None if t is None else t.double() for t in tensors), -0.3)
     plain = eager.updated_product(*tensors, -0.3)
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: int, **options: Any) -> Tensor:
-        tensor = empty(self, *size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     got = kernels.updated_product(*tensors, -0.3)
     assert got.dtype == dtype
     error, allowed = relative_error(got, exact), 2 * relative_error(plain, exact) + FLOOR[dtype]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdprompt_fast.testing.gates import FLOOR, relative_error, widened
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import lora as kernels
@@ -15,7 +17,6 @@ from gdprompt_fast.ops.eager import lora as eager
 from gdprompt_fast.ops.rows import GroupedRows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 ROWS = {
     "one-each": ([0, 1, 2], 3),
     "ragged-and-an-empty-group": ([3, 0, 3, 1, 3], 4),
@@ -29,25 +30,8 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-I{}-O{}
 each_view = pytest.mark.parametrize("transposed", [False, True], ids=["weight-OI", "weight-IO"])
 
 
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN: an element that no kernel writes shows."""
-    torch.manual_seed(0)
-    plain = torch.Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: int, **options: Any) -> Tensor:
-        fresh = plain(self, *size, **options)
-        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
-
-
 def assert_at_most_twice_eager(pass_: str, *inputs: Any) -> None:
-    wide = tuple(t.double() if isinstance(t, Tensor) else t for t in inputs)
+    wide = tuple(map(widened, inputs))
     plain, exact = getattr(eager, pass_)(*inputs), getattr(eager, pass_)(*wide)
     got = getattr(kernels, pass_)(*inputs)
     assert (got.shape, got.dtype) == (plain.shape, plain.dtype)

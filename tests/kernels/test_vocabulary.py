@@ -21,7 +21,7 @@ from helpers.materialised import (
     vocabulary_twice,
 )
 from helpers.models import random_batch, self_teacher, wide_llama
-from helpers.passes import assert_at_most_twice_eager
+from helpers.passes import assert_at_most_twice_eager, widen
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from gdprompt_fast.kernels import vocabulary as kernels
@@ -56,15 +56,6 @@ def vocabulary_on_triton(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for name in TILE_PASSES:
         watch(name, getattr(kernels, name))
     return used
-
-
-def widen(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    def wide(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.double()
-        return torch.float64 if isinstance(value, torch.dtype) else value
-
-    return tuple(wide(value) for value in values)
 
 
 def as_tuple(values: Any) -> tuple[Tensor, ...]:

@@ -25,39 +25,12 @@ from gdprompt_fast.ops.eager import norm as eager_norm
 from gdprompt_fast.ops.eager import rotary as eager_rotary
 from gdprompt_fast.ops.eager import swiglu as eager_swiglu
 from gdprompt_fast.ops.eager import vocabulary as eager_vocabulary
+from gdprompt_fast.testing.gates import relative_error
+from helpers.passes import assert_at_most_twice_eager, widen
 
-pytestmark = pytest.mark.usefixtures("cpp")
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float64: 1e-12}
-each_dtype = pytest.mark.parametrize("dtype", FLOOR, ids=["fp32", "bf16", "fp64"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is NaN: an element that no pass writes shows."""
-    torch.manual_seed(0)
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        plain = getattr(owner, name)
-
-        def poisoned(*args: Any, plain: Any = plain, **kwargs: Any) -> Tensor:
-            return plain(*args, **kwargs).fill_(torch.nan)
-
-        monkeypatch.setattr(owner, name, poisoned)
-
-
-def widen(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating tensors and dtypes to fp64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, torch.dtype):
-            return torch.float64
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if floating else value
-
-    return tuple(map(wide, values))
-
-
-def relative_error(value: Tensor, gold: Tensor) -> float:
-    return float((value.double() - gold).norm() / gold.norm().clamp(min=1e-30))
+pytestmark = pytest.mark.usefixtures("cpp", "poisoned_empty")
+DTYPES = torch.float32, torch.bfloat16, torch.float64
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
 
 
 def check(
@@ -71,14 +44,8 @@ def check(
     plain = getattr(eager, name)(*inputs, *saved[1])
     gold = getattr(eager, name)(*widen(inputs), *saved[2])
     results = [(r,) if isinstance(r, Tensor) else r for r in (fast, plain, gold)]
-    for i, (f, p, g) in enumerate(zip(*results, strict=True)):
-        assert (f is None) == (p is None), f"{name}, result {i}"
-        if f is not None:
-            assert (f.shape, f.dtype) == (p.shape, p.dtype), f"{name}, result {i}"
-            ours, theirs = relative_error(f, g), relative_error(p, g)
-            assert ours <= 2 * theirs + FLOOR[f.dtype], (
-                f"{name}, result {i}: error {ours:.1e}, of PyTorch {theirs:.1e}"
-            )
+    names = [f"{name}, result {i}" for i in range(len(results[0]))]
+    assert_at_most_twice_eager(names, *results)
     return fast, plain, gold
 
 
