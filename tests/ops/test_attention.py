@@ -21,34 +21,44 @@ def packed(*rows: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.arange(len(r)).repeat_interleave(torch.tensor(r)) for r in rows])
 
 
-@pytest.mark.usefixtures("on_each_backend")
-@pytest.mark.parametrize(
+each_mask = pytest.mark.parametrize(
     ("window", "segments"),
     [(None, None), (1, None), (2, None), (None, (2, 3)), (2, (1, 4))],
     ids=["one-text", "window-1", "window-2", "packed", "packed-window-2"],
 )
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=lambda h: f"{h[0]}-query-{h[1]}-key-heads")
-@pytest.mark.parametrize("tile", [1 << 21, 40], ids=["one-block", "many-blocks"])
-def test_attention_equals_pytorch_and_is_twice_differentiable(
-    window: int | None,
-    segments: tuple[int, ...] | None,
-    heads: tuple[int, int],
-    tile: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", tile)
-    tokens = 5
-    segment_BT = None if segments is None else packed(segments, segments[::-1])
-    q, k, v = (
-        leaf(2, heads[0], tokens, 3),
-        leaf(2, heads[1], tokens, 3),
-        leaf(2, heads[1], tokens, 3),
+each_heads = pytest.mark.parametrize(
+    "heads", [(4, 2), (3, 1)], ids=lambda h: f"{h[0]}-query-{h[1]}-key-heads"
+)
+TOKENS = 5
+
+
+def inputs(heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of two texts."""
+    query_heads, key_heads = heads
+    return (
+        leaf(2, query_heads, TOKENS, 3),
+        leaf(2, key_heads, TOKENS, 3),
+        leaf(2, key_heads, TOKENS, 3),
     )
+
+
+def segments_of(segments: tuple[int, ...] | None) -> Tensor | None:
+    return None if segments is None else packed(segments, segments[::-1])
+
+
+@pytest.mark.usefixtures("on_each_backend")
+@each_mask
+@each_heads
+def test_attention_equals_pytorch_and_is_twice_differentiable(
+    window: int | None, segments: tuple[int, ...] | None, heads: tuple[int, int]
+) -> None:
+    q, k, v = inputs(heads)
+    segment_BT = segments_of(segments)
 
     def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, scale=0.7, window=window, segment_BT=segment_BT)
 
-    visible = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
+    visible = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
     if window is not None:
         visible = visible.triu(1 - window)
     if segment_BT is not None:
@@ -57,6 +67,30 @@ def test_attention_equals_pytorch_and_is_twice_differentiable(
     torch.testing.assert_close(op(q, k, v), expected.transpose(1, 2))
     assert gradcheck(op, (q, k, v))
     assert gradgradcheck(op, (q, k, v))
+
+
+@pytest.mark.usefixtures("on_each_backend")
+@each_mask
+@each_heads
+def test_attention_in_many_blocks_is_that_in_one(
+    window: int | None,
+    segments: tuple[int, ...] | None,
+    heads: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In value and both derivatives; those in one block are checked by finite differences."""
+    qkv, out_cot = inputs(heads), leaf(2, TOKENS, heads[0], 3)
+    second_cots = [torch.randn_like(t) for t in qkv]
+
+    def derivatives() -> list[Tensor]:
+        out = attention(*qkv, scale=0.7, window=window, segment_BT=segments_of(segments))
+        first = torch.autograd.grad(out, qkv, out_cot, create_graph=True)
+        return [out, *first, *torch.autograd.grad(first, (*qkv, out_cot), second_cots)]
+
+    expected = derivatives()
+    monkeypatch.setattr(attention_module, "TILE_ELEMENTS", 40)
+    for got, want in zip(derivatives(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.usefixtures("on_each_backend")
