@@ -46,6 +46,7 @@ def test_the_demo_in_miniature_writes_everything_it_promises(
         assert model.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.quick
 def test_a_folder_with_a_run_is_continued_only_on_request_and_with_the_same_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("objective", ["gold", "kl"])
 def test_train_then_evaluate(
     objective: str,
@@ -276,6 +278,7 @@ def test_a_broken_model_and_a_place_for_no_results_are_one_clear_line(
     assert "error: results: expected a file in an existing folder" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "command", [[], ["demo"], ["train"], ["search-outer-lr"], ["evaluate"], ["plan"]], ids=str
 )

@@ -162,6 +162,7 @@ def test_a_finished_run_can_be_resumed_without_a_change(
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == GOLD.steps
 
 
+@pytest.mark.quick
 def test_the_saved_model_is_the_trained_one(examples: list[Example], tmp_path: Path) -> None:
     weights = run(GOLD, examples, tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
@@ -170,6 +171,7 @@ def test_the_saved_model_is_the_trained_one(examples: list[Example], tmp_path: P
     assert (tmp_path / "model" / "tokenizer.json").is_file()
 
 
+@pytest.mark.quick
 def test_training_lowers_the_loss(examples: list[Example], tmp_path: Path) -> None:
     run(dataclasses.replace(GOLD, steps=30, lm_weight=0.0), examples, tmp_path)
     losses = [row["query_loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
@@ -289,6 +291,7 @@ def test_queries_of_one_context_lose_the_same_together_as_apart(
         assert together[name] == pytest.approx(apart[name], rel=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("objective", ["gold", "kl"])
 def test_a_step_with_groups_has_the_gradient_of_the_reference(
     objective: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

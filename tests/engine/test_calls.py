@@ -14,6 +14,8 @@ from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_m
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from helpers.models import random_teacher
 
+pytestmark = pytest.mark.quick
+
 Build = Callable[..., Any]
 
 

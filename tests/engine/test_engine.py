@@ -35,6 +35,7 @@ def assert_equal_steps(model: torch.nn.Module, batch: MetaBatch, **options: Any)
     assert error <= EXACT, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2, 3], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_full_inside_and_outside(
@@ -43,6 +44,7 @@ def test_every_architecture_is_exact_full_inside_and_outside(
     assert_equal_steps(tiny_model(name), make_batch("grouped"), inner_steps=steps)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_with_the_gold_objective_and_a_language_modelling_term(
     name: str, tiny_model: Build, make_batch: Build
@@ -50,6 +52,7 @@ def test_every_architecture_is_exact_with_the_gold_objective_and_a_language_mode
     assert_equal_steps(tiny_model(name), make_batch("uneven"), objective="gold", lm_weight=0.3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("inner", ["full", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_with_lora(
@@ -58,6 +61,7 @@ def test_every_architecture_is_exact_with_lora(
     assert_equal_steps(lora_model(name), make_batch(), inner_params=inner)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_with_recomputed_blocks(
@@ -157,6 +161,7 @@ def test_first_order_with_lora_inside_is_exact(
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize(
     "chosen", ["mlp", "lm_head", "embed_tokens", "bias", "layernorm", "q_proj.weight"]
@@ -183,6 +188,7 @@ def test_frozen_parts_outside_get_no_gradient_and_the_rest_is_exact(
     assert model.model.embed_tokens.weight.grad is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])
 def test_many_vocabulary_blocks_give_the_same_as_one(
     name: str, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
@@ -191,10 +197,12 @@ def test_many_vocabulary_blocks_give_the_same_as_one(
     assert_equal_steps(tiny_model(name), make_batch("grouped"), inner_steps=2, lm_weight=0.2)
 
 
+@pytest.mark.quick
 def test_mean_reduction_over_response_tokens_is_exact(tiny_model: Build, make_batch: Build) -> None:
     assert_equal_steps(tiny_model(), make_batch("grouped"), outer_reduction="mean")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2-conv1d-positions"])
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 def test_first_order_mode_equals_first_order_autograd(
@@ -252,6 +260,7 @@ def test_in_fp32_the_error_is_that_of_fp32(name: str, tiny_model: Build, make_ba
     assert error <= 1e-4, f"{parameter}: relative error {error:.1e}"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_order_answer_fails_by_a_wide_margin(
     name: str, tiny_model: Build, make_batch: Build

@@ -20,6 +20,8 @@ from gdprompt_fast.reference.step import next_token_nll
 from gdprompt_fast.update.masks import attention_by
 from helpers.models import MODELS
 
+pytestmark = pytest.mark.quick
+
 Build = Callable[..., Any]
 INNER_LR = 0.1
 

@@ -59,6 +59,7 @@ def test_micro_groups_add_up_to_the_whole_batch(
             torch.testing.assert_close(getattr(out, name), getattr(whole, name))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("step", [fast_meta_step, reference_meta_step], ids=["fast", "reference"])
 def test_ragged_parts_with_the_denominators_of_the_whole_add_up(
     step: Callable[..., Any], tiny_model: Build, make_batch: Build

@@ -13,6 +13,8 @@ from gdprompt_fast import MetaBatch, fast_meta_step
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import InnerLinear
 
+pytestmark = pytest.mark.quick
+
 Build = Callable[..., Any]
 Event = tuple[str, str]
 

@@ -15,6 +15,8 @@ from helpers.materialised import (
     leaf,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def packed(*rows: tuple[int, ...]) -> Tensor:
     """Segments [B, T] of the given lengths."""

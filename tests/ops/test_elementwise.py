@@ -22,6 +22,8 @@ from helpers.materialised import (
     leaf,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])

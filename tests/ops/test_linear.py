@@ -21,6 +21,8 @@ from helpers.materialised import (
     materialised_linear,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def inner_linear_twice(
     x_context: Tensor,

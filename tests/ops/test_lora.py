@@ -17,6 +17,8 @@ from helpers.materialised import (
     materialised_linear,
 )
 
+pytestmark = pytest.mark.quick
+
 RAGGED = GroupedRows(torch.tensor([2, 0, 2, 2]), 3)  # group 1 has no rows
 
 

@@ -13,6 +13,8 @@ from helpers.materialised import (
     vocabulary_twice,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.usefixtures("on_each_backend")
 @pytest.mark.parametrize("objective", ["gold", "teacher"])

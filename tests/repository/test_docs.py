@@ -17,6 +17,8 @@ import pytest
 from gdprompt_fast.cli.main import main as cli
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.quick
+
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
