@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdprompt_fast.ops.gradient import WeightGradient
-from gdprompt_fast.ops.phase import Phase, weight_handle
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.handle import depend_on, weight_handle
+from gdprompt_fast.ops.phase import Phase
+from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import (
     GoldTarget,
     Target,
@@ -20,10 +21,16 @@ from gdprompt_fast.ops.vocabulary import (
     response_loss,
     tied_lookup,
 )
+from gdprompt_fast.rows import GroupedRows
 
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def rate(groups: int) -> Rate:
+    """η = 0.3 in every group."""
+    return Rate(torch.full((groups,), 0.3, dtype=torch.float64))
 
 
 def assert_same_value_and_gradients(
@@ -73,7 +80,7 @@ def vocabulary_twice(
     contexts, queries = (GroupedRows(group, 2) for group in groups)
     phase, gradient = Phase(second_order=True), WeightGradient(table)
     vocabulary = Vocabulary(
-        table.detach(), padding_idx=None, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+        table.detach(), padding_idx=None, inner=True, rate=rate(2), phase=phase, gradient=gradient
     )
     handle = weight_handle((table, gradient))
     vocabulary.begin_contexts(ids[0], contexts)
@@ -88,7 +95,7 @@ def vocabulary_twice(
     loss = context_loss(states(ids[0], handle, contexts, 0), weight, handle, vocabulary, 0)
     with phase.inner():
         (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
-    handle = handle - 0.3 * step
+    handle = depend_on(handle, step)
     h_RD = states(ids[1], handle, queries, 1)[:, -1]
     target: Target = GoldTarget(queries.to_groups(ids[1][:, 0]))
     if teacher_RV is not None:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import lora as kernels
 from gdprompt_fast.ops.eager import lora as eager
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.rows import GroupedRows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = {

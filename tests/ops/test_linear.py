@@ -12,13 +12,15 @@ from torch import Tensor
 from gdprompt_fast.models.memory import PeakMemory
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
 from gdprompt_fast.ops.gradient import WeightGradient
+from gdprompt_fast.ops.handle import depend_on, weight_handle
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear
-from gdprompt_fast.ops.phase import Phase, weight_handle
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.phase import Phase
+from gdprompt_fast.rows import GroupedRows
 from helpers.materialised import (
     assert_same_value_and_gradients,
     leaf,
     materialised_linear,
+    rate,
 )
 
 pytestmark = pytest.mark.quick
@@ -43,7 +45,7 @@ def inner_linear_twice(
         bias.detach(),
         inner_weight=True,
         inner_bias=True,
-        inner_lr=0.3,
+        rate=rate(3),
         phase=phase,
         weight_gradient=weight_gradient,
         bias_gradient=bias_gradient,
@@ -53,7 +55,7 @@ def inner_linear_twice(
         y = inner_linear(x_context, handle, layer, contexts, level)
         with phase.inner():
             (gradient,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
-        handle = handle - 0.3 * gradient
+        handle = depend_on(handle, gradient)
     return inner_linear(x_query, handle, layer, queries, steps)
 
 
@@ -89,7 +91,7 @@ def test_the_update_is_applied_in_the_order_of_the_fewest_products(tokens: int) 
         None,
         inner_weight=True,
         inner_bias=False,
-        inner_lr=0.3,
+        rate=rate(groups),
         phase=Phase(second_order=True),
         weight_gradient=None,
         bias_gradient=None,
@@ -110,13 +112,13 @@ def inner_embedding_once(table: Tensor, ids: list[Tensor], groups: list[Tensor])
     contexts, queries = (GroupedRows(group, 2) for group in groups)
     phase, gradient = Phase(second_order=True), WeightGradient(table)
     layer = InnerEmbedding(
-        table.detach(), padding_idx=0, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+        table.detach(), padding_idx=0, inner=True, rate=rate(2), phase=phase, gradient=gradient
     )
     handle = weight_handle((table, gradient))
     y = inner_embedding(ids[0], handle, layer, contexts, 0)
     with phase.inner():
         (step,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
-    return inner_embedding(ids[1], handle - 0.3 * step, layer, queries, 1)
+    return inner_embedding(ids[1], depend_on(handle, step), layer, queries, 1)
 
 
 def test_inner_embedding_equals_a_materialised_table_and_its_double_backward_is_right() -> None:
@@ -145,7 +147,7 @@ def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
         None,
         inner_weight=True,
         inner_bias=False,
-        inner_lr=0.1,
+        rate=rate(1),
         phase=Phase(second_order=True),
         weight_gradient=gradient,
         bias_gradient=None,
