@@ -22,7 +22,7 @@ from gdprompt_fast.exactness.differences import central_difference, rounding_noi
 from gdprompt_fast.exactness.report import Precision
 from gdprompt_fast.meta import step
 from gdprompt_fast.models import architecture
-from gdprompt_fast.runs import check as command
+from gdprompt_fast.runs import check_run as command
 
 Build = Callable[..., Any]
 GOLD: dict[str, Any] = dict(objective="gold", inner_lr=0.1)

@@ -30,9 +30,10 @@ from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
-from gdprompt_fast.training.checkpoint import MetricsLog, read_metrics
-from gdprompt_fast.training.loop import TrainOptions, train
-from gdprompt_fast.training.prepare import fine_tuning_backward, row_loss
+from gdprompt_fast.training.finetune import fine_tuning_backward, row_loss
+from gdprompt_fast.training.loop import meta_train
+from gdprompt_fast.training.metrics import MetricsLog, read_metrics
+from gdprompt_fast.training.options import TrainOptions
 
 TOKENIZER = people_tokenizer()
 GOLD = TrainOptions(
@@ -104,7 +105,7 @@ def run(
         teacher = TeacherCache.build(
             output / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
         )
-    train(model, TOKENIZER, examples, options, output, teacher, joint)
+    meta_train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -193,7 +194,7 @@ def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_p
     model = tiny_llama()
     model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(FloatingPointError):
-        train(model, TOKENIZER, examples, GOLD, tmp_path)
+        meta_train(model, TOKENIZER, examples, GOLD, tmp_path)
 
 
 def test_a_teacher_goes_with_the_objective_and_the_examples(
@@ -204,9 +205,9 @@ def test_a_teacher_goes_with_the_objective_and_the_examples(
     )
     for options, given in ((KL, None), (GOLD, teacher)):
         with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
-            train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
+            meta_train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
     with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
-        train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
+        meta_train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -394,7 +395,7 @@ def test_what_a_training_that_diverged_left_in_the_gradients_is_not_added_to(
     model = tiny_llama()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan)
-    train(model, TOKENIZER, examples, dataclasses.replace(GOLD, steps=1), tmp_path)
+    meta_train(model, TOKENIZER, examples, dataclasses.replace(GOLD, steps=1), tmp_path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..artifacts.files import write_json
 from ..artifacts.outputs import written_by
 from ..data import ChatTokeniser, Example, Limits, TripleTokeniser, read_records, tokenise_triples
 from ..loading import check_vocabulary
+from .groups import ExamplesConfig
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Reader:
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, args: Namespace) -> Reader:
-        """The reader that the options of the command line ask for."""
-        return cls(args.encoding, ChatTokeniser if args.chat_template else TripleTokeniser)
+    def of(cls, config: ExamplesConfig) -> Reader:
+        """The reader that a configuration asks for."""
+        return cls(config.encoding, ChatTokeniser if config.chat_template else TripleTokeniser)
 
     def examples(
         self, path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
