@@ -177,7 +177,7 @@ def from_section(config: type[C], section: Any, where: str) -> C:
     """A dataclass from the table of a file.
 
     Args:
-        where: the file and the section, for errors.
+        where: the file and the section, for errors; "": none.
 
     Raises:
         UserError: naming file, section and key, what was expected and what was given.
@@ -189,7 +189,11 @@ def from_section(config: type[C], section: Any, where: str) -> C:
     try:
         return config(**values)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise _placed(error, where) from None
+
+
+def _placed(error: UserError, where: str) -> UserError:
+    return UserError(f"{where}: {error}") if where else error
 
 
 def checked(config: type, section: Any, where: str) -> dict[str, Any]:
@@ -208,7 +212,7 @@ def checked(config: type, section: Any, where: str) -> dict[str, Any]:
         try:
             values[key] = converted(key, value, hints(config)[key])
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise _placed(error, where) from None
     return values
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..errors import UserError
 from ..presets import FOLDER
-from .fields import CommandConfig, checked, from_section
+from .fields import CommandConfig, checked, converted, from_section
 
 C = TypeVar("C", bound=CommandConfig)
 
@@ -43,24 +43,23 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
     return load_toml(path, "preset")
 
 
-def read_config(config: type[C], given: Mapping[str, Any], where: str) -> C:
+def read_config(config: type[C], given: Any, where: str) -> C:
     """The configuration of a command from what was given, over the section of the ``preset`` that
     is named there, if the command takes one.
 
     Args:
+        given: values by field.
         where: where it was given, for errors; "": on the command line.
 
     Raises:
         UserError: naming the place and the key, what was expected and what was given.
     """
-    if not config.preset_section:
-        return from_section(config, given, where) if where else config(**given)
-    values, preset = dict(given), given.get("preset")
-    values.pop("preset", None)
-    if preset is not None:
-        section = load_preset(str(preset)).get(config.preset_section)
-        place = f"preset: {preset}, [{config.preset_section}]"
-        values = {**checked(config, section, place), **values}
-    made = from_section(config, values, where) if where else config(**values)
-    object.__setattr__(made, "preset", preset)
+    if not config.preset_section or not isinstance(given, Mapping) or "preset" not in given:
+        return from_section(config, given, where)
+    own = {key: value for key, value in given.items() if key != "preset"}
+    name = converted("preset", given["preset"], str)
+    place = f"preset: {name}, [{config.preset_section}]"
+    defaults = checked(config, load_preset(name).get(config.preset_section), place)
+    made = from_section(config, {**defaults, **own}, where)
+    object.__setattr__(made, "preset", name)
     return made
