@@ -68,7 +68,6 @@ from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
 from gdprompt_fast.ops.vocabulary.passes import (
     adjoint_pass,
@@ -78,6 +77,7 @@ from gdprompt_fast.ops.vocabulary.passes import (
 )
 from gdprompt_fast.ops.vocabulary.state import Lookup
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
+from gdprompt_fast.rows import GroupedRows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"

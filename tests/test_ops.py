@@ -28,7 +28,6 @@ from gdprompt_fast.ops.lora import InnerLora, inner_lora, lora_materialise, lora
 from gdprompt_fast.ops.norm import norm
 from gdprompt_fast.ops.phase import Phase, weight_handle
 from gdprompt_fast.ops.rotary import rotary
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
 from gdprompt_fast.ops.vocabulary import (
     GoldTarget,
@@ -40,6 +39,7 @@ from gdprompt_fast.ops.vocabulary import (
     tied_lookup,
 )
 from gdprompt_fast.ops.vocabulary import block as vocabulary_block
+from gdprompt_fast.rows import GroupedRows
 
 
 def leaf(*shape: int) -> Tensor:

@@ -17,8 +17,8 @@ from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
 from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.site import MaterialisedSite
 
 Build = Callable[..., Any]

@@ -9,30 +9,68 @@ import torch
 from torch import Tensor
 
 from ..batch import MetaBatch
-from .config import LMBatch
+from .config import MetaStepConfig, Rate, map_rate
+from .lm_batch import LMBatch
 from .targets import TeacherTargets
 
 
-class Counts(NamedTuple):
-    """The denominators of the losses: of the whole batch, of which a step may take a part."""
+class Numbers(NamedTuple):
+    """The numbers of a step that may change from one to the next, on its device.
 
-    queries: int
-    lm_rows: int
+    Attributes:
+        inner_lr: η, [] or [G], or for each layer by its name.
+        lm_weight: λ, [].
+        query_count, lm_count: the denominators of the mean over queries and of L_LM's mean over
+            rows, [].
+        group_count: that of the mean of the inner loss over groups, [].
+    """
+
+    inner_lr: Rate
+    lm_weight: Tensor
+    query_count: Tensor
+    lm_count: Tensor
+    group_count: Tensor
 
 
-def counts_of(
-    batch: MetaBatch, lm_batch: LMBatch | None, query_count: int | None, lm_count: int | None
-) -> Counts:
-    """Those asked for, or the batch's own."""
-    rows = batch.context_ids if lm_batch is None else lm_batch[0]
-    return Counts(query_count or len(batch.query_ids), lm_count or len(rows))
+def numbers_of(
+    config: MetaStepConfig,
+    batch: MetaBatch,
+    lm_batch: LMBatch | None,
+    query_count: int | Tensor | None,
+    lm_count: int | Tensor | None,
+    dtype: torch.dtype,
+) -> Numbers:
+    """Those asked for, or the batch's own; a batch of nothing but padding has zero over one."""
+    real, device = batch.layout.real, batch.context_ids.device
+
+    def there(number: float | Tensor) -> Tensor:
+        if isinstance(number, Tensor):
+            return number.to(device, dtype, non_blocking=True)
+        return torch.full((), number, dtype=dtype, device=device)
+
+    rows = real.contexts if lm_batch is None else len(lm_batch)
+    return Numbers(
+        map_rate(config.inner_lr, there),
+        there(config.lm_weight).detach(),
+        there(max(1, real.queries) if query_count is None else query_count),
+        there(max(1, rows) if lm_count is None else lm_count),
+        there(max(1, real.groups)),
+    )
 
 
 class Part(NamedTuple):
-    """Some groups of a batch, with the teacher's targets of their queries."""
+    """Some groups of a batch, by their numbers, with the teacher's targets of their queries."""
 
+    groups: list[int] | None  # None for all
     batch: MetaBatch
     teacher: TeacherTargets | None
+
+    def rate(self, inner_lr: Rate) -> Rate:
+        """η of these groups."""
+        if self.groups is None:
+            return inner_lr
+        index = torch.tensor(self.groups, device=self.batch.context_ids.device)
+        return map_rate(inner_lr, lambda rate: rate[index] if rate.dim() else rate)
 
 
 def parts_of(
@@ -40,53 +78,23 @@ def parts_of(
 ) -> Iterator[Part]:
     """The groups of a batch, ``micro_groups`` at a time; all at once for None."""
     if micro_groups is None or micro_groups >= batch.groups:
-        yield Part(batch, teacher)
+        yield Part(None, batch, teacher)
         return
-    token_query = torch.arange(len(batch.query_ids), device=batch.query_ids.device)
-    token_query = token_query.repeat_interleave(batch.response_mask.sum(1))
     for groups in _chunks(batch, micro_groups):
-        context, query = (
-            torch.isin(batch.context_group, groups),
-            torch.isin(batch.query_group, groups),
-        )
-        context_ids, context_mask, loss_mask = _trimmed(
-            batch.context_ids[context],
-            batch.context_mask[context],
-            batch.context_loss_mask[context],
-        )
-        query_ids, query_mask, response_mask = _trimmed(
-            batch.query_ids[query], batch.query_mask[query], batch.response_mask[query]
-        )
-        part = MetaBatch(
-            context_ids,
-            context_mask,
-            query_ids,
-            query_mask,
-            response_mask,
-            torch.searchsorted(groups, batch.context_group[context]),
-            torch.searchsorted(groups, batch.query_group[query]),
-            loss_mask,
-        )
-        yield Part(part, None if teacher is None else teacher.select(query[token_query]))
+        part, tokens = batch.select(groups)
+        yield Part(groups, part, None if teacher is None else teacher.select(tokens))
 
 
-def _chunks(batch: MetaBatch, size: int) -> Iterator[Tensor]:
+def _chunks(batch: MetaBatch, size: int) -> Iterator[list[int]]:
     """The groups, ``size`` at a time, in order; one without a query goes with one that has some."""
-    asked = torch.bincount(batch.query_group, minlength=batch.groups) > 0
-    silent = (~asked).nonzero().flatten()
-    first, *rest = asked.nonzero().flatten().split(size)
-    yield torch.cat([first, silent]).sort().values
-    yield from rest
-
-
-def _trimmed(ids: Tensor, mask: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Rows without the padding that all of them have."""
-    width = int(mask.sum(1).max())
-    return tuple(each[:, :width] for each in (ids, mask, *others))
+    asked = set(batch.host.query_group.tolist())
+    answering = [group for group in range(batch.groups) if group in asked]
+    silent = [group for group in range(batch.groups) if group not in asked]
+    yield sorted(answering[:size] + silent)
+    for start in range(size, len(answering), size):
+        yield answering[start : start + size]
 
 
 def lm_parts_of(lm_batch: LMBatch, groups: int, micro_groups: int | None) -> Iterator[LMBatch]:
     """The rows of an L_LM batch, in as many parts as the groups."""
-    ids, mask = lm_batch
-    parts = 1 if micro_groups is None else -(-groups // micro_groups)
-    yield from zip(ids.chunk(parts), mask.chunk(parts), strict=True)
+    return lm_batch.chunks(1 if micro_groups is None else -(-groups // micro_groups))

@@ -24,8 +24,8 @@ from ..models.architecture import causal_lm, compute_dtype
 from ..models.graph import check_twice_differentiable
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
 from ..ops.vocabulary.block import tile_elements
+from ..rows import GroupedRows
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .fingerprint import fingerprint

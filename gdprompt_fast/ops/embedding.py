@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
 from .phase import Phase, handle_like
-from .rows import GroupedRows
 
 UNUSED = -1  # the id of an unused place in group-major order; matches no token
 

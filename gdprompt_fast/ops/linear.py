@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .backend import implementation
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
 from .phase import Phase, handle_like
-from .rows import GroupedRows
 
 
 class Factor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .backend import implementation
 from .guard import used_twice
 from .phase import Phase
-from .rows import GroupedRows
 
 
 class InnerLora:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
 from ..models.intact import has_own_forward
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
 from . import norm  # noqa: F401

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.gradient import WeightGradient
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.phase import weight_handle
-from ..ops.rows import GroupedRows
 from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
+from ..rows import GroupedRows
 from .embedding import check_embedding, rows_of_ids
 from .site import FactoredSite, StepState, outer_gradient
 

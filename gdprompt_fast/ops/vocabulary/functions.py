@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ...rows import GroupedRows
 from ..embedding import drop_padding
 from ..guard import differentiable_no_further, used_twice
 from ..phase import handle_like
-from ..rows import GroupedRows
 from .block import wide
 from .passes import (
     adjoint_pass,

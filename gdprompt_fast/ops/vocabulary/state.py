@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...rows import GroupedRows
 from ..backend import implementation
 from ..gradient import WeightGradient
 from ..phase import Phase
-from ..rows import GroupedRows
 from .block import Block, Columns, Slice, add_product_, slices, wide
 
 
