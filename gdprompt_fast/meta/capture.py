@@ -14,10 +14,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.architecture import causal_lm
-from ..models.families import FAMILIES, type_name
-from .config import MetaStepConfig
-
 MOST_GRAPHS = 12  # of a model; the one that was not used for longest goes first
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PROVEN_ROTARY = (None, "default", "linear", "llama3", "yarn", "proportional")
@@ -151,9 +147,7 @@ class Graphs:
         self._take_over(recorded.reached)
         return recorded(inputs), ""
 
-    def _record(
-        self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]
-    ) -> None:
+    def _record(self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
         while len(self._recorded) >= MOST_GRAPHS:
             self._recorded.popitem(last=False)
         static, outputs = inputs.map(torch.clone), list[Tensor]()

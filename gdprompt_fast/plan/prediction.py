@@ -257,16 +257,6 @@ def _autocast(planned: PlannedStep) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=planned.dtype == "bf16")
 
 
-def _options(planned: PlannedStep, teacher: TeacherTargets | None) -> dict[str, Any]:
-    return dict(
-        inner_steps=planned.inner_steps,
-        inner_params=planned.inner,
-        objective=planned.objective,
-        teacher=teacher,
-        backend="torch",
-    )
-
-
 def _meta_step(
     model: Any,
     batch: MetaBatch,
@@ -286,8 +276,7 @@ def _meta_step(
 
     hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
     with memory, _autocast(planned):
-        options = _options(planned, teacher)
-        fast_meta_step(model, batch, recompute=planned.recompute, verify="never", **options)
+        fast_meta_step(model, batch, teacher=teacher, config=planned.step_config)
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
     return memory.timeline()

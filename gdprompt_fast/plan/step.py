@@ -8,6 +8,7 @@ import torch
 
 from ..config.fields import Config, check_counts, option
 from ..errors import UserError
+from ..meta.config import MetaStepConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,3 +46,15 @@ class PlannedStep(Config):
             )
         if self.inner == "lora" and self.outer != "lora":
             raise UserError('inner: expected "full" without adapters (outer "full"), got "lora"')
+
+    @property
+    def step_config(self) -> MetaStepConfig:
+        """What the engine is told of the step."""
+        return MetaStepConfig(
+            inner_steps=self.inner_steps,
+            inner_params=self.inner,
+            objective=self.objective,
+            backend="torch",
+            recompute=self.recompute,
+            verify="never",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -20,9 +20,9 @@ from ..loading import add_lora, positions
 from ..meta.targets import TeacherTargets
 from ..models.inner_params import select_inner
 from ..teacher import TeacherCache
-from ..training.loop import step_arguments
 from ..training.metrics import METRICS_FILE
 from ..training.options import StepOptions
+from ..training.step_data import StepData
 from .command import command, outputs_of
 from .groups import ExamplesConfig, ModelConfig, dtype_field, lora_rank_field, overwrite_field
 from .job import Job
@@ -70,9 +70,10 @@ def check(config: CheckConfig) -> Callable[[], ExactnessReport]:
     def work() -> ExactnessReport:
         write_dropped(config.dropped, config.command, reader.dropped)
         units = units_by_context(chosen, options.queries_per_context)
-        answered = [chosen[index] for unit in units for index in unit]
-        targets = _own_targets(model, answered) if options.objective == "kl" else None
-        report = _check(model, chosen, units, answered, targets, options)
+        data = StepData.of(chosen, units, teacher=None)
+        if options.objective == "kl":
+            data = replace(data, targets=_own_targets(model, data.answered))
+        report = _check(model, data, options)
         if config.json:
             write_json(config.json, {**written_by(config.command), **report.to_json()})
         print(f"\n{report.table()}")
@@ -93,10 +94,8 @@ def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) 
         return
     job.model.eval()
     units = units_by_context(job.examples, job.options.queries_per_context)[:1]
-    answered, targets = [job.examples[index] for index in units[0]], None
-    if teacher is not None:
-        answered, targets = teacher.batch(units[0])
-    report = _check(job.model, job.examples, units, answered, targets, job.options)
+    data = StepData.of(job.examples, units, teacher)
+    report = _check(job.model, data, job.options)
     if report.verdict == NOT_EXACT:
         raise UserError(
             "check: expected the exact meta-gradient of this model, got another: "
@@ -109,18 +108,10 @@ def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) 
         print(f"warning: check: {sentence}", file=sys.stderr)
 
 
-def _check(
-    model: nn.Module,
-    examples: Sequence[Example],
-    units: Sequence[Sequence[int]],
-    answered: Sequence[Example],
-    targets: TeacherTargets | None,
-    options: StepOptions,
-) -> ExactnessReport:
-    """The check of the step that training takes on these units."""
-    arguments = step_arguments(model, examples, units, answered, targets, options)
+def _check(model: nn.Module, data: StepData, options: StepOptions) -> ExactnessReport:
+    """The check of the step that training takes on this data."""
     with options.computing(model):
-        return check_exactness(model, **arguments)
+        return check_exactness(model, **data.arguments(model, options), **vars(options.step_config))
 
 
 def _own_targets(model: nn.Module, examples: Sequence[Example]) -> TeacherTargets:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import write_folder
 from ..artifacts.progress import progress_bar
-from ..data import Example, ShuffledSampler, meta_batch, prompt_rows, units_by_context
+from ..data import Example, ShuffledSampler, prompt_rows, units_by_context
 from ..errors import UserError
 from ..meta.config import MetaStepOutput
 from ..meta.step import fast_meta_step
-from ..meta.targets import TeacherTargets
 from ..teacher import TeacherCache
 from .checkpoint import (
     MODEL_FOLDER,
@@ -30,7 +28,8 @@ from .checkpoint import (
 from .finetune import fine_tuning_backward, row_loss
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import clipped_update
-from .options import StepOptions, TrainOptions
+from .options import TrainOptions
+from .step_data import StepData
 
 
 def meta_train(
@@ -81,15 +80,15 @@ def meta_train(
     ):
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
-            answered, targets = _answered(examples, drawn, teacher)
-            arguments = step_arguments(model, examples, drawn, answered, targets, options)
+            data = StepData.of(examples, drawn, teacher)
             with options.computing(model):  # adds the meta-gradient of the batch to .grad
                 losses = fast_meta_step(
-                    model, **arguments, micro_groups=options.micro_batch or None
+                    model, **data.arguments(model, options), config=options.step_config
                 )
+            losses.check()
             row = _row(step, losses, options)
             if options.prompt_weight > 0 and step >= options.prompt_from:
-                row["prompt_loss"] = _prompt_backward(model, answered, options)
+                row["prompt_loss"] = _prompt_backward(model, data.answered, options)
             if joint is not None:
                 batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
                 with options.computing(model):
@@ -97,7 +96,7 @@ def meta_train(
             rate = options.learning_rate(step)
             row["gradient_norm"] = clipped_update(optimizer, trained, rate, options.clip_norm, step)
             metrics.write(row)
-            tokens += _tokens(examples, drawn)
+            tokens += data.tokens
             bar.set_postfix_str(
                 f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}, "
                 f"{tokens / (time.perf_counter() - began):,.0f} tokens/s",
@@ -134,46 +133,6 @@ def _check_teacher(
         raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
-def _answered(
-    examples: Sequence[Example], units: Sequence[Sequence[int]], teacher: TeacherCache | None
-) -> tuple[list[Example], TeacherTargets | None]:
-    """The examples of a batch; with a teacher, with its answers in the place of the responses."""
-    indices = [index for unit in units for index in unit]
-    if teacher is None:
-        return [examples[index] for index in indices], None
-    return teacher.batch(indices)
-
-
-def step_arguments(
-    model: nn.Module,
-    examples: Sequence[Example],
-    units: Sequence[Sequence[int]],
-    answered: Sequence[Example],
-    targets: TeacherTargets | None,
-    options: StepOptions,
-) -> dict[str, Any]:
-    """What training gives :func:`gdprompt_fast.fast_meta_step` beside the model: of examples in
-    units with one context each, ``contexts_per_group`` neighbours share one θ'.
-    """
-    device: torch.device = next(model.parameters()).device
-    lm_batch = None
-    if options.lm_on == "prompts" and options.lm_weight > 0:
-        prompts = prompt_rows([examples[index] for unit in units for index in unit]).to(device)
-        lm_batch = (prompts.ids, prompts.mask)
-    context_of = [number for number, unit in enumerate(units) for _ in unit]
-    return dict(
-        batch=meta_batch(answered, context_of, options.contexts_per_group).to(device),
-        inner_lr=options.inner_lr,
-        inner_steps=options.inner_steps,
-        inner_params=options.inner_params,
-        objective=options.objective,
-        teacher=targets,
-        lm_weight=options.lm_weight,
-        lm_batch=lm_batch,
-        recompute=options.recompute,
-    )
-
-
 def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: TrainOptions) -> float:
     """The mean NLL of the responses with the context in the prompt; adds the gradient of
     ``prompt_weight`` times that to ``.grad``.
@@ -183,13 +142,6 @@ def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: Tra
         loss = row_loss(model, prompt_rows(answered).to(device))
     (options.prompt_weight * loss).backward()
     return float(loss.detach())
-
-
-def _tokens(examples: Sequence[Example], units: Sequence[Sequence[int]]) -> int:
-    """The tokens in the contexts and the query rows of a batch."""
-    contexts = sum(len(examples[unit[0]].context) for unit in units)
-    rows = (examples[index] for unit in units for index in unit)
-    return contexts + sum(len(example.query) + len(example.response) for example in rows)
 
 
 def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, float]:

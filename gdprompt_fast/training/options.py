@@ -11,7 +11,7 @@ from torch import nn
 from ..config.fields import Config, check_counts, check_numbers, option
 from ..errors import UserError
 from ..evaluation import InnerStep
-from ..meta.config import check_inner
+from ..meta.config import MetaStepConfig
 from .optim import warmup_then_cosine
 
 
@@ -53,9 +53,20 @@ class StepOptions(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_inner(self.inner_lr, self.inner_steps)
+        self.step_config.check()
         check_counts(self, "contexts_per_group", "queries_per_context")
-        check_numbers(self, "lm_weight", above_zero=False)
+
+    @property
+    def step_config(self) -> MetaStepConfig:
+        """What the engine is told of the step."""
+        return MetaStepConfig(
+            inner_lr=self.inner_lr,
+            inner_steps=self.inner_steps,
+            inner_params=self.inner_params,
+            objective=self.objective,
+            lm_weight=self.lm_weight,
+            recompute=self.recompute,
+        )
 
     @property
     def inner(self) -> InnerStep:
@@ -107,6 +118,10 @@ class TrainOptions(StepOptions):
                 f"prompt_from: expected one of the {self.steps} steps, counted from 0, "
                 f"got {self.prompt_from}"
             )
+
+    @property
+    def step_config(self) -> MetaStepConfig:
+        return replace(super().step_config, micro_groups=self.micro_batch or None)
 
     @property
     def contexts(self) -> int:
