@@ -300,7 +300,7 @@ def test_a_step_with_groups_has_the_gradient_of_the_reference(
 ) -> None:
     batches = []
 
-    def both(model: torch.nn.Module, batch: MetaBatch, recompute: str, **options: Any) -> Any:
+    def both(model: torch.nn.Module, batch: MetaBatch, **options: Any) -> Any:
         _, expected = gradients_of(reference_meta_step, model, batch, **options)
         out, gradients = gradients_of(fast_meta_step, model, batch, **options)
         error, name = worst_error(gradients, expected)
