@@ -36,9 +36,9 @@ FLOORS = {
     "data and models from files": ("data", "loading", "teacher"),
     "measuring": ("evaluation", "report", "plan"),
     "training": ("training",),
-    "runs": ("runs", "bundled"),
-    "experiments": ("experiments",),
-    "command line": ("cli",),
+    "experiments": ("experiments", "bundled"),
+    "runs": ("runs",),
+    "command line": ("cli", "__main__"),
     "tests and benchmarks": ("testing",),
 }
 # The arrows upwards that there are. A new one fails the tests, and so does one listed here in vain.

@@ -16,7 +16,7 @@ from transformers import (
 
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import (
-    ChatTokeniser,
+    ChatEncoder,
     Example,
     Limits,
     end_token,
@@ -60,7 +60,7 @@ def spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def example(tokenizer: PreTrainedTokenizerBase, **changes: str) -> Example:
-    (made,) = tokenise_triples([{**TRIPLE, **changes}], tokenizer, ROOMY, ChatTokeniser).examples
+    (made,) = tokenise_triples([{**TRIPLE, **changes}], tokenizer, ROOMY, ChatEncoder).examples
     return made
 
 

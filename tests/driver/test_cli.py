@@ -14,8 +14,8 @@ from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.evaluation import read_predictions
-from gdprompt_fast.runs import demo
-from gdprompt_fast.training.checkpoint import read_metrics
+from gdprompt_fast.runs import demo_run
+from gdprompt_fast.training.metrics import read_metrics
 from helpers.paths import SHARED_DATA
 
 DEMO = ["demo", "--steps", "2", "--test-examples", "6", "--device", "cpu"]
@@ -32,13 +32,13 @@ def test_the_demo_in_miniature_writes_everything_it_promises(
         assert words in printed
     assert (output / "results.md").read_text() in printed
     results = json.loads((output / "results.json").read_text())
-    assert list(results) == ["before", *demo.ARMS.values()]
+    assert list(results) == ["before", *demo_run.OBJECTIVES.values()]
     for result in results.values():
         for setting in ("no_context", "prompt", "fine_tuning"):
             assert result["settings"][setting]["examples"] == 6
     assert len(results["before"]["inner_lr_tried"]) > 4
     assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
-    for objective in demo.ARMS:
+    for objective in demo_run.OBJECTIVES:
         folder = output / objective
         assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
         model = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from gdprompt_fast.artifacts.files import ASIDE
+from gdprompt_fast.artifacts.stage import run_stage
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
-from gdprompt_fast.experiments import command as experiment_command
-from gdprompt_fast.experiments.stages import run_stage
+from gdprompt_fast.runs import experiment_run
 
 Refused = Callable[..., str]
 EVALUATE = ["--answer-tokens", "0", "--device", "cpu"]
@@ -209,7 +209,7 @@ def test_an_experiment_replaces_a_folder_of_others_on_request(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = mine.parent / "table.md"
-    monkeypatch.setattr(experiment_command, "run_experiment", lambda name, labs: table)
+    monkeypatch.setattr(experiment_run, "run_experiment", lambda name, labs: table)
     table.write_text("the table")
     assert main(["experiment", "table4", "--output", str(mine), "--overwrite"]) == 0
     assert [path.name for path in mine.iterdir()] == ["stages"]

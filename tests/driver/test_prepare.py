@@ -8,7 +8,12 @@ from torch import nn
 
 from gdprompt_fast.data import Example, Limits, prompt_rows, query_rows, tokenise_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
-from gdprompt_fast.training.prepare import PrepareOptions, fine_tune, fine_tuning_backward, row_loss
+from gdprompt_fast.training.finetune import (
+    PrepareOptions,
+    fine_tune,
+    fine_tuning_backward,
+    row_loss,
+)
 from helpers.models import llama
 
 TOKENIZER = people_tokenizer()

@@ -30,9 +30,10 @@ from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.loading import add_lora
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
-from gdprompt_fast.training.checkpoint import MetricsLog, read_metrics
-from gdprompt_fast.training.loop import TrainOptions, train
-from gdprompt_fast.training.prepare import fine_tuning_backward, row_loss
+from gdprompt_fast.training.finetune import fine_tuning_backward, row_loss
+from gdprompt_fast.training.loop import meta_train
+from gdprompt_fast.training.metrics import MetricsLog, read_metrics
+from gdprompt_fast.training.options import TrainOptions
 from helpers.models import small_llama
 
 TOKENIZER = people_tokenizer()
@@ -100,7 +101,7 @@ def run(
         teacher = TeacherCache.build(
             output / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
         )
-    train(model, TOKENIZER, examples, options, output, teacher, joint)
+    meta_train(model, TOKENIZER, examples, options, output, teacher, joint)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -191,7 +192,7 @@ def test_a_step_that_is_not_finite_stops_training(examples: list[Example], tmp_p
     model = tiny_llama()
     model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(FloatingPointError):
-        train(model, TOKENIZER, examples, GOLD, tmp_path)
+        meta_train(model, TOKENIZER, examples, GOLD, tmp_path)
 
 
 def test_a_teacher_goes_with_the_objective_and_the_examples(
@@ -202,9 +203,9 @@ def test_a_teacher_goes_with_the_objective_and_the_examples(
     )
     for options, given in ((KL, None), (GOLD, teacher)):
         with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
-            train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
+            meta_train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
     with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
-        train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
+        meta_train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -298,7 +299,7 @@ def test_a_step_with_groups_has_the_gradient_of_the_reference(
 ) -> None:
     batches = []
 
-    def both(model: torch.nn.Module, batch: MetaBatch, recompute: str, **options: Any) -> Any:
+    def both(model: torch.nn.Module, batch: MetaBatch, **options: Any) -> Any:
         _, expected = gradients_of(reference_meta_step, model, batch, **options)
         out, gradients = gradients_of(fast_meta_step, model, batch, **options)
         error, name = worst_error(gradients, expected)
@@ -393,7 +394,7 @@ def test_what_a_training_that_diverged_left_in_the_gradients_is_not_added_to(
     model = tiny_llama()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan)
-    train(model, TOKENIZER, examples, dataclasses.replace(GOLD, steps=1), tmp_path)
+    meta_train(model, TOKENIZER, examples, dataclasses.replace(GOLD, steps=1), tmp_path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

@@ -12,7 +12,7 @@ from gdprompt_fast import fast_meta_step
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.exactness import check, engine
 from gdprompt_fast.exactness.report import Precision
-from gdprompt_fast.runs import check as command
+from gdprompt_fast.runs import check_run as command
 
 
 def first_order_only(*args: Any, **options: Any) -> Any:

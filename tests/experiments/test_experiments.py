@@ -1,4 +1,4 @@
-"""The paper's experiments in miniature: stages that are kept, arms, findings, tables, the page."""
+"""The experiments in miniature: stages that are kept, variants, findings, tables, the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from transformers import LlamaForCausalLM
 
 import gdprompt_fast.training.loop
-from gdprompt_fast.artifacts.outputs import Outputs
+from gdprompt_fast.artifacts.stage import run_stage
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.data.characters import characters_vocabulary
 from gdprompt_fast.data.people import people_vocabulary
@@ -30,23 +30,23 @@ from gdprompt_fast.experiments import (
     EXPERIMENTS,
     Preset,
     StaleStage,
-    arms,
-    make_labs,
+    experiment_contexts,
     measure,
     tasks,
+    variants,
 )
-from gdprompt_fast.experiments.arms import Arm
 from gdprompt_fast.experiments.cells import Cell, Estimate
+from gdprompt_fast.experiments.context import ExperimentContext
 from gdprompt_fast.experiments.findings import Named, close, destroyed, larger
-from gdprompt_fast.experiments.lab import Lab
-from gdprompt_fast.experiments.measure import Question
+from gdprompt_fast.experiments.measure import EvalSpec
 from gdprompt_fast.experiments.run import run_experiment
-from gdprompt_fast.experiments.stages import run_stage
 from gdprompt_fast.experiments.table4 import classify
 from gdprompt_fast.experiments.table5 import mean_of_draws
+from gdprompt_fast.experiments.variants import Variant
 from gdprompt_fast.ops import backend
-from gdprompt_fast.presets import load_preset
 from gdprompt_fast.report import results_page
+from gdprompt_fast.runs import ExperimentConfig, experiment
+from gdprompt_fast.runs.experiment_run import preset_sizes
 from helpers.model_folders import edit_weights, to_cache
 from helpers.models import small_llama
 
@@ -164,24 +164,24 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tomllib.loads(TINY.replace("MODEL", folder.as_posix()))
 
 
-def labs_of(sections: dict[str, Any], output: Path, **changes: Any) -> list[Lab]:
+def contexts_of(sections: dict[str, Any], output: Path, **changes: Any) -> list[ExperimentContext]:
     """Labs of a preset with changes, as ``train__outer_lr=1e-3``."""
     changed = copy.deepcopy(sections)
     for name, value in changes.items():
         section, key = name.split("__")
         changed[section][key] = value
-    return make_labs(Preset.read(changed), output, CPU)
+    return experiment_contexts(Preset.read(changed), output, CPU)
 
 
 @pytest.fixture(scope="module")
 def done(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all six experiments."""
-    pytest.importorskip("peft", reason="PEFT is an optional dependency, of Table 1's LoRA arms")
+    pytest.importorskip("peft", reason="PEFT is an optional dependency, of Table 1's LoRA variants")
     output = tmp_path_factory.mktemp("experiments") / "all"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "load_cpp", lambda: False)  # as every test has it
         for name in EXPERIMENTS:
-            run_experiment(name, labs_of(sections, output))
+            run_experiment(name, contexts_of(sections, output))
     return output
 
 
@@ -270,7 +270,7 @@ def test_arms_are_shared_and_nothing_is_done_twice(
     assert not list(done.glob("stages/seed-0/arm/*/checkpoints"))
     before = {name: content(done, name)["tables"] for name in EXPERIMENTS}
     for module, name in (
-        (arms, "train"),
+        (variants, "meta_train"),
         (tasks, "fine_tune"),
         (tasks, "make_data"),
         (measure, "evaluate"),
@@ -278,7 +278,7 @@ def test_arms_are_shared_and_nothing_is_done_twice(
     ):
         monkeypatch.setattr(module, name, refuse)
     for name in EXPERIMENTS:
-        run_experiment(name, labs_of(sections, done))
+        run_experiment(name, contexts_of(sections, done))
         assert content(done, name)["tables"] == before[name]
 
 
@@ -292,13 +292,13 @@ def test_an_experiment_killed_while_training_goes_on_from_the_checkpoint(
     step = gdprompt_fast.training.loop.fast_meta_step
     monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", killed_after(2, step))
     with pytest.raises(Killed):
-        run_experiment("figure2", labs_of(sections, output))
+        run_experiment("figure2", contexts_of(sections, output))
     folder = output / "stages/seed-0/arm/squad-kl"
     record = json.loads((folder / "stage.json").read_text())
     assert record["result"] is None and record["seconds"] > 0
     monkeypatch.setattr(gdprompt_fast.training.loop, "fast_meta_step", killed_after(1, step))
     monkeypatch.setattr(tasks, "fine_tune", refuse)
-    run_experiment("figure2", labs_of(sections, output))  # one of three steps was left
+    run_experiment("figure2", contexts_of(sections, output))  # one of three steps was left
     again = json.loads((folder / "stage.json").read_text())
     assert again["result"]["steps"] == 3 and again["seconds"] > record["seconds"]
     weights = "stages/seed-0/arm/squad-kl/model/model.safetensors"
@@ -324,9 +324,9 @@ def test_an_experiment_killed_while_training_goes_on_from_the_checkpoint(
 def test_a_stale_stage_is_refused(
     changes: dict[str, Any], message: str, done: Path, sections: dict[str, Any]
 ) -> None:
-    (lab,) = labs_of(sections, done, **changes)
+    (ctx,) = contexts_of(sections, done, **changes)
     with pytest.raises(StaleStage, match=message):
-        measure.predictions(lab, Question(Arm("squad", "kl")))
+        measure.predictions(ctx, EvalSpec(Variant("squad", "kl")))
 
 
 def test_another_model_under_the_same_name_makes_stages_stale(
@@ -365,13 +365,13 @@ def test_a_stage_is_done_once_and_its_time_adds_up(tmp_path: Path) -> None:
 
 
 def test_seeds_are_repetitions_of_everything(sections: dict[str, Any], tmp_path: Path) -> None:
-    labs = labs_of(sections, tmp_path / "two", model__seeds=[3, 5])
-    question = Question(Arm("wikitext"), "no_context")
-    first, second = (measure.predictions(lab, question) for lab in labs)
+    repetitions = contexts_of(sections, tmp_path / "two", model__seeds=[3, 5])
+    spec = EvalSpec(Variant("wikitext"), "no_context")
+    first, second = (measure.predictions(ctx, spec) for ctx in repetitions)
     assert [row["query"] for row in first] != [row["query"] for row in second]
-    cell = measure.measure(labs, question, "token_accuracy")
+    cell = measure.measure(repetitions, spec, "token_accuracy")
     assert [len(values) for values in cell.values] == [8, 8]
-    assert labs[0].used.keys() == {
+    assert repetitions[0].used.keys() == {
         f"seed-{seed}/{stage}"
         for seed in (3, 5)
         for stage in (
@@ -395,9 +395,9 @@ def test_groups_of_contexts_keep_the_number_of_contexts_in_a_step(sections: dict
 def test_irrelevant_contexts_come_with_the_same_queries(
     done: Path, sections: dict[str, Any]
 ) -> None:
-    (lab,) = labs_of(sections, done)
-    right = measure.predictions(lab, Question(Arm("wikitext", "gold")))
-    wrong = measure.predictions(lab, Question(Arm("wikitext", "gold"), irrelevant=1))
+    (ctx,) = contexts_of(sections, done)
+    right = measure.predictions(ctx, EvalSpec(Variant("wikitext", "gold")))
+    wrong = measure.predictions(ctx, EvalSpec(Variant("wikitext", "gold"), irrelevant=1))
     assert [row["query"] for row in right] == [row["query"] for row in wrong]
     assert [row["answers"] for row in right] == [row["answers"] for row in wrong]
     assert all(a["context"] != b["context"] for a, b in zip(right, wrong, strict=True))
@@ -407,18 +407,18 @@ def test_irrelevant_contexts_come_with_the_same_queries(
 def test_the_best_inner_rate_is_that_of_the_best_metric_then_of_the_lowest_nll(
     done: Path, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (lab,) = labs_of(sections, done, evaluate__inner_lr_grid=[0.1, 0.2, 0.3, 0.4])
+    (ctx,) = contexts_of(sections, done, evaluate__inner_lr_grid=[0.1, 0.2, 0.3, 0.4])
     scores = {0.1: (0.5, 1.0), 0.2: (0.5, 0.9), 0.3: (0.9, None), 0.4: (0.4, 0.1), 0.5: (0.0, 0.0)}
 
-    def fake(lab: Lab, question: Question) -> list[dict[str, Any]]:
-        assert question.count == 4 and question.inner_lr is not None
-        score, nll = scores[question.inner_lr]
+    def fake(ctx: ExperimentContext, spec: EvalSpec) -> list[dict[str, Any]]:
+        assert spec.count == 4 and spec.inner_lr is not None
+        score, nll = scores[spec.inner_lr]
         return [{"settings": {"fine_tuning": {"exact_match": score, "nll": nll}}}] * 2
 
     monkeypatch.setattr(measure, "predictions", fake)
-    assert measure.best_inner_lr(lab, Question(Arm("squad"))) == 0.2
+    assert measure.best_inner_lr(ctx, EvalSpec(Variant("squad"))) == 0.2
     scores[0.5] = (0.6, 5.0)  # the rate of training is tried too
-    assert measure.best_inner_lr(lab, Question(Arm("squad"))) == 0.5
+    assert measure.best_inner_lr(ctx, EvalSpec(Variant("squad"))) == 0.5
 
 
 def prediction(**exact_matches: float) -> dict[str, Any]:
@@ -492,11 +492,11 @@ def test_findings_show_and_do_not_show() -> None:
     assert not destroyed(claim, "a task", right=few, wrong=none, without=none).shows
 
 
-@pytest.mark.parametrize("name", ["experiments-small", "experiments-paper"])
+@pytest.mark.parametrize("name", ["small", "paper"])
 def test_the_presets_of_the_package_do_for_every_experiment(name: str) -> None:
-    preset = Preset.read(load_preset(name))
-    for experiment, its in EXPERIMENTS.items():
-        its.check(preset, preset.section(experiment, its.settings))
+    preset = Preset.read(preset_sizes(name))
+    for each, its in EXPERIMENTS.items():
+        its.check(preset, preset.section(each, its.options))
     assert preset.limits.prompt_tokens > preset.limits.context_tokens
 
 
@@ -520,49 +520,41 @@ def test_the_presets_of_the_package_do_for_every_experiment(name: str) -> None:
     ],
 )
 def test_a_bad_preset_is_one_clear_line_before_any_work(
-    section: str,
-    key: str,
-    value: Any,
-    message: str,
-    sections: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    section: str, key: str, value: Any, message: str, sections: dict[str, Any], tmp_path: Path
 ) -> None:
-    from gdprompt_fast.experiments import command
-
-    changed = copy.deepcopy(sections)
+    changed, new = copy.deepcopy(sections), tmp_path / "new"
     changed[section][key] = value
-    monkeypatch.setattr(command, "load_preset", lambda name: changed)
-    with pytest.raises(ValueError, match=message):
-        command.prepare_experiment(
-            "table2", "tiny.toml", tmp_path / "new", None, None, "cpu", Outputs({}, False)
-        )
-    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=message):
+        experiment(ExperimentConfig(name="table2", sizes=changed, output=new, device="cpu"))
+    assert not new.exists()
 
 
 def test_the_model_may_be_on_the_hub_and_without_all_its_weights(
     sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gdprompt_fast.experiments import command
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model = tmp_path / "model"
     shutil.copytree(sections["model"]["name"], model)
     edit_weights(model, lambda weights: {n: w for n, w in weights.items() if "mlp" not in n})
     to_cache(model, tmp_path / "hub", "org/tiny", "v1")
-    monkeypatch.setattr(command, "load_preset", lambda name: copy.deepcopy(sections))
-    outputs = Outputs({}, False)
-    run = ("table4", "tiny.toml", tmp_path / "new", None, "org/tiny", "cpu", outputs, "v1")
+    config = ExperimentConfig(
+        name="table4",
+        sizes=sections,
+        output=tmp_path / "new",
+        model="org/tiny",
+        revision="v1",
+        device="cpu",
+    )
     with pytest.raises(UserError, match=r"3 missing \(model.layers.0.mlp.down_proj.weight"):
-        command.prepare_experiment(*run)()
-    (lab,) = make_labs(
+        experiment(config)
+    (ctx,) = experiment_contexts(
         replace(Preset.read(sections), model="org/tiny", revision="v1"),
         tmp_path / "new",
         CPU,
         allow_missing=True,
     )
-    assert tasks.prepared(lab, "squad").result["examples"] == 4
+    assert tasks.prepare_stage(ctx, "squad").result["examples"] == 4
 
 
 def test_bad_input_to_the_commands_is_one_clear_line(

@@ -17,7 +17,7 @@ from gdprompt_fast.cli.main import main
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.data.words import word_tokenizer
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.experiments.lab import base_model
+from gdprompt_fast.experiments.context import base_model
 from gdprompt_fast.loading import load_config, load_model, print_notes
 from helpers.model_folders import COMMIT, POINTER, Edit, edit_json, edit_weights, renamed, to_cache
 

@@ -30,7 +30,7 @@ from gdprompt_fast.loading import add_lora
 from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.blocks import abridged_loops, block_ranges
 from gdprompt_fast.plan import (
-    Setting,
+    PlannedStep,
     make_plan,
     parse_memory,
     plan_table,
@@ -85,38 +85,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 class RealStep:
     """The same step on real tensors, with an optimizer that has its states."""
 
-    def __init__(self, config: PreTrainedConfig, setting: Setting) -> None:
+    def __init__(self, config: PreTrainedConfig, planned: PlannedStep) -> None:
         torch.manual_seed(0)
-        self.setting = setting
-        dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
-        lora = setting.outer == "lora"
+        self.planned = planned
+        dtype = torch.bfloat16 if planned.dtype == "bf16" else torch.float32
+        lora = planned.outer == "lora"
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype if lora else None)
-        self.model: nn.Module = add_lora(model, setting.lora_rank, seed=0) if lora else model.eval()
-        ids = torch.randint(config.vocab_size, (setting.batch, setting.context))
-        query_ids = torch.randint(config.vocab_size, (setting.batch, setting.query))
+        self.model: nn.Module = add_lora(model, planned.lora_rank, seed=0) if lora else model.eval()
+        ids = torch.randint(config.vocab_size, (planned.batch, planned.context))
+        query_ids = torch.randint(config.vocab_size, (planned.batch, planned.query))
         real = torch.ones_like(query_ids, dtype=torch.bool)
-        response = real & (torch.arange(setting.query) >= setting.query - setting.response)
+        response = real & (torch.arange(planned.query) >= planned.query - planned.response)
         context_mask = torch.ones_like(ids, dtype=torch.bool)
         self.batch = MetaBatch(ids, context_mask, query_ids, real, response)
         states = torch.randn(int(response.sum()), config.hidden_size, dtype=dtype)
         head = torch.randn(config.vocab_size, config.hidden_size, dtype=dtype)
         self.teacher = TeacherTargets(hidden=states, head=head)
         self.options = dict(
-            inner_steps=setting.inner_steps,
-            inner_params=setting.inner,
-            objective=setting.objective,
-            teacher=self.teacher if setting.objective == "kl" else None,
+            inner_steps=planned.inner_steps,
+            inner_params=planned.inner,
+            objective=planned.objective,
+            teacher=self.teacher if planned.objective == "kl" else None,
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         self.optimizer = None
-        if setting.optimizer != "none":
-            self.optimizer = kinds[setting.optimizer](trained, lr=1e-3, foreach=True)
+        if planned.optimizer != "none":
+            self.optimizer = kinds[planned.optimizer](trained, lr=1e-3, foreach=True)
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=planned.dtype == "bf16")
 
     def present(self) -> list[Tensor]:
         states = self.optimizer.state.values() if self.optimizer is not None else []
@@ -133,7 +133,7 @@ class RealStep:
                 self.model,
                 self.batch,
                 backend=backend,
-                recompute=self.setting.recompute,
+                recompute=self.planned.recompute,
                 **self.options,
             )
         if self.optimizer is None:
@@ -151,15 +151,15 @@ class RealStep:
         teacher = self.options["teacher"]
         targets = [self.teacher.hidden, self.teacher.head] if teacher is not None else []
         memory = PeakMemory([*self.present(), *targets])
-        setting = self.setting
+        planned = self.planned
         with memory, self.autocast:
             step(
                 Task(
                     self.model,
                     self.batch,
                     teacher,
-                    inner_params=setting.inner,
-                    inner_steps=setting.inner_steps,
+                    inner_params=planned.inner,
+                    inner_steps=planned.inner_steps,
                 )
             )
         return memory.peak_bytes
@@ -168,9 +168,9 @@ class RealStep:
 @pytest.mark.parametrize("case", CASES)
 def test_the_prediction_is_the_measured_peak(case: str) -> None:
     name, options = CASES[case]
-    setting = Setting(**{**BASE, **options})
-    predicted = predict(MODELS[name], setting)
-    step, optimizer = RealStep(MODELS[name], setting).measure()
+    planned = PlannedStep(**{**BASE, **options})
+    predicted = predict(MODELS[name], planned)
+    step, optimizer = RealStep(MODELS[name], planned).measure()
     got = sum(predicted.meta_step.values()), sum(predicted.optimizer_step.values())
     print(f"\n{case}: predicted {got} of {(step, optimizer)} bytes, {got[0] / step - 1:+.2%}")
     assert got[0] == pytest.approx(step, rel=0.02)
@@ -192,9 +192,9 @@ def test_the_prediction_is_the_measured_peak(case: str) -> None:
 def test_the_prediction_holds_for_what_runs_on_this_machine(options: dict[str, Any]) -> None:
     wide = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=8192)
     config = LlamaConfig(**{**SIZES, **wide}, num_key_value_heads=2, tie_word_embeddings=True)
-    setting = Setting(**{**BASE, "batch": 8, "context": 128, **options})
-    predicted = sum(predict(config, setting).meta_step.values())
-    measured, _ = RealStep(config, setting).measure("auto")
+    planned = PlannedStep(**{**BASE, "batch": 8, "context": 128, **options})
+    predicted = sum(predict(config, planned).meta_step.values())
+    measured, _ = RealStep(config, planned).measure("auto")
     assert predicted == pytest.approx(measured, rel=0.10)
 
 
@@ -213,9 +213,9 @@ AUTOGRAD_CASES = [
 @pytest.mark.parametrize("case", AUTOGRAD_CASES)
 def test_the_prediction_of_the_sequential_loop_is_its_measured_peak(case: str) -> None:
     name, options = CASES[case]
-    setting = Setting(**{**BASE, **options, "batch": 3})
-    predicted = sum(predict_sequential(MODELS[name], setting).meta_step.values())
-    measured = RealStep(MODELS[name], setting).measure_autograd(sequential, with_gradients=True)
+    planned = PlannedStep(**{**BASE, **options, "batch": 3})
+    predicted = sum(predict_sequential(MODELS[name], planned).meta_step.values())
+    measured = RealStep(MODELS[name], planned).measure_autograd(sequential, with_gradients=True)
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
@@ -223,14 +223,14 @@ def test_the_prediction_of_the_sequential_loop_is_its_measured_peak(case: str) -
 @pytest.mark.parametrize("case", AUTOGRAD_CASES)
 def test_the_prediction_of_all_copies_at_once_is_its_measured_peak(case: str, batch: int) -> None:
     name, options = CASES[case]
-    setting = Setting(**{**BASE, **options, "batch": batch})
-    made = predict_materialised(MODELS[name], setting)
-    measured = RealStep(MODELS[name], setting).measure_autograd(all_alive, with_gradients=False)
+    planned = PlannedStep(**{**BASE, **options, "batch": batch})
+    made = predict_materialised(MODELS[name], planned)
+    measured = RealStep(MODELS[name], planned).measure_autograd(all_alive, with_gradients=False)
     assert sum(made.at(batch).meta_step.values()) == pytest.approx(measured, rel=0.02)
 
 
 def test_each_example_of_all_copies_at_once_holds_more_than_a_copy_of_the_weights() -> None:
-    made = predict_materialised(MODELS["llama-tied"], Setting(**BASE))
+    made = predict_materialised(MODELS["llama-tied"], PlannedStep(**BASE))
     assert sum(made.copy.values()) > 4 * made.one.parameters
 
 
@@ -243,7 +243,7 @@ def test_the_shape_of_llama_1b_is_planned_without_its_memory_and_fits_the_goal()
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with PeakMemory(on_new=watch):
-        prediction = predict(AutoConfig.from_pretrained(LLAMA_1B), Setting())
+        prediction = predict(AutoConfig.from_pretrained(LLAMA_1B), PlannedStep())
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert prediction.parameters == 1_235_814_400
     assert made and max(made) < 1e6, f"a real tensor of {max(made)} bytes"
@@ -255,7 +255,8 @@ def test_the_shape_of_llama_1b_is_planned_without_its_memory_and_fits_the_goal()
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     def peak_at(batch: int) -> int:
-        return predict(MODELS["llama-one-layer"], Setting(**{**BASE, "batch": batch})).peak_bytes
+        planned = PlannedStep(**{**BASE, "batch": batch})
+        return predict(MODELS["llama-one-layer"], planned).peak_bytes
 
     memory = peak_at(13)
     peaks = {4: peak_at(4)}
@@ -271,7 +272,7 @@ def test_a_batch_that_is_larger_than_any_looked_for_and_fits_is_the_answer() -> 
 
 def test_a_batch_of_very_many_tokens_is_planned() -> None:
     small, large = (
-        predict(MODELS["llama-one-layer"], Setting(batch, 512, 32)) for batch in (512, 1024)
+        predict(MODELS["llama-one-layer"], PlannedStep(batch, 512, 32)) for batch in (512, 1024)
     )
     grown = large.meta_step["activations"] / small.meta_step["activations"]
     assert grown == pytest.approx(2, rel=0.05)
@@ -321,7 +322,7 @@ def test_the_command_prints_a_plan_and_writes_its_numbers(
     assert main(["plan", "--model", str(config_file.parent), *options, "--memory", "9MB"]) == 0
     printed = capsys.readouterr().out
     numbers = json.loads(output.read_text())
-    plan = make_plan(AutoConfig.from_pretrained(config_file), Setting(4, 24, 10))
+    plan = make_plan(AutoConfig.from_pretrained(config_file), PlannedStep(4, 24, 10))
     fast = numbers["predicted"]["fast_meta_step"]
     assert fast["peak_bytes"] == plan.fast.peak_bytes == sum(fast["meta_step"].values())
     assert numbers["largest_batch"] > 4 and f"| {numbers['largest_batch']} " in printed

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from gdprompt_fast.plan import Setting
+from gdprompt_fast.plan import PlannedStep
 from gdprompt_fast.plan.layers import Run, run_layers
 from gdprompt_fast.plan.prediction import run_autograd, run_step
 from gdprompt_fast.plan.timeline import Timeline
@@ -65,8 +65,8 @@ def check(run: Callable[[PreTrainedConfig], Run], config: PreTrainedConfig, mixe
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_from_a_few_layers_is_that_of_all(case: str) -> None:
     config, options = CASES[case]
-    setting = Setting(**{**BASE, **options})
-    check(lambda few: run_step(few, setting), config, mixed="some layers" in case)
+    planned = PlannedStep(**{**BASE, **options})
+    check(lambda few: run_step(few, planned), config, mixed="some layers" in case)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_plan_from_a_few_layers_is_that_of_all(case: str) -> None:
 )
 def test_the_other_ways_from_a_few_layers_are_those_of_all(case: str, step: Any) -> None:
     config, options = CASES[case]
-    setting = Setting(**{**BASE, **options, "batch": 2})
-    check(lambda few: run_autograd(few, setting, step, step is sequential), config, mixed=False)
+    planned = PlannedStep(**{**BASE, **options, "batch": 2})
+    check(lambda few: run_autograd(few, planned, step, step is sequential), config, mixed=False)
 
 
 def test_a_run_that_a_layer_does_not_grow_by_the_same_is_taken_whole() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gdprompt_fast.cli.main import main as cli
+from gdprompt_fast.runs.file_run import read_run_file
 from helpers.paths import ROOT
 
 pytestmark = pytest.mark.quick
@@ -74,7 +75,7 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kind_of_block_is_one_that_is_tested() -> None:
     kinds = {kind for page in PAGES for kind, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
-    assert kinds <= {"python", "bash", "mermaid"}
+    assert kinds <= {"python", "bash", "mermaid", "toml"}
     assert all(page.read_text(encoding="utf-8").count("```") % 2 == 0 for page in PAGES)
 
 
@@ -109,11 +110,21 @@ def test_a_wrong_option_would_be_found(
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=p.name) for p in PAGES if p != README and blocks(p, "python")]
 )
-def test_the_code_of_a_page_runs(page: Path) -> None:
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the README's example, whose names a page may use; that alone: test_package.py."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for code in blocks(README, "python") + blocks(page, "python"):
         exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("text", of_pages(lambda page: blocks(page, "toml")))
+def test_every_toml_file_is_one_that_gdprompt_run_takes(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "all.toml"
+    path.write_text(text, encoding="utf-8")
+    assert read_run_file(path)
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])

@@ -1,4 +1,7 @@
-"""Stages of work: each has a folder, is kept there and is never done twice."""
+"""Work that is kept under the settings it follows from, and never done twice.
+
+A stage is a folder with the record of its settings; a part of one is a result under a name.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-import torch
-import transformers
-
-from .. import __version__
-from ..artifacts.files import read_json, write_json
 from ..errors import UserError
+from .files import read_json, write_json
 
 STAGE_FILE = "stage.json"
 
@@ -52,19 +51,19 @@ class Stage:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """What a result may depend on besides its settings."""
-    return {
-        "gdprompt_fast": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
-
-
-def run_stage(folder: Path, settings: Mapping[str, Any], work: Callable[[Path], Result]) -> Stage:
+def run_stage(
+    folder: Path,
+    settings: Mapping[str, Any],
+    work: Callable[[Path], Result],
+    versions: Mapping[str, str] | None = None,
+) -> Stage:
     """The stage in ``folder``: read if it is finished, else done by ``work(folder)``.
 
     Interrupted work is called again with the same folder, and may go on from what it left there.
+
+    Args:
+        settings: all that the result follows from.
+        versions: of the packages, for the record of work that is begun.
 
     Raises:
         StaleStage: if the folder belongs to a stage with other settings.
@@ -74,7 +73,7 @@ def run_stage(folder: Path, settings: Mapping[str, Any], work: Callable[[Path], 
     record: dict[str, Any] = {
         "settings": settings,
         "seconds": 0.0,
-        "versions": versions(),
+        "versions": dict(versions or {}),
         "result": None,
     }
     if path.exists():
@@ -96,13 +95,23 @@ def run_stage(folder: Path, settings: Mapping[str, Any], work: Callable[[Path], 
 
 
 def _check_same(folder: Path, done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    old, new = _flat(done), _flat(wanted)
+    different = first_difference(_flat(done), _flat(wanted))
+    if different is not None:
+        name, old, new = different
+        raise StaleStage(
+            f"{name}: expected {old!r} as in {folder}, got {new!r}; "
+            "remove that folder to have it done again, or give another --output"
+        )
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name, in alphabetical order, whose values differ, and these; a name that one does
+    not have counts as None there.
+    """
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            raise StaleStage(
-                f"{name}: expected {old.get(name)!r} as in {folder}, got {new.get(name)!r}; "
-                "remove that folder to have it done again, or give another --output"
-            )
+            return name, old.get(name), new.get(name)
+    return None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,3 +123,26 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+class KeptResults:
+    """Results by name in a JSON file, which is written again with each.
+
+    Attributes:
+        content: the results so far.
+    """
+
+    def __init__(self, path: Path, read: Callable[[Path], dict[str, Any]]) -> None:
+        self._path = path
+        self.content = read(path) if path.exists() else {}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of this name, made now if it is not there."""
+        if name not in self.content:
+            self.keep(name, make())
+        return self.content[name]
+
+    def keep(self, name: str, result: Any) -> None:
+        """Puts a result in the place of an older one."""
+        self.content[name] = result
+        write_json(self._path, self.content)

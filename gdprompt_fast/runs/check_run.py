@@ -3,67 +3,83 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from ..artifacts.files import write_json
-from ..artifacts.outputs import written_by
+from ..artifacts.outputs import is_marked, written_by
+from ..config.fields import check_counts, option
 from ..data import Example, prompt_rows, units_by_context
 from ..errors import UserError
 from ..exactness.check import check_exactness
 from ..exactness.report import CANNOT_TELL, NOT_EXACT, ExactnessReport
-from ..loading import add_lora, choose_device, load_model, positions, print_notes
+from ..loading import add_lora, positions
 from ..meta.targets import TeacherTargets
 from ..models.inner_params import select_inner
 from ..teacher import TeacherCache
-from ..training.loop import METRICS_FILE, TrainOptions, computing, step_arguments
-from .job import Job, hub_and_weights, limits
+from ..training.metrics import METRICS_FILE
+from ..training.options import StepOptions
+from ..training.step_data import StepData
+from .command import command, outputs_of
+from .groups import ExamplesConfig, ModelConfig, dtype_field, lora_rank_field, overwrite_field
+from .job import Job
 from .reading import Reader, write_dropped
 
-# The options of training on which the meta-gradient depends.
-CHECKED = (
-    *("objective", "inner_lr", "inner_steps", "inner_params", "lm_weight", "lm_on"),
-    *("contexts_per_group", "queries_per_context", "compute_dtype", "recompute", "seed"),
-)
 # Cosines with the exact one below which a meta-gradient in bf16 deserves a warning.
 GOOD_GRADIENT, GOOD_SECOND_ORDER = 0.95, 0.9
 
 
-def prepare_exactness(args: Namespace, options: TrainOptions) -> Callable[[], int]:
-    """Everything before the long work of ``gdprompt check``, which returns the exit code: 0 if the
-    engine is exact, 1 otherwise.
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(StepOptions, ExamplesConfig, ModelConfig):
+    """Which step to check, on which model and examples."""
 
-    Raises:
-        ValueError: naming the option, what was expected and what was given.
-    """
-    if args.examples < 1:
-        raise UserError(f"examples: expected an integer >= 1, got {args.examples}")
-    device = choose_device(args.device)
-    model, tokenizer = load_model(args.model, args.dtype, device, **hub_and_weights(args))
-    print_notes(model, tokenizer)
-    if args.lora_rank:
-        model = add_lora(model, args.lora_rank, options.seed)
+    command = "check"
+
+    dtype: str = dtype_field()
+    examples: int = option(2, "take the first so many records")
+    lora_rank: int = lora_rank_field()
+    json: Path | None = option(None, "JSON file to write the report to", writes=True)
+    overwrite: bool = overwrite_field("replace a --json that this command did not write")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "examples")
+
+
+@command(
+    "Whether the engine's meta-gradient is this model's exact one: against the model's own "
+    "forward, whatever was changed in it. Exit code 0: it is; 1: it is not, or cannot be told.",
+    succeeded=lambda report: report.exact,
+)
+def check(config: CheckConfig) -> Callable[[], ExactnessReport]:
+    """Loads model and examples; the work is to check, and to print and write the report."""
+    outputs_of(config).check_file("json", config.json, lambda path: is_marked(path, "check"))
+    options = config.part(StepOptions)
+    model, tokenizer = config.load(config.dtype)
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, options.seed)
     select_inner(model, options.inner_params)
-    reader = Reader.of(args)
-    chosen = reader.examples(args.data, model, tokenizer, limits(args, positions(model)))
-    chosen = chosen[: args.examples]
+    reader = Reader.of(config)
+    chosen = reader.examples(config.data, model, tokenizer, config.limits(positions(model)))
+    chosen = chosen[: config.examples]
     print(f"checking on {len(chosen)}")
 
-    def work() -> int:
-        write_dropped(args.dropped, args.command, reader.dropped)
+    def work() -> ExactnessReport:
+        write_dropped(config.dropped, config.command, reader.dropped)
         units = units_by_context(chosen, options.queries_per_context)
-        answered = [chosen[index] for unit in units for index in unit]
-        targets = _own_targets(model, answered) if options.objective == "kl" else None
-        report = _check(model, chosen, units, answered, targets, options)
-        if args.json:
-            write_json(args.json, {**written_by(args.command), **report.to_json()})
+        data = StepData.of(chosen, units, teacher=None)
+        if options.objective == "kl":
+            data = replace(data, targets=_own_targets(model, data.answered))
+        report = _check(model, data, options)
+        if config.json:
+            write_json(config.json, {**written_by(config.command), **report.to_json()})
         print(f"\n{report.table()}")
         for sentence in _about_bf16(report):
             print(f"- {sentence}")
-        return 0 if report.exact else 1
+        return report
 
     return work
 
@@ -78,10 +94,8 @@ def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) 
         return
     job.model.eval()
     units = units_by_context(job.examples, job.options.queries_per_context)[:1]
-    answered, targets = [job.examples[index] for index in units[0]], None
-    if teacher is not None:
-        answered, targets = teacher.batch(units[0])
-    report = _check(job.model, job.examples, units, answered, targets, job.options)
+    data = StepData.of(job.examples, units, teacher)
+    report = _check(job.model, data, job.options)
     if report.verdict == NOT_EXACT:
         raise UserError(
             "check: expected the exact meta-gradient of this model, got another: "
@@ -94,18 +108,10 @@ def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) 
         print(f"warning: check: {sentence}", file=sys.stderr)
 
 
-def _check(
-    model: nn.Module,
-    examples: Sequence[Example],
-    units: Sequence[Sequence[int]],
-    answered: Sequence[Example],
-    targets: TeacherTargets | None,
-    options: TrainOptions,
-) -> ExactnessReport:
-    """The check of the step that training takes on these units."""
-    arguments = step_arguments(model, examples, units, answered, targets, options)
-    with computing(model, options):
-        return check_exactness(model, **arguments)
+def _check(model: nn.Module, data: StepData, options: StepOptions) -> ExactnessReport:
+    """The check of the step that training takes on this data."""
+    with options.computing(model):
+        return check_exactness(model, **data.arguments(model, options), **vars(options.step_config))
 
 
 def _own_targets(model: nn.Module, examples: Sequence[Example]) -> TeacherTargets:

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config.fields import option
+from ..config.fields import Config, check_counts, option
 from ..errors import UserError
+from ..meta.config import MetaStepConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep(Config):
     """The sizes and choices that decide the memory of a step; every field is an option of the
     command line.
 
     Raises:
-        ValueError: naming the option, what was expected and what was given.
+        UserError: naming the option, what was expected and what was given.
     """
 
     batch: int = option(16, "examples in a step, each with a θ' of its own")
@@ -35,12 +36,9 @@ class Setting:
     dtype: str = option("bf16", "to compute in; what is trained stays fp32", tuple(DTYPES))
 
     def __post_init__(self) -> None:
-        least = dict(batch=1, context=2, query=2, response=1, lora_rank=1, inner_steps=1)
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise UserError(
-                    f"{name}: expected an integer >= {smallest}, got {getattr(self, name)}"
-                )
+        super().__post_init__()
+        check_counts(self, "batch", "response", "lora_rank", "inner_steps")
+        check_counts(self, "context", "query", least=2)
         if self.response >= self.query:
             raise UserError(
                 f"response: expected fewer tokens than the query's {self.query}, which include "
@@ -48,3 +46,15 @@ class Setting:
             )
         if self.inner == "lora" and self.outer != "lora":
             raise UserError('inner: expected "full" without adapters (outer "full"), got "lora"')
+
+    @property
+    def step_config(self) -> MetaStepConfig:
+        """What the engine is told of the step."""
+        return MetaStepConfig(
+            inner_steps=self.inner_steps,
+            inner_params=self.inner,
+            objective=self.objective,
+            backend="torch",
+            recompute=self.recompute,
+            verify="never",
+        )

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from ..artifacts.stage import Result, Stage, run_stage
 from ..bundled import bundled_folder
 from ..errors import UserError
 from ..loading import find_model, load_config
 from .preset import Preset
-from .stages import Result, Stage, run_stage
+from .versions import versions
 
 STAGES = "stages"
 BUNDLED = "bundled"
@@ -24,7 +25,7 @@ READ_AT_ONCE = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
-class Lab:
+class ExperimentContext:
     """One repetition of an experiment.
 
     Attributes:
@@ -57,7 +58,9 @@ class Lab:
         """
         full_name = f"seed-{self.seed}/{name}"
         folder = self.output / STAGES / full_name
-        stage = run_stage(folder, {**settings, "seed": self.seed}, _announced(full_name, work))
+        stage = run_stage(
+            folder, {**settings, "seed": self.seed}, _announced(full_name, work), versions()
+        )
         self.used[full_name] = stage
         return stage
 
@@ -71,10 +74,10 @@ class Lab:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
 
-def make_labs(
+def experiment_contexts(
     preset: Preset, output: Path, device: torch.device, allow_missing: bool = False
-) -> list[Lab]:
-    """A lab for every seed of the preset.
+) -> list[ExperimentContext]:
+    """A repetition for every seed of the preset.
 
     Raises:
         ValueError: if the model is not there.
@@ -92,7 +95,7 @@ def make_labs(
         )
     fingerprint, used = _fingerprint(model), dict[str, Stage]()
     common = (preset, output, device, model, fingerprint)
-    return [Lab(*common, seed, allow_missing, used) for seed in preset.seeds]
+    return [ExperimentContext(*common, seed, allow_missing, used) for seed in preset.seeds]
 
 
 def base_model(name: str, revision: str | None) -> Path:

@@ -1,12 +1,12 @@
-"""The outer rate, searched: short trainings from the same start, scored on held-out data."""
+"""``gdprompt search-outer-lr``: short trainings from the same start, scored on held-out data."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,19 @@ import torch
 
 from ..artifacts.files import write_file, write_json
 from ..artifacts.markdown import markdown_table
+from ..config.fields import check_counts, option
 from ..errors import UserError
 from ..report.table import metric_cell
 from ..teacher import TeacherCache
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
-from ..training.loop import TrainOptions, train
-from .job import Job
-from .train_run import RATE_FILE, measure, read_results, summaries
+from ..training.loop import meta_train
+from ..training.options import TrainOptions
+from .command import command, outputs_of
+from .groups import REPLACES_FOLDER, overwrite_field
+from .job import Job, TrainingConfig, load_job, run_settings
+from .output import check_output, claim_output
+from .reading import write_dropped
+from .results import RATE_FILE, evaluate_on, read_results, summaries
 
 SEARCH_FILE = "search.json"
 TABLE_FILE = "search.md"
@@ -31,21 +37,55 @@ DIVERGED = (math.inf, 0.0)
 Result = dict[str, Any]
 
 
-def short_trainings(options: TrainOptions, grid: Sequence[float], steps: int) -> list[TrainOptions]:
-    """The options with each rate of the grid as the peak of a whole schedule of so many steps.
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(TrainingConfig):
+    """As of a training, and which rates to try."""
 
-    Raises:
-        ValueError: if a rate or the number of steps is not positive.
-    """
-    if steps < 1:
-        raise UserError(f"steps_per_rate: expected an integer >= 1, got {steps}")
-    for rate in grid:
-        if not 0 < rate < math.inf:
-            raise UserError(f"grid: expected numbers > 0, got {rate}")
-    return [replace(options, outer_lr=rate, steps=steps) for rate in sorted(set(grid))]
+    command = "search-outer-lr"
+
+    grid: tuple[float, ...] = option(GRID, "rates to try", may_change=True)
+    steps_per_rate: int = option(100, "outer steps at each")
+    overwrite: bool = overwrite_field(REPLACES_FOLDER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "steps_per_rate")
+        for rate in self.grid:
+            if not 0 < rate < math.inf:
+                raise UserError(f"grid: expected numbers > 0, got {rate}")
+        if not self.grid:
+            raise UserError("grid: expected at least one rate, got none")
+        if self.test_data is None:
+            raise UserError("test_data: expected held-out triples to score the rates on, got none")
+
+    @property
+    def trainings(self) -> list[TrainOptions]:
+        """The options with each rate as the peak of a whole schedule."""
+        rates = sorted(set(self.grid))
+        return [replace(self.options, outer_lr=rate, steps=self.steps_per_rate) for rate in rates]
 
 
-def search_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -> float:
+@command(
+    "Find the outer rate for gdprompt train: a short training at each, scored on --test-data "
+    "by the NLL of the gold responses after an inner step, then by accuracy.",
+    continued_by="--resume continues the run",
+)
+def search_outer_lr(config: SearchConfig) -> Callable[[], float]:
+    """Loads model and examples; the work is to train at each rate, and returns the best one."""
+    outputs = outputs_of(config)
+    check_output(config.output, config.resume, outputs)
+    trainings = config.trainings
+    job = load_job(config, trainings[0])
+    claim_output(config.output, run_settings(config), config.resume, outputs)
+
+    def work() -> float:
+        write_dropped(config.dropped, config.command, job.reader.dropped)
+        return best_outer_lr(job, trainings, config.output)
+
+    return work
+
+
+def best_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -> float:
     """Trains at each outer rate from the model as it is, and measures on ``job.test``.
 
     ``output`` gets a folder for each rate (metrics and result; a rate with a result is not trained
@@ -82,13 +122,13 @@ def search_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -
 def _try_rate(
     job: Job, options: TrainOptions, folder: Path, teacher: TeacherCache | None
 ) -> Result:
-    """What :func:`measure` says after training at a rate, or at which step it diverged."""
+    """What :func:`evaluate_on` says after training at a rate, or at which step it diverged."""
     print(f"outer rate {options.outer_lr:g}", file=sys.stderr)
     assert job.test is not None
     test = replace(job.test, answer_tokens=0)  # the gold responses say enough
     try:
-        train(job.model, job.tokenizer, job.examples, options, folder, teacher, job.joint)
-        measured = measure(job.model, job.tokenizer, options.inner, test)
+        meta_train(job.model, job.tokenizer, job.examples, options, folder, teacher, job.joint)
+        measured = evaluate_on(job.model, job.tokenizer, options.inner, test)
     except FloatingPointError as error:
         return {"outer_lr": options.outer_lr, "diverged": str(error)}
     return {"outer_lr": options.outer_lr, **measured}

@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..artifacts.progress import progress_bar
-from ..config.fields import check_integers, option
+from ..config.fields import Config, check_counts, check_numbers, option
 from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
-from ..errors import UserError
 from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
-from .schedule import warmup_then_cosine
+from .optim import clipped_update, warmup_then_cosine
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(Config):
     """What preparation does; every field is an option of the command line.
 
     Raises:
-        ValueError: naming the option, what was expected and what was given.
+        UserError: naming the option, what was expected and what was given.
     """
 
     steps: int = option(100, "steps of Adam")
@@ -40,16 +39,10 @@ class PrepareOptions:
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
-        check_integers(self)
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        for name in ("lr", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name}: expected a number > 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "text_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_counts(self, "steps", "batch_size")
+        check_numbers(self, "lr", "clip_norm", above_zero=True)
+        check_numbers(self, "warmup_steps", "text_weight", above_zero=False)
 
     def learning_rate(self, step: int) -> float:
         """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
@@ -69,14 +62,11 @@ def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOpt
     with progress_bar(options.steps, "preparing", "step") as bar:
         for step in range(options.steps):
             batch = [examples[index] for index in sampler.take(options.batch_size)]
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate(step)
             loss = fine_tuning_backward(model, batch, options.text_weight)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
-            torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            rate = options.learning_rate(step)
+            clipped_update(optimizer, trained, rate, options.clip_norm, step, "gradient")
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 

@@ -9,17 +9,26 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..artifacts.stage import Result, Stage
 from ..evaluation import InnerStep
 from ..loading import add_lora, load_model
-from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER, load_weights, read_metrics
-from ..training.loop import METRICS_FILE, TrainOptions, train
-from .lab import Lab
-from .stages import Result, Stage
-from .tasks import data, examples, fine_tuned, prepared, taught, teacher_cache
+from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER, load_weights
+from ..training.loop import meta_train
+from ..training.metrics import METRICS_FILE, read_metrics
+from ..training.options import TrainOptions
+from .context import ExperimentContext
+from .tasks import (
+    data_stage,
+    examples,
+    fine_tune_stage,
+    prepare_stage,
+    teacher_cache,
+    teacher_stage,
+)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A model of an experiment: a task's base model and how it was trained from there.
 
     Attributes:
@@ -45,7 +54,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """A name that no other arm of a preset has."""
+        """A name that no other variant of a preset has."""
         parts = [self.task, "base" if self.objective == "none" else self.objective]
         if self.lora_rank:
             parts.append(f"lora{self.lora_rank}")
@@ -59,77 +68,85 @@ class Arm:
             parts.append(f"then-{self.then}")
         return "-".join(parts)
 
-    def options(self, lab: Lab) -> TrainOptions:
+    def options(self, ctx: ExperimentContext) -> TrainOptions:
         """How it is meta-trained, or would be: a base model's inner step is the same."""
         kind = "lora-inner" if self.inner_params == "lora" else "lora" if self.lora_rank else "full"
-        return lab.preset.train_options(
+        return ctx.preset.train_options(
             self.task,
             kind,
             self.contexts,
             objective="gold" if self.objective == "none" else self.objective,
             inner_params=self.inner_params,
-            seed=lab.seed,
+            seed=ctx.seed,
         )
 
-    def inner(self, lab: Lab) -> InnerStep:
+    def inner(self, ctx: ExperimentContext) -> InnerStep:
         """The inner step that it was meta-trained with, or would be."""
-        return self.options(lab).inner
+        return self.options(ctx).inner
 
 
-def made(lab: Lab, arm: Arm) -> Stage:
-    """The last stage of an arm's training; its model, or adapters, are in ``model``."""
-    if arm.then:
-        before = made(lab, replace(arm, then="", ordinary_examples=0))
+def train_stage(ctx: ExperimentContext, variant: Variant) -> Stage:
+    """The last stage of a variant's training; its model, or adapters, are in ``model``."""
+    if variant.then:
+        before = train_stage(ctx, replace(variant, then="", ordinary_examples=0))
         start, wanted = before.folder / MODEL_FOLDER, {"start": before.key}
-        return fine_tuned(lab, f"arm/{arm.name}", start, arm.then, arm.ordinary_examples, wanted)
-    return prepared(lab, arm.task) if arm.objective == "none" else meta_trained(lab, arm)
+        return fine_tune_stage(
+            ctx, f"arm/{variant.name}", start, variant.then, variant.ordinary_examples, wanted
+        )
+    return (
+        prepare_stage(ctx, variant.task)
+        if variant.objective == "none"
+        else meta_train_stage(ctx, variant)
+    )
 
 
-def meta_trained(lab: Lab, arm: Arm) -> Stage:
+def meta_train_stage(ctx: ExperimentContext, variant: Variant) -> Stage:
     """The stage of meta-training, whose checkpoints are in its folder."""
-    options = arm.options(lab)
-    teacher = taught(lab, arm.task, options) if arm.objective == "kl" else None
+    options = variant.options(ctx)
+    teacher = teacher_stage(ctx, variant.task, options) if variant.objective == "kl" else None
     wanted = {
-        "base": prepared(lab, arm.task).key,
+        "base": prepare_stage(ctx, variant.task).key,
         "teacher": None if teacher is None else teacher.key,
-        "joint": data(lab, arm.joint).key if arm.joint else None,
-        "arm": asdict(arm),
+        "joint": data_stage(ctx, variant.joint).key if variant.joint else None,
+        "arm": asdict(variant),
         "options": asdict(options),
     }
 
     def work(folder: Path) -> Result:
         cache, joint = None, None
         if teacher is not None:
-            cache = teacher_cache(lab, arm.task, teacher.folder, options)
-        model, tokenizer = load_base(lab, arm)
-        chosen = examples(lab, arm.task, "train", model, tokenizer)
-        if arm.joint:
-            count = arm.ordinary_examples
-            joint = examples(lab, arm.joint, "train", model, tokenizer, count)
-        if arm.lora_rank:
-            model = add_lora(model, arm.lora_rank, lab.seed)
-        train(model, tokenizer, chosen, options, folder, cache, joint)
+            cache = teacher_cache(ctx, variant.task, teacher.folder, options)
+        model, tokenizer = load_base(ctx, variant)
+        chosen = examples(ctx, variant.task, "train", model, tokenizer)
+        if variant.joint:
+            count = variant.ordinary_examples
+            joint = examples(ctx, variant.joint, "train", model, tokenizer, count)
+        if variant.lora_rank:
+            model = add_lora(model, variant.lora_rank, ctx.seed)
+        meta_train(model, tokenizer, chosen, options, folder, cache, joint)
         return {"examples": len(chosen), "steps": len(read_metrics(folder / METRICS_FILE))}
 
-    stage = lab.stage(f"arm/{arm.name}", wanted, work)
+    stage = ctx.stage(f"arm/{variant.name}", wanted, work)
     # Three times as large as the model, and of no more use once the stage is finished.
     shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
     return stage
 
 
-def load(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """An arm's model on the device, and its tokenizer."""
-    folder = made(lab, arm).folder / MODEL_FOLDER
-    if not arm.lora_rank:
-        return load_model(folder, lab.preset.dtype, lab.device)
-    model, tokenizer = load_base(lab, arm)
-    model = add_lora(model, arm.lora_rank, lab.seed)
-    if arm.objective != "none":
+def load(ctx: ExperimentContext, variant: Variant) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A variant's model on the device, and its tokenizer."""
+    folder = train_stage(ctx, variant).folder / MODEL_FOLDER
+    if not variant.lora_rank:
+        return load_model(folder, ctx.preset.dtype, ctx.device)
+    model, tokenizer = load_base(ctx, variant)
+    model = add_lora(model, variant.lora_rank, ctx.seed)
+    if variant.objective != "none":
         load_weights(model, folder)
     return model, tokenizer
 
 
-def load_base(lab: Lab, arm: Arm) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model that an arm began as, and its tokenizer."""
-    folder = prepared(lab, arm.task).folder / MODEL_FOLDER
-    return load_model(folder, lab.preset.dtype, lab.device)
+def load_base(
+    ctx: ExperimentContext, variant: Variant
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that a variant began as, and its tokenizer."""
+    folder = prepare_stage(ctx, variant.task).folder / MODEL_FOLDER
+    return load_model(folder, ctx.preset.dtype, ctx.device)
