@@ -43,7 +43,8 @@ def test_a_batch_that_is_larger_than_any_looked_for_and_fits_is_the_answer() -> 
 
 def test_a_batch_of_very_many_tokens_is_planned() -> None:
     small, large = (
-        predict(MODELS["llama-one-layer"], PlannedStep(batch, 512, 32)) for batch in (512, 1024)
+        predict(MODELS["llama-one-layer"], PlannedStep(batch=batch, context=512, query=32))
+        for batch in (512, 1024)
     )
     grown = large.meta_step["activations"] / small.meta_step["activations"]
     assert grown == pytest.approx(2, rel=0.05)
@@ -93,7 +94,9 @@ def test_the_command_prints_a_plan_and_writes_its_numbers(
     assert main(["plan", "--model", str(config_file.parent), *options, "--memory", "9MB"]) == 0
     printed = capsys.readouterr().out
     numbers = json.loads(output.read_text())
-    plan = make_plan(AutoConfig.from_pretrained(config_file), PlannedStep(4, 24, 10))
+    plan = make_plan(
+        AutoConfig.from_pretrained(config_file), PlannedStep(batch=4, context=24, query=10)
+    )
     fast = numbers["predicted"]["fast_meta_step"]
     assert fast["peak_bytes"] == plan.fast.peak_bytes == sum(fast["meta_step"].values())
     assert numbers["largest_batch"] > 4 and f"| {numbers['largest_batch']} " in printed
