@@ -156,7 +156,7 @@ def imports() -> ModuleType:
     return module
 
 
-def test_lower_floors_never_import_higher_ones(imports: ModuleType) -> None:
+def test_lower_floors_never_import_higher_ones_and_no_file_is_too_long(imports: ModuleType) -> None:
     assert imports.faults(imports.arrows()) == []
 
 
@@ -180,6 +180,25 @@ def test_an_arrow_upwards_a_circle_and_a_room_without_a_floor_are_found(
     assert imports.faults(found) == ["ops no longer imports training"]
     monkeypatch.setitem(imports.FLOORS, "ground", imports.FLOORS["ground"][1:])
     assert "errors is a room without a floor" in imports.faults(found)
+
+
+def test_a_file_that_is_too_long_is_found(
+    imports: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, path = imports.source_files()[0]
+    monkeypatch.setattr(imports, "LONG", {"docs/imports.py": "no more"})
+    monkeypatch.setattr(imports, "MOST_LINES", lines - 1)
+    assert imports.faults(imports.arrows()) == [
+        f"{path} has {lines} lines, more than {lines - 1}",
+        "docs/imports.py is listed as too long and is not",
+    ]
+
+
+def test_tests_import_helpers_and_never_one_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
+        names = {part for module in imported for part in module.split(".")}
+        assert not {name for name in names if name.startswith("test_") or name == "conftest"}, path
 
 
 def test_every_way_to_import_is_an_arrow(imports: ModuleType, tmp_path: Path) -> None:
