@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], object]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4e' * 32}\nsize 86434\n"
@@ -47,8 +47,8 @@ def renamed(rename: Callable[[str], str]) -> Edit:
 
 
 def write(name: str, text: str) -> Edit:
-    return lambda folder: (folder / name).write_text(text) and None
+    return lambda folder: (folder / name).write_text(text)
 
 
 def cut(name: str, size: int) -> Edit:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])

@@ -42,7 +42,8 @@ def some_module(model: nn.Module, draw: random.Random) -> nn.Module:
 
 def decoder(model: nn.Module) -> Any:
     """The causal LM inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside: Any = model
+    return inside.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def some_of_block(model: Any, draw: random.Random) -> tuple[nn.Module, str]:
@@ -251,7 +252,12 @@ def frozen(model: Any, draw: random.Random) -> Undo:
     chosen = draw.sample(trained, len(trained) // 2)
     for parameter in chosen:
         parameter.requires_grad_(False)
-    return lambda: [p.requires_grad_() for p in chosen] and None
+
+    def undo() -> None:
+        for parameter in chosen:
+            parameter.requires_grad_()
+
+    return undo
 
 
 def shared_weight(model: Any, draw: random.Random) -> Undo:

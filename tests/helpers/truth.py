@@ -36,12 +36,12 @@ def objective(
             rows = (batch.context_group == group).nonzero().flatten().tolist()
             before = [p.detach().clone() for p in inner]
             for _ in range(inner_steps):
-                loss = sum(_nll(model, batch, row) for row in rows)
-                gradients = torch.autograd.grad(loss / len(rows), inner, allow_unused=True)
+                loss = torch.stack([_nll(model, batch, row) for row in rows]).mean()
+                gradients = torch.autograd.grad(loss, inner, allow_unused=True)
                 with torch.no_grad():
                     for p, g in zip(inner, gradients, strict=True):
                         if g is not None:
-                            p -= inner_lr * g
+                            p.sub_(inner_lr * g)
             with torch.no_grad():
                 for q in (batch.query_group == group).nonzero().flatten().tolist():
                     total += _response(model, batch, q) / len(batch.query_ids)
@@ -52,9 +52,9 @@ def objective(
             parameter.requires_grad_(requires_grad)
     if lm_weight:
         with torch.no_grad():
-            rows = range(len(batch.context_ids))
-            lm = sum(_nll(model, batch, row) for row in rows)
-        total += lm_weight * float(lm) / len(batch.context_ids)
+            contexts = range(len(batch.context_ids))
+            lm = torch.stack([_nll(model, batch, row) for row in contexts]).mean()
+        total += lm_weight * float(lm)
     return total
 
 
