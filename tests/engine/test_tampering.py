@@ -18,20 +18,13 @@ from gdprompt_fast import MetaBatch, fast_meta_step
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.ops.backend import load_cpp
 from gdprompt_fast.reference.compare import without_upcasts
+from helpers import models
 from helpers.tampering import REFUSED, RUN, TAMPERS, Tamper
 from helpers.truth import derivative, dot, objective, random_direction, unit
 
 STEPS = (2e-5, 4e-6, 8e-7)  # the steeper the objective, the smaller
 DRAWS = int(os.environ.get("GDPROMPT_FUZZ", "200"))
-SIZES: dict[str, Any] = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=31,
-    initializer_range=0.3,
-)
+SIZES = {**models.SIZES, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 31}
 INNER = {
     "full": "full",
     "linear": lambda name, p: p.dim() == 2 and "layers" in name and "lora" not in name,

@@ -66,6 +66,11 @@ def materialised_linear(
     return out
 
 
+def _untied_states(tokens: Tensor, table: Tensor, mix: Tensor) -> Tensor:
+    """Of ids alone: no embedding is in it."""
+    return torch.tanh(F.one_hot(tokens, len(table)).to(mix) @ torch.ones_like(table) + mix[0])
+
+
 def vocabulary_twice(
     table: Tensor,
     mix: Tensor,
@@ -88,7 +93,7 @@ def vocabulary_twice(
     def states(tokens: Tensor, handle: Tensor, rows: GroupedRows, level: int) -> Tensor:
         if tied:
             return torch.tanh(tied_lookup(tokens, handle, vocabulary, rows, level) @ mix)
-        return torch.tanh(F.one_hot(tokens, len(table)).to(mix) @ torch.ones_like(table) + mix[0])
+        return _untied_states(tokens, table, mix)
 
     weight = torch.full_like(ids[0], 1, dtype=table.dtype) / (ids[0].shape[1] - 1)
     weight[:, -1] = 0  # the last position predicts nothing
@@ -114,7 +119,7 @@ def vocabulary_materialised(
     def states(tokens: Tensor, table: Tensor) -> Tensor:
         if tied:
             return torch.tanh(table[tokens] @ mix)
-        return torch.tanh(F.one_hot(tokens, len(table)).to(mix) @ torch.ones_like(table) + mix[0])
+        return _untied_states(tokens, table, mix)
 
     losses = []
     for row, g in enumerate(groups[1]):
