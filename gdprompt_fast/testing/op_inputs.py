@@ -46,7 +46,7 @@ def linear_passes(draw: Draw, shape: Shape) -> Passes:
     weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
     bias = draw(outputs) if shape.get("bias") else None
     match, factor = draw(groups, rows, context), draw(groups, context, outputs)
-    return {"updated_product": (x, weight, bias, match, factor, -0.3)}
+    return {"updated_product": (x, weight, bias, match, factor)}
 
 
 def lora_passes(draw: Draw, shape: Shape) -> Passes:
