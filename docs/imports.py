@@ -50,7 +50,6 @@ LONG: dict[str, str] = {
     "benchmarks/compare.py": "to be divided",
     "csrc/attention.cpp": "three passes over one kind of tile",
     "kernels/attention.py": "to be divided by pass",
-    "kernels/vocabulary.py": "to be divided by pass",
 }
 
 Arrows = dict[tuple[str, str], list[str]]  # (from, to): the files that import
