@@ -17,8 +17,8 @@ from gdprompt_fast import MetaBatch
 from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.vocabulary import GoldTarget, TeacherTarget
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.site import StepState
 from helpers.models import MODELS
