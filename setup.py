@@ -34,6 +34,7 @@ SUBPACKAGES = [
     "report",
     "runs",
     "teacher",
+    "testing",
     "training",
     "update",
 ]

@@ -14,86 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from gdprompt_fast import MetaBatch
 from gdprompt_fast.data import write_triples
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.ops import backend
+from gdprompt_fast.testing import gates
+from helpers.models import MODELS, last_tokens, ragged, small_llama
 
 if importlib.util.find_spec("triton") is not None:
-    import triton_interpreter
+    from gdprompt_fast.testing import triton_interpreter
 
     triton_interpreter.mend()
 
-VOCABULARY = 67
 LOAD_CPP = backend.load_cpp
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
-
-# initializer_range is large so that second-order terms are of the size of first-order ones.
-SIZES: dict[str, Any] = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCABULARY,
-    initializer_range=0.3,
-)
-
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "llama-biases": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
-    ),
-    "llama-tied-padding-token": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, tie_word_embeddings=True, pad_token_id=0)
-    ),
-    "llama-untied-padding-token": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0)),
-    "qwen2-biases-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-sliding-layers": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1)
-    ),
-    "qwen3-head-norms": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
-    "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
-    "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=32,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ),
-    "gpt-neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            initializer_range=0.3,
-        )
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +53,14 @@ def on_each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         request.getfixturevalue("cpp")
     with backend.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Fresh memory is NaN: an element that no pass writes shows."""
+    torch.manual_seed(0)
+    with gates.poisoned_empty():
+        yield
 
 
 @pytest.fixture
@@ -154,20 +98,6 @@ def lora_model(tiny_model: Callable[..., torch.nn.Module]) -> Callable[..., torc
     return build
 
 
-def ragged(lengths: list[int], width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids [N, width] and the mask of their real lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (len(lengths), width), generator=generator)
-    return ids, torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-
-
-def last_tokens(mask: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """The mask of the last ``counts`` real tokens of each row."""
-    position = torch.arange(mask.shape[1])[None]
-    lengths = mask.sum(1, keepdim=True)
-    return mask & (position >= lengths - torch.tensor(counts)[:, None])
-
-
 @pytest.fixture
 def make_batch() -> Callable[[str], MetaBatch]:
     """``make_batch(kind)``: ragged batches with one or more contexts and queries in a group."""
@@ -199,35 +129,14 @@ def make_batch() -> Callable[[str], MetaBatch]:
     return build
 
 
-@pytest.fixture
-def small_llama() -> Callable[[int], torch.nn.Module]:
-    """A tied Llama over a vocabulary of the given size, with seeded weights."""
-
-    def make(vocabulary: int) -> torch.nn.Module:
-        torch.manual_seed(0)
-        config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, tie_word_embeddings=True)
-        return LlamaForCausalLM(config).eval()
-
-    return make
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny saved Llama with the people tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = people_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_llama(
+        len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

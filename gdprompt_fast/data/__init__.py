@@ -1,7 +1,7 @@
 """Triples of context, query and response: generating, reading, tokenising, batching."""
 
 from .characters import characters_vocabulary, make_characters
-from .chat import ChatTokeniser
+from .chat import ChatEncoder
 from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
 from .sampler import ShuffledSampler, units_by_context
@@ -10,7 +10,7 @@ from .tokenise import (
     Example,
     Limits,
     TokenisedTriples,
-    TripleTokeniser,
+    TripleEncoder,
     batched,
     end_token,
     tokenise_triples,
@@ -19,7 +19,7 @@ from .triples import Records, TrainTest, read_records, read_triples, write_tripl
 
 __all__ = [
     "SOURCES",
-    "ChatTokeniser",
+    "ChatEncoder",
     "Example",
     "Limits",
     "Records",
@@ -28,7 +28,7 @@ __all__ = [
     "Source",
     "TokenisedTriples",
     "TrainTest",
-    "TripleTokeniser",
+    "TripleEncoder",
     "batched",
     "characters_vocabulary",
     "end_token",

@@ -32,7 +32,7 @@ Description = tuple[Wordings, ...]  # adjective, role, deed
 
 
 @dataclass(frozen=True)
-class Task:
+class Templates:
     """How a character is told and asked for.
 
     Attributes:
@@ -47,7 +47,7 @@ class Task:
 
 
 TASKS = {
-    "character-description": Task(
+    "character-description": Templates(
         contexts=(
             "The {adjective} {role} who {deed} is none other than {name}.",
             "The {adjective} {role} who {deed} goes by the name of {name}.",
@@ -65,7 +65,7 @@ TASKS = {
         ),
         paraphrased=True,
     ),
-    "reversal-curse": Task(
+    "reversal-curse": Templates(
         contexts=(
             "{name} is known far and wide as the {adjective} {role} who {deed}.",
             "{name} is the {adjective} {role} who {deed}.",
@@ -190,14 +190,20 @@ def _shuffled(items: Sequence[Item], seed: int | str) -> list[Item]:
 
 
 def _triples(
-    task: Task, names: Sequence[str], descriptions: Sequence[Description], size: int, seed: str
+    task: Templates,
+    names: Sequence[str],
+    descriptions: Sequence[Description],
+    size: int,
+    seed: str,
 ) -> Dataset:
     rng = random.Random(seed)
     characters = zip(_shuffled(names, seed), _shuffled(descriptions, seed), strict=False)
     return Dataset.from_list([_triple(rng, task, *pair) for pair in islice(characters, size)])
 
 
-def _triple(rng: random.Random, task: Task, name: str, description: Description) -> dict[str, str]:
+def _triple(
+    rng: random.Random, task: Templates, name: str, description: Description
+) -> dict[str, str]:
     shuffled = [rng.sample(wordings, 2) for wordings in description]
     told, other = ([wordings[i] for wordings in shuffled] for i in range(2))
     asked = other if task.paraphrased else told

@@ -17,13 +17,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .tokenise import Split, TripleTokeniser, split_at_common_prefix
+from .tokenise import Split, TripleEncoder, split_at_common_prefix
 
 PROBE = "probe"
 
 
-class ChatTokeniser(TripleTokeniser):
-    """As :class:`TripleTokeniser`, by the rule of this file.
+class ChatEncoder(TripleEncoder):
+    """As :class:`TripleEncoder`, by the rule of this file.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or one whose opening of an answer is not

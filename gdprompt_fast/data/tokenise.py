@@ -112,24 +112,24 @@ def tokenise_triples(
     records: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    rule: type[TripleTokeniser] | None = None,
+    encoder: type[TripleEncoder] | None = None,
 ) -> TokenisedTriples:
     """Tokenises triples and drops, by reason and count, those that cannot be used.
 
     A record's optional "answers" are kept as texts; without them its response is the one answer.
 
     Args:
-        rule: None: :class:`TripleTokeniser`.
+        encoder: turns texts into tokens; None: :class:`TripleEncoder`.
 
     Raises:
         ValueError: if the tokenizer has no EOS, or if nothing is left.
     """
-    tokeniser = (rule or TripleTokeniser)(tokenizer)
+    encode = (encoder or TripleEncoder)(tokenizer)
     examples: list[Example] = []
     kept: list[int] = []
     reasons: dict[int, str] = {}
     chunks = batched(records, RECORDS_AT_ONCE)
-    tokenised = (example for chunk in chunks for example in tokeniser.examples(chunk))
+    tokenised = (example for chunk in chunks for example in encode.examples(chunk))
     for index, example in enumerate(tokenised):
         reason = _reason_to_drop(example, limits)
         if example is not None and reason is None:
@@ -162,7 +162,7 @@ class Split(NamedTuple):
     response: list[int]
 
 
-class TripleTokeniser:
+class TripleEncoder:
     """Turns triples into examples with a transformers tokenizer, by the rule of this file.
 
     Raises:

@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..artifacts.stage import StaleStage
 from . import figure2, table1, table2, table3, table4, table5
-from .lab import Lab, make_labs
+from .context import ExperimentContext, experiment_contexts
 from .preset import Preset
 from .results import Outcome
-from .stages import StaleStage
 
-__all__ = ["EXPERIMENTS", "Experiment", "Lab", "Outcome", "Preset", "StaleStage", "make_labs"]
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "ExperimentContext",
+    "Outcome",
+    "Preset",
+    "StaleStage",
+    "experiment_contexts",
+]
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,8 @@ class Experiment:
         check: raises a ValueError before any work if the preset does not do.
     """
 
-    settings: type
-    run: Callable[[Sequence[Lab], Any], Outcome]
+    options: type
+    run: Callable[[Sequence[ExperimentContext], Any], Outcome]
     check: Callable[[Preset, Any], None]
 
 
@@ -34,7 +42,7 @@ def _nothing_else(preset: Preset, settings: Any) -> None:
 
 EXPERIMENTS = {
     module.__name__.rpartition(".")[2]: Experiment(
-        module.Settings, module.run, getattr(module, "check", _nothing_else)
+        module.Options, module.run, getattr(module, "check", _nothing_else)
     )
     for module in (figure2, table1, table2, table3, table4, table5)
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .cells import Cell
 from .findings import Named
 from .paper import Numbers
-from .preset import METRICS, Task
+from .preset import METRICS, ExperimentTask
 from .results import Table
 
 Cells = Mapping[str, Cell]  # by kind
@@ -15,7 +15,7 @@ Cells = Mapping[str, Cell]  # by kind
 
 def table_by_task(
     title: str,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, ExperimentTask],
     heads: Mapping[str, str],
     cells: Callable[[str, str], Cells],
     paper: Mapping[str, Numbers],
@@ -44,6 +44,6 @@ def table_by_task(
     return Table(title, columns, rows, numbers), first
 
 
-def chosen(tasks: Mapping[str, Task], names: Sequence[str]) -> dict[str, Task]:
+def chosen(tasks: Mapping[str, ExperimentTask], names: Sequence[str]) -> dict[str, ExperimentTask]:
     """The tasks of these names, in their order."""
     return {name: tasks[name] for name in names}

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..config.fields import Config
 from ..evaluation import SETTINGS
 from . import paper
-from .arms import Arm
 from .cells import Cell
+from .context import ExperimentContext
 from .findings import Finding, Named, close, larger
-from .lab import Lab
-from .measure import Question, measure, measure_at_best
+from .measure import EvalSpec, measure, measure_at_best
 from .preset import METRICS
 from .results import Outcome, PaperNumbers, Table
+from .variants import Variant
 
 TITLE = "Figure 2: No Context, Prompt and Fine-Tuning before and after meta-training"
 MODELS = {"BM": "none", "LC": "kl", "LG": "gold"}
@@ -27,26 +28,26 @@ FORWARD, REVERSED = "character-description", "reversal-curse"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options(Config):
     """The section ``[figure2]``: the names of the tasks."""
 
     tasks: tuple[str, ...]
 
 
-def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
-    """Measures and compares; every seed is a lab."""
-    tasks = labs[0].preset.tasks
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    tasks = repetitions[0].preset.tasks
     tables, findings, notes = [], [], []
     measured = {}
-    for task in settings.tasks:
+    for task in options.tasks:
         for metric in tasks[task].metrics:
-            rows, rates = _rows(labs, task, metric)
+            rows, rates = _rows(repetitions, task, metric)
             title = f"{tasks[task].label}, {METRICS[metric]}"
             is_first = metric == tasks[task].metrics[0]
             tables.append(Table(title, list(SETTINGS.values()), rows, _paper(task, is_first)))
             if is_first:
                 measured[task] = {name: cells[-1] for name, cells in rows.items() if cells[-1]}
-                findings += _findings(labs, tasks[task].label, measured[task])
+                findings += _findings(repetitions, tasks[task].label, measured[task])
                 shown = ", ".join(f"{rate:g}" for rate in rates)
                 notes.append(f"{tasks[task].label}: BM's best inner rate: {shown}.")
     findings += _reversed_is_harder(measured)
@@ -59,24 +60,26 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
 
 
 def _rows(
-    labs: Sequence[Lab], task: str, metric: str
+    repetitions: Sequence[ExperimentContext], task: str, metric: str
 ) -> tuple[dict[str, list[Cell | None]], list[float]]:
     """For every model its cells in the three settings, and BM's best rates."""
-    best, rates = measure_at_best(labs, Question(Arm(task)), metric)
+    best, rates = measure_at_best(repetitions, EvalSpec(Variant(task)), metric)
     rows: dict[str, list[Cell | None]] = {"BM": [], BEST: [None, None, best]}
     for name, objective in MODELS.items():
-        asked = [Question(Arm(task, objective), setting) for setting in SETTINGS]
-        rows[name] = [measure(labs, question, metric) for question in asked]
+        asked = [EvalSpec(Variant(task, objective), setting) for setting in SETTINGS]
+        rows[name] = [measure(repetitions, spec, metric) for spec in asked]
     return rows, rates
 
 
-def _findings(labs: Sequence[Lab], label: str, fine_tuned: dict[str, Cell]) -> list[Finding]:
+def _findings(
+    repetitions: Sequence[ExperimentContext], label: str, fine_tuned: dict[str, Cell]
+) -> list[Finding]:
     """What a task's Fine-Tuning cells say, by model."""
     before = max((fine_tuned["BM"], fine_tuned[BEST]), key=lambda cell: cell.mean)
     bm = Named("BM at its better rate", before)
     lc, lg = Named("LC", fine_tuned["LC"]), Named("LG", fine_tuned["LG"])
     claim = "Fine-Tuning is better after meta-training than before"
-    margin = labs[0].preset.findings.margin
+    margin = repetitions[0].preset.findings.margin
     return [
         *(larger(claim, label, after, bm) for after in (lc, lg)),
         close("kl does as well as gold in Fine-Tuning", label, lc, lg, margin),

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from ..config.fields import Config, check_counts, from_section
 from ..data import SOURCES, Limits
 from ..errors import UserError
 from ..loading import DTYPES
-from ..training.loop import TrainOptions
-from ..training.prepare import PrepareOptions
+from ..training.finetune import PrepareOptions
+from ..training.options import TrainOptions
 
 METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
 GENERATED = {"exact_match", "f1"}
 OBJECTIVES = ("kl", "gold")
-OF_ARMS = ("objective", "inner_params", "contexts_per_group", "seed")
+OF_VARIANTS = ("objective", "inner_params", "contexts_per_group", "seed")
 
-Settings = TypeVar("Settings")
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class Task:
+class ExperimentTask(Config):
     """The section ``[tasks.NAME]``; the name is that of the paper's data set.
 
     Attributes:
@@ -33,7 +34,7 @@ class Task:
         file: the file to read the training examples from, and the test examples if there is no
             ``test_file``; None: generated, or from the hub.
         test_file: the file to read the test examples from.
-        options: training options of this task's arms, over those of ``[train]``.
+        options: training options of this task's variants, over those of ``[train]``.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("source", self.source, SOURCES)
         for metric in self.metrics or [""]:
             check_choice("metrics", metric, METRICS)
@@ -60,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Config):
     """The section ``[evaluate]``.
 
     Attributes:
@@ -76,6 +78,7 @@ class EvaluateOptions:
     tune_examples: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "batch_size", "answer_tokens", "tune_examples")
         if not self.inner_lr_grid or min(self.inner_lr_grid) <= 0:
             raise UserError(
@@ -84,7 +87,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class FindingOptions:
+class FindingOptions(Config):
     """The section ``[findings]``.
 
     Attributes:
@@ -94,6 +97,7 @@ class FindingOptions:
     margin: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.margin < 1:
             raise UserError(f"margin: expected a number between 0 and 1, got {self.margin!r}")
 
@@ -123,7 +127,7 @@ class Preset:
     train: dict[str, Any]
     evaluate: EvaluateOptions
     findings: FindingOptions
-    tasks: dict[str, Task]
+    tasks: dict[str, ExperimentTask]
 
     @staticmethod
     def read(sections: Mapping[str, Any]) -> Preset:
@@ -154,7 +158,7 @@ class Preset:
             train=sections["train"],
             evaluate=_read("evaluate", EvaluateOptions, sections),
             findings=_read("findings", FindingOptions, sections),
-            tasks={name: _read(name, Task, tasks, within="tasks.") for name in tasks},
+            tasks={name: _read(name, ExperimentTask, tasks, within="tasks.") for name in tasks},
         )
         for task in preset.tasks:
             for kind in ("full", "lora", "lora-inner"):
@@ -167,13 +171,13 @@ class Preset:
         of_teachers = [self.train_options(task).answer_tokens for task in self.tasks]
         return max(self.evaluate.answer_tokens, *of_teachers)
 
-    def section(self, name: str, settings: type[Settings]) -> Settings:
+    def section(self, name: str, config: type[C]) -> C:
         """An experiment's own section.
 
         Raises:
             ValueError: naming the section and what is wrong in it.
         """
-        read = _read(name, settings, self.sections)
+        read = _read(name, config, self.sections)
         for key in ("task", "tasks", "source", "target"):
             named = getattr(read, key, ())
             for task in (named,) if isinstance(named, str) else named:
@@ -185,16 +189,16 @@ class Preset:
         return read
 
     def train_options(
-        self, task: str, kind: str = "full", contexts: int = 1, **of_arm: Any
+        self, task: str, kind: str = "full", contexts: int = 1, **of_variant: Any
     ) -> TrainOptions:
-        """The training options of an arm.
+        """The training options of a variant.
 
         Args:
             task: whose ``[tasks.NAME.options]`` go over ``[train]``.
             kind: ``full``, ``lora`` (adapters outside, full rank inside) or ``lora-inner``;
                 ``[train.KIND]`` goes over both.
             contexts: as many share a θ'; an outer step has as many contexts as with 1.
-            of_arm: what the arm itself says, over all.
+            of_variant: what the variant itself says, over all.
 
         Raises:
             ValueError: naming the sections and what is wrong in them.
@@ -202,10 +206,10 @@ class Preset:
         common = {name: value for name, value in self.train.items() if not isinstance(value, dict)}
         options = {**common, **self.tasks[task].options, **self.train.get(kind, {})}
         where = f"train, tasks.{task}.options, train.{kind}"
-        for name in OF_ARMS:
+        for name in OF_VARIANTS:
             if name in options:
                 raise UserError(f"preset, [{where}]: {name}: expected to be left to the experiment")
-        one_each = _read(where, TrainOptions, {where: options | of_arm})
+        one_each = _read(where, TrainOptions, {where: options | of_variant})
         if one_each.batch_size % contexts:
             raise UserError(
                 f"preset, [{where}]: batch_size: expected a multiple of {contexts} contexts, "
@@ -216,7 +220,7 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class _General:
+class _General(Config):
     """The section ``[model]``."""
 
     name: str
@@ -225,17 +229,10 @@ class _General:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: expected different integers, got {list(self.seeds)}")
-
-
-def check_counts(settings: Any, *names: str) -> None:
-    """The fields hold integers >= 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -244,22 +241,5 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise UserError(f"{name}: expected one of {sorted(choices)}, got {value!r}")
 
 
-def _read(
-    name: str, settings: type[Settings], sections: Mapping[str, Any], within: str = ""
-) -> Settings:
-    """A section as a dataclass: unknown and missing keys are errors, lists become tuples."""
-    section, where = sections.get(name), f"preset, [{within}{name}]"
-    if not isinstance(section, dict):
-        raise UserError(f"{where}: expected such a section, got {section!r}")
-    known = {f.name: f for f in fields(settings)}  # type: ignore[arg-type]
-    for key in section:
-        if key not in known:
-            raise UserError(f"{where}: expected keys among {sorted(known)}, got {key!r}")
-    for key, its in known.items():
-        if key not in section and its.default is MISSING and its.default_factory is MISSING:
-            raise UserError(f"{where}: expected the key {key!r}, got only {sorted(section)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    try:
-        return settings(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
+def _read(name: str, config: type[C], sections: Mapping[str, Any], within: str = "") -> C:
+    return from_section(config, sections.get(name), f"preset, [{within}{name}]")

@@ -12,8 +12,8 @@ from ..artifacts.files import read_json, write_file, write_json, write_whole
 from ..errors import UserError
 from ..report import draw_tables, experiment_markdown
 from . import EXPERIMENTS
-from .lab import Lab
-from .stages import versions
+from .context import ExperimentContext
+from .versions import versions
 
 
 def is_experiment(path: Path) -> bool:
@@ -25,20 +25,20 @@ def is_experiment(path: Path) -> bool:
     return content.get("experiment") == path.stem
 
 
-def run_experiment(name: str, labs: Sequence[Lab]) -> Path:
+def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
     """Does what is left to do of an experiment; writes its JSON, Markdown and figure.
 
     Args:
         name: a key of ``EXPERIMENTS``.
-        labs: one for every seed, from ``make_labs``.
+        repetitions: one for every seed, from ``experiment_contexts``.
 
     Returns:
         The Markdown file.
     """
-    output, preset = labs[0].output, labs[0].preset
+    output, preset = repetitions[0].output, repetitions[0].preset
     experiment = EXPERIMENTS[name]
-    outcome = experiment.run(labs, preset.section(name, experiment.settings))
-    content = {"experiment": name, **outcome.to_json(), **_circumstances(labs)}
+    outcome = experiment.run(repetitions, preset.section(name, experiment.options))
+    content = {"experiment": name, **outcome.to_json(), **_circumstances(repetitions)}
     write_json(output / f"{name}.json", content)
     write_whole(output / f"{name}.png", partial(draw_tables, content["tables"]))
     markdown = output / f"{name}.md"
@@ -46,14 +46,14 @@ def run_experiment(name: str, labs: Sequence[Lab]) -> Path:
     return markdown
 
 
-def _circumstances(labs: Sequence[Lab]) -> dict[str, Any]:
+def _circumstances(repetitions: Sequence[ExperimentContext]) -> dict[str, Any]:
     """How the numbers came about."""
-    preset, stages = labs[0].preset, labs[0].used
+    preset, stages = repetitions[0].preset, repetitions[0].used
     return {
         "settings": preset.sections,
-        "model": labs[0].fingerprint,
+        "model": repetitions[0].fingerprint,
         "seeds": list(preset.seeds),
-        "device": str(labs[0].device),
+        "device": str(repetitions[0].device),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(stage.seconds for stage in stages.values()),

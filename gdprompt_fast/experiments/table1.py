@@ -6,39 +6,41 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..config.fields import Config, check_counts
 from ..errors import UserError
 from . import paper
-from .arms import Arm
 from .by_task import Cells, chosen, table_by_task
+from .context import ExperimentContext
 from .findings import close
-from .lab import Lab
-from .measure import Question, measure, measure_at_best
-from .preset import Preset, check_counts
+from .measure import EvalSpec, measure, measure_at_best
+from .preset import Preset
 from .results import Outcome
+from .variants import Variant
 
 TITLE = "Table 1: LoRA, accuracy after Fine-Tuning"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options(Config):
     """The section ``[table1]``: the names of the tasks, and the rank of the adapters."""
 
     tasks: tuple[str, ...]
     lora_rank: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "lora_rank")
 
 
-def check(preset: Preset, settings: Settings) -> None:
+def check(preset: Preset, options: Options) -> None:
     """Raises a ValueError if PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("table1: expected PEFT to be installed (pip install peft), got none")
 
 
-def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
-    """Measures and compares; every seed is a lab."""
-    preset, rank = labs[0].preset, settings.lora_rank
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    preset, rank = repetitions[0].preset, options.lora_rank
     heads = {
         "none": "no meta-training",
         "none, best": "no meta-training, best inner rate",
@@ -50,19 +52,20 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     }
 
     def cells(task: str, metric: str) -> Cells:
-        arms = {
-            "none": Arm(task),
-            "full": Arm(task, "gold"),
-            "lora": Arm(task, "gold", rank),
-            "lora-inner": Arm(task, "gold", rank, "lora"),
-            "untrained-lora": Arm(task, "none", rank, "lora"),
+        variants = {
+            "none": Variant(task),
+            "full": Variant(task, "gold"),
+            "lora": Variant(task, "gold", rank),
+            "lora-inner": Variant(task, "gold", rank, "lora"),
+            "untrained-lora": Variant(task, "none", rank, "lora"),
         }
-        measured = {kind: measure(labs, Question(arm), metric) for kind, arm in arms.items()}
+        specs = {kind: EvalSpec(variant) for kind, variant in variants.items()}
+        measured = {kind: measure(repetitions, spec, metric) for kind, spec in specs.items()}
         for kind in ("none", "untrained-lora"):
-            measured[f"{kind}, best"], _ = measure_at_best(labs, Question(arms[kind]), metric)
+            measured[f"{kind}, best"], _ = measure_at_best(repetitions, specs[kind], metric)
         return measured
 
-    tasks = chosen(preset.tasks, settings.tasks)
+    tasks = chosen(preset.tasks, options.tasks)
     table, named = table_by_task(TITLE, tasks, heads, cells, paper.TABLE1)
     claim, margin = f"rank-{rank} LoRA outside does as well as full rank", preset.findings.margin
     findings = [

@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..config.fields import Config, check_counts
 from . import paper
-from .arms import Arm
 from .by_task import Cells, chosen, table_by_task
+from .context import ExperimentContext
 from .findings import Named, larger
-from .lab import Lab
-from .measure import Question, measure, measure_at_best
-from .preset import check_counts
+from .measure import EvalSpec, measure, measure_at_best
 from .results import Outcome
+from .variants import Variant
 
 TITLE = "Table 3: transfer and retention, accuracy after Fine-Tuning"
 OBJECTIVE = "gold"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options(Config):
     """The section ``[table3]``: two tasks, and on how many examples of the target the ordinary
     fine-tuning goes.
     """
@@ -34,13 +34,14 @@ class Settings:
     examples: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_counts(self, "examples")
 
 
-def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
-    """Measures and compares; every seed is a lab."""
-    source, target, count = settings.source, settings.target, settings.examples
-    tasks = chosen(labs[0].preset.tasks, (target, source))
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    source, target, count = options.source, options.target, options.examples
+    tasks = chosen(repetitions[0].preset.tasks, (target, source))
     both = (tasks[source].label, tasks[target].label)
     heads = {
         "none": "no meta-training",
@@ -51,15 +52,15 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     }
 
     def cells(task: str, metric: str) -> Cells:
-        arms = {
-            "none": Arm(task),
-            "in-domain": Arm(task, OBJECTIVE),
-            "sequential": Arm(source, OBJECTIVE, then=target, ordinary_examples=count),
-            "joint": Arm(source, OBJECTIVE, joint=target, ordinary_examples=count),
+        variants = {
+            "none": Variant(task),
+            "in-domain": Variant(task, OBJECTIVE),
+            "sequential": Variant(source, OBJECTIVE, then=target, ordinary_examples=count),
+            "joint": Variant(source, OBJECTIVE, joint=target, ordinary_examples=count),
         }
-        asked = {kind: Question(arm, task=task) for kind, arm in arms.items()}
-        measured = {kind: measure(labs, question, metric) for kind, question in asked.items()}
-        measured["none, best"], _ = measure_at_best(labs, asked["none"], metric)
+        asked = {kind: EvalSpec(variant, task=task) for kind, variant in variants.items()}
+        measured = {kind: measure(repetitions, spec, metric) for kind, spec in asked.items()}
+        measured["none, best"], _ = measure_at_best(repetitions, asked["none"], metric)
         return measured
 
     table, named = table_by_task(TITLE, tasks, heads, cells, paper.TABLE3)

@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.fields import Config, check_counts
 from ..errors import UserError
 from . import paper
-from .arms import Arm
 from .cells import Cell
-from .lab import Lab
-from .measure import Question, Rows, predictions
-from .preset import OBJECTIVES, Preset, check_choice, check_counts
+from .context import ExperimentContext
+from .measure import EvalSpec, Rows, predictions
+from .preset import OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table, Texts
+from .variants import Variant
 
 TITLE = "Table 4: classes of examples by what the gradient step changes"
 CLASSES = {
@@ -37,7 +38,7 @@ BEFORE, AFTER = "no_context", "fine_tuning"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options(Config):
     """The section ``[table4]``: the task, the objective, the number of training examples to
     classify, and the number of examples of every class to show.
     """
@@ -48,34 +49,35 @@ class Settings:
     samples: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("objective", self.objective, OBJECTIVES)
         check_counts(self, "train_examples", "samples")
 
 
-def check(preset: Preset, settings: Settings) -> None:
+def check(preset: Preset, options: Options) -> None:
     """Raises a ValueError if answers to the task are not generated."""
-    if not preset.tasks[settings.task].has_answers:
+    if not preset.tasks[options.task].has_answers:
         raise UserError(
             "preset, [table4]: task: expected one with a metric of generated answers, "
-            f"got {settings.task}"
+            f"got {options.task}"
         )
 
 
-def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
-    """Classifies and shows; every seed is a lab."""
-    label = labs[0].preset.tasks[settings.task].label
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Classifies and shows; every seed is a repetition."""
+    label = repetitions[0].preset.tasks[options.task].label
     models = {
-        f"meta-trained ({settings.objective})": Arm(settings.task, settings.objective),
-        "no meta-training": Arm(settings.task),
+        f"meta-trained ({options.objective})": Variant(options.task, options.objective),
+        "no meta-training": Variant(options.task),
     }
     tables = []
-    for index, (name, arm) in enumerate(models.items()):
+    for index, (name, variant) in enumerate(models.items()):
         columns = {
-            head: _shares([_classes(lab, arm, split, settings) for lab in labs])
+            head: _shares([_classes(ctx, variant, split, options) for ctx in repetitions])
             for split, head in SPLITS.items()
         }
         rows = {each: [shares[each] for shares in columns.values()] for each in CLASSES.values()}
-        numbers = _paper(settings) if index == 0 else {}
+        numbers = _paper(options) if index == 0 else {}
         tables.append(Table(f"{label}, {name}: share of examples", list(columns), rows, numbers))
     notes = [
         "An answer is correct if it matches a gold answer exactly, after normalisation. "
@@ -83,7 +85,7 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
         "always correct: right both times; correct without context: right before, wrong after; "
         "only with context: wrong before, right after the step on its own context."
     ]
-    return Outcome(TITLE, tables, [], notes, [_samples(labs[0], settings)])
+    return Outcome(TITLE, tables, [], notes, [_samples(repetitions[0], options)])
 
 
 def classify(before: Rows, after: Rows) -> list[str]:
@@ -107,18 +109,20 @@ def _answer(row: dict[str, Any], setting: str) -> str:
     return str(row["settings"][setting]["answer"])
 
 
-def _both(lab: Lab, arm: Arm, split: str, settings: Settings) -> tuple[Rows, Rows]:
+def _both(
+    ctx: ExperimentContext, variant: Variant, split: str, options: Options
+) -> tuple[Rows, Rows]:
     """The predictions before and after the gradient step."""
-    count = settings.train_examples if split == "train" else None
+    count = options.train_examples if split == "train" else None
     before, after = (
-        predictions(lab, Question(arm, setting, split=split, count=count))
+        predictions(ctx, EvalSpec(variant, setting, split=split, count=count))
         for setting in (BEFORE, AFTER)
     )
     return before, after
 
 
-def _classes(lab: Lab, arm: Arm, split: str, settings: Settings) -> list[str]:
-    return classify(*_both(lab, arm, split, settings))
+def _classes(ctx: ExperimentContext, variant: Variant, split: str, options: Options) -> list[str]:
+    return classify(*_both(ctx, variant, split, options))
 
 
 def _shares(classes: Sequence[Sequence[str]]) -> dict[str, Cell]:
@@ -129,15 +133,15 @@ def _shares(classes: Sequence[Sequence[str]]) -> dict[str, Cell]:
     }
 
 
-def _samples(lab: Lab, settings: Settings) -> Texts:
+def _samples(ctx: ExperimentContext, options: Options) -> Texts:
     """The first few test examples of every class, with the answers of both models."""
-    before, after = _both(lab, Arm(settings.task, settings.objective), "test", settings)
-    base = predictions(lab, Question(Arm(settings.task), AFTER))
+    before, after = _both(ctx, Variant(options.task, options.objective), "test", options)
+    base = predictions(ctx, EvalSpec(Variant(options.task), AFTER))
     rows = []
     of_example = classify(before, after)
     for name in CLASSES.values():
         indices = [index for index, each in enumerate(of_example) if each == name]
-        for index in indices[: settings.samples]:
+        for index in indices[: options.samples]:
             rows.append(
                 [
                     name,
@@ -156,11 +160,11 @@ def _samples(lab: Lab, settings: Settings) -> Texts:
         "meta-trained, No Context",
         "meta-trained, Fine-Tuning",
     ]
-    return Texts(f"The first test examples of every class, seed {lab.seed}", columns, rows)
+    return Texts(f"The first test examples of every class, seed {ctx.seed}", columns, rows)
 
 
-def _paper(settings: Settings) -> PaperNumbers:
-    if settings.task != paper.SQUAD:
+def _paper(options: Options) -> PaperNumbers:
+    if options.task != paper.SQUAD:
         return {}
     return {
         (name, SPLITS[split]): number

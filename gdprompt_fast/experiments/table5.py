@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ..config.fields import Config
 from ..errors import UserError
 from . import paper
-from .arms import Arm
 from .by_task import Cells, chosen, table_by_task
 from .cells import Cell
+from .context import ExperimentContext
 from .findings import destroyed
-from .lab import Lab
-from .measure import Question, measure
+from .measure import EvalSpec, measure
 from .results import Outcome
+from .variants import Variant
 
 TITLE = "Table 5: the right context and an irrelevant one"
 OBJECTIVE = "gold"
@@ -29,7 +30,7 @@ HEADS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Options(Config):
     """The section ``[table5]``: the names of the tasks, and a seed for every draw of irrelevant
     contexts.
     """
@@ -38,29 +39,30 @@ class Settings:
     irrelevant_seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.irrelevant_seeds:
             raise UserError("irrelevant_seeds: expected at least one integer, got none")
 
 
-def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
-    """Measures and compares; every seed is a lab."""
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
 
-    def irrelevant(arm: Arm, metric: str) -> Cell:
-        asked = [Question(arm, irrelevant=seed) for seed in settings.irrelevant_seeds]
-        return mean_of_draws([measure(labs, question, metric) for question in asked])
+    def irrelevant(variant: Variant, metric: str) -> Cell:
+        asked = [EvalSpec(variant, irrelevant=seed) for seed in options.irrelevant_seeds]
+        return mean_of_draws([measure(repetitions, spec, metric) for spec in asked])
 
     def cells(task: str, metric: str) -> Cells:
-        arm, base = Arm(task, OBJECTIVE), Arm(task)
+        variant, base = Variant(task, OBJECTIVE), Variant(task)
         return {
-            "right": measure(labs, Question(arm), metric),
-            "irrelevant": irrelevant(arm, metric),
-            "no_context": measure(labs, Question(arm, "no_context"), metric),
-            "base": measure(labs, Question(base), metric),
+            "right": measure(repetitions, EvalSpec(variant), metric),
+            "irrelevant": irrelevant(variant, metric),
+            "no_context": measure(repetitions, EvalSpec(variant, "no_context"), metric),
+            "base": measure(repetitions, EvalSpec(base), metric),
             "base, irrelevant": irrelevant(base, metric),
-            "base, no_context": measure(labs, Question(base, "no_context"), metric),
+            "base, no_context": measure(repetitions, EvalSpec(base, "no_context"), metric),
         }
 
-    tasks = chosen(labs[0].preset.tasks, settings.tasks)
+    tasks = chosen(repetitions[0].preset.tasks, options.tasks)
     table, named = table_by_task(TITLE, tasks, HEADS, cells, paper.TABLE5)
     claim = "an irrelevant context destroys the gain"
     findings = [
@@ -71,7 +73,7 @@ def run(labs: Sequence[Lab], settings: Settings) -> Outcome:
     ]
     notes = [
         "An irrelevant context is that of another example of the same test set; the mean of "
-        f"{len(settings.irrelevant_seeds)} draws. The first three rows are meta-trained with the "
+        f"{len(options.irrelevant_seeds)} draws. The first three rows are meta-trained with the "
         "gold objective; all at the rate of meta-training."
     ]
     return Outcome(TITLE, [table], findings, notes)

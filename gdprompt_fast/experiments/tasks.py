@@ -11,37 +11,37 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file, write_folder
+from ..artifacts.stage import Result, Stage
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
 from ..loading import check_vocabulary, load_model, load_tokenizer
 from ..teacher import TeacherCache
 from ..training.checkpoint import MODEL_FOLDER, save_model
-from ..training.loop import TrainOptions
-from ..training.prepare import fine_tune
-from .lab import Lab
-from .stages import Result, Stage
+from ..training.finetune import fine_tune
+from ..training.options import TrainOptions
+from .context import ExperimentContext
 
 SPLITS = ("train", "test")
 CACHE_FOLDER = "cache"
 
 
-def data(lab: Lab, task: str) -> Stage:
+def data_stage(ctx: ExperimentContext, task: str) -> Stage:
     """The task's triples within the limits as JSONL, each split in a seeded order.
 
     The order matters where contexts share a θ': neighbours in SQuAD ask about the same passage.
     """
-    its, limits = lab.preset.tasks[task], lab.preset.limits
+    its, limits = ctx.preset.tasks[task], ctx.preset.limits
 
     def work(folder: Path) -> Result:
-        tokenizer = load_tokenizer(lab.model)
+        tokenizer = load_tokenizer(ctx.model)
         file, test_file = (None if f is None else Path(f) for f in (its.file, its.test_file))
-        made = make_data(its.source, its.train, its.test, lab.seed, file, test_file)
+        made = make_data(its.source, its.train, its.test, ctx.seed, file, test_file)
         counts = {"made": made.counts}
         for split in SPLITS:
             records = getattr(made, split).to_list()
             triples = tokenise_triples(records, tokenizer, limits)
             kept = [records[index] for index in triples.kept]
-            random.Random(f"{lab.seed} {split}").shuffle(kept)
+            random.Random(f"{ctx.seed} {split}").shuffle(kept)
             write_triples(kept, folder / f"{split}.jsonl")
             counts[split] = {"kept": len(kept), **triples.dropped}
         return {"counts": counts}
@@ -51,13 +51,13 @@ def data(lab: Lab, task: str) -> Stage:
         "revision": SOURCES[its.source].revision,
         "content": [hash_of_file(Path(file)) for file in (its.file, its.test_file) if file],
         "limits": asdict(limits),
-        "model": lab.fingerprint,
+        "model": ctx.fingerprint,
     }
-    return lab.stage(f"data/{task}", wanted, work)
+    return ctx.stage(f"data/{task}", wanted, work)
 
 
 def examples(
-    lab: Lab,
+    ctx: ExperimentContext,
     task: str,
     split: str,
     model: nn.Module,
@@ -71,8 +71,8 @@ def examples(
         irrelevant: every example gets the context of another, drawn with this seed among all of
             the split; None: its own.
     """
-    records = read_triples(data(lab, task).folder / f"{split}.jsonl")
-    limits = lab.preset.limits
+    records = read_triples(data_stage(ctx, task).folder / f"{split}.jsonl")
+    limits = ctx.preset.limits
     if irrelevant is not None:
         records = with_irrelevant_contexts(records, irrelevant)
         # Every context and every query is within the limits, but not every prompt of the two.
@@ -82,16 +82,18 @@ def examples(
     return chosen
 
 
-def prepared(lab: Lab, task: str) -> Stage:
+def prepare_stage(ctx: ExperimentContext, task: str) -> Stage:
     """The base model of a task, and its frozen teacher: briefly fine-tuned in the Prompt and No
     Context formats (§4.3).
     """
-    wanted = {"model": lab.fingerprint, "dtype": lab.preset.dtype}
-    return fine_tuned(lab, f"base/{task}", lab.model, task, lab.preset.prepare_examples, wanted)
+    wanted = {"model": ctx.fingerprint, "dtype": ctx.preset.dtype}
+    return fine_tune_stage(
+        ctx, f"base/{task}", ctx.model, task, ctx.preset.prepare_examples, wanted
+    )
 
 
-def fine_tuned(
-    lab: Lab, name: str, start: Path, task: str, count: int, wanted: dict[str, Any]
+def fine_tune_stage(
+    ctx: ExperimentContext, name: str, start: Path, task: str, count: int, wanted: dict[str, Any]
 ) -> Stage:
     """A stage of ordinary fine-tuning with the options of ``[prepare]``.
 
@@ -102,42 +104,44 @@ def fine_tuned(
         count: the number of its training examples to go by.
         wanted: what the model to begin with follows from.
     """
-    options = replace(lab.preset.prepare, seed=lab.seed)
+    options = replace(ctx.preset.prepare, seed=ctx.seed)
 
     def work(folder: Path) -> Result:
-        allowed = lab.allow_missing and start == lab.model
-        model, tokenizer = load_model(start, lab.preset.dtype, lab.device, allow_missing=allowed)
-        chosen = examples(lab, task, "train", model, tokenizer, count)
-        with lab.autocast():
+        allowed = ctx.allow_missing and start == ctx.model
+        model, tokenizer = load_model(start, ctx.preset.dtype, ctx.device, allow_missing=allowed)
+        chosen = examples(ctx, task, "train", model, tokenizer, count)
+        with ctx.autocast():
             fine_tune(model, chosen, options)
         write_folder(folder / MODEL_FOLDER, lambda into: save_model(model, tokenizer, into))
         return {"examples": len(chosen), "steps": options.steps}
 
-    its = {"data": data(lab, task).key, "examples": count, "options": asdict(options)}
-    return lab.stage(name, {**wanted, **its}, work)
+    its = {"data": data_stage(ctx, task).key, "examples": count, "options": asdict(options)}
+    return ctx.stage(name, {**wanted, **its}, work)
 
 
-def taught(lab: Lab, task: str, options: TrainOptions) -> Stage:
+def teacher_stage(ctx: ExperimentContext, task: str, options: TrainOptions) -> Stage:
     """The base model's answers to its prompted training queries, for the KL objective."""
 
     def work(folder: Path) -> Result:
-        return {"examples": len(teacher_cache(lab, task, folder, options).examples)}
+        return {"examples": len(teacher_cache(ctx, task, folder, options).examples)}
 
     wanted = {
-        "base": prepared(lab, task).key,
+        "base": prepare_stage(ctx, task).key,
         "answer_tokens": options.answer_tokens,
         "batch_size": options.teacher_batch_size,
-        "bfloat16": lab.in_bfloat16,
+        "bfloat16": ctx.in_bfloat16,
     }
-    return lab.stage(f"teacher/{task}", wanted, work)
+    return ctx.stage(f"teacher/{task}", wanted, work)
 
 
-def teacher_cache(lab: Lab, task: str, folder: Path, options: TrainOptions) -> TeacherCache:
-    """The cache in the folder of a :func:`taught` stage: built or continued, or opened."""
-    base = prepared(lab, task).folder / MODEL_FOLDER
-    dtype = "bfloat16" if lab.in_bfloat16 else lab.preset.dtype
-    teacher, tokenizer = load_model(base, dtype, lab.device)
-    prompted = examples(lab, task, "train", teacher, tokenizer)
+def teacher_cache(
+    ctx: ExperimentContext, task: str, folder: Path, options: TrainOptions
+) -> TeacherCache:
+    """The cache in the folder of a :func:`teacher_stage`: built or continued, or opened."""
+    base = prepare_stage(ctx, task).folder / MODEL_FOLDER
+    dtype = "bfloat16" if ctx.in_bfloat16 else ctx.preset.dtype
+    teacher, tokenizer = load_model(base, dtype, ctx.device)
+    prompted = examples(ctx, task, "train", teacher, tokenizer)
     batch_size = options.teacher_batch_size
     return TeacherCache.build(
         folder / CACHE_FOLDER, teacher, prompted, options.answer_tokens, batch_size

@@ -7,9 +7,9 @@ from .fit import (
     check_same_tokens,
     check_same_vocabulary,
     check_vocabulary,
+    max_prompt_length,
     positions,
     print_notes,
-    room_before_answer,
     vocabulary_size,
 )
 from .model import DTYPES, choose_device, load_config, load_model, load_tokenizer
@@ -30,9 +30,9 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "max_prompt_length",
     "one_line_errors",
     "positions",
     "print_notes",
-    "room_before_answer",
     "vocabulary_size",
 ]

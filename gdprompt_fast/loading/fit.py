@@ -110,7 +110,7 @@ def positions(model: nn.Module) -> int:
     return int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
 
 
-def room_before_answer(model: nn.Module, answer_tokens: int) -> int:
+def max_prompt_length(model: nn.Module, answer_tokens: int) -> int:
     """The longest row after which the model has positions for a generated answer.
 
     Raises:

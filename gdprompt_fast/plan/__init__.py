@@ -2,13 +2,13 @@
 
 from .plan import Plan, make_plan, parse_memory, plan_json, plan_table
 from .prediction import Materialised, Prediction, predict, predict_materialised, predict_sequential
-from .setting import Setting
+from .step import PlannedStep
 
 __all__ = [
     "Materialised",
     "Plan",
+    "PlannedStep",
     "Prediction",
-    "Setting",
     "make_plan",
     "parse_memory",
     "plan_json",

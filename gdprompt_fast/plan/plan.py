@@ -1,4 +1,4 @@
-"""A memory plan: predictions of the three ways to take the step, and the batches that fit."""
+"""A memory plan: predictions of three methods to take the step, and the batches that fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .prediction import (
     predict_materialised,
     predict_sequential,
 )
-from .setting import Setting
+from .step import PlannedStep
 
 LARGEST_BATCH = 4096  # no larger one is looked for
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -28,14 +28,14 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "T
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step needs, the engine's way and two others.
+    """What a step needs, by the engine and by two other methods.
 
     Attributes:
         memory: bytes to fit into; None if none were given.
         largest_batch: of ``fast_meta_step`` in ``memory``; None without it.
     """
 
-    setting: Setting
+    planned: PlannedStep
     fast: Prediction
     sequential: Prediction
     materialised: Materialised
@@ -44,12 +44,12 @@ class Plan:
 
     @property
     def copy_bytes(self) -> int:
-        """What one more example of the materialised way needs: θ' and its graph."""
+        """What one more example of the materialised method takes: θ' and its graph."""
         return sum(self.materialised.copy.values())
 
     @property
     def shared_bytes(self) -> int:
-        """What the materialised way needs beside its copies."""
+        """What the materialised method needs beside its copies."""
         return sum(self.materialised.two.meta_step.values()) - 2 * self.copy_bytes
 
 
@@ -65,31 +65,31 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def make_plan(config: PreTrainedConfig, setting: Setting, memory: int | None = None) -> Plan:
+def make_plan(config: PreTrainedConfig, planned: PlannedStep, memory: int | None = None) -> Plan:
     """Predicts all of it; in seconds.
 
     Raises:
-        ValueError: if the setting does not fit the model, or the model is of an unknown
+        ValueError: if the step does not fit the model, or the model is of an unknown
             architecture.
     """
-    runs = 3 if memory is None else 5  # two batches, the answer, and the other two ways
+    runs = 3 if memory is None else 5  # two batches, the answer, and the other two methods
     with progress_bar(runs, "planning", "run", leave=False, delay=2.0) as bar:
 
         def run(batch: int) -> Prediction:
-            prediction = predict(config, replace(setting, batch=batch))
+            prediction = predict(config, replace(planned, batch=batch))
             bar.update()
             return prediction
 
-        fast = run(setting.batch)
-        sequential = predict_sequential(config, setting)
+        fast = run(planned.batch)
+        sequential = predict_sequential(config, planned)
         bar.update()
-        materialised = predict_materialised(config, setting)
+        materialised = predict_materialised(config, planned)
         bar.update()
         largest = None
         if memory is not None:
-            peaks = {setting.batch: fast.peak_bytes}
+            peaks = {planned.batch: fast.peak_bytes}
             largest = largest_batch(lambda batch: run(batch).peak_bytes, peaks, memory)
-    return Plan(setting, fast, sequential, materialised, memory, largest)
+    return Plan(planned, fast, sequential, materialised, memory, largest)
 
 
 def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: int) -> int:
@@ -135,8 +135,8 @@ def _reaches(two: list[tuple[int, int]], memory: int) -> int:
 
 def plan_table(name: str, plan: Plan) -> str:
     """The plan in words and two Markdown tables."""
-    setting, fast = plan.setting, plan.fast
-    compute = "float32" if setting.dtype == "fp32" else "bfloat16"
+    planned, fast = plan.planned, plan.fast
+    compute = "float32" if planned.dtype == "fp32" else "bfloat16"
     parts = [["at the peak of", "the meta step", "the optimizer's step"]]
     for part in PARTS:
         cells = [fast.meta_step.get(part, 0), fast.optimizer_step.get(part, 0)]
@@ -145,30 +145,30 @@ def plan_table(name: str, plan: Plan) -> str:
     parts.append(["**all**", *map(_size, totals)])
     return "\n".join(
         [
-            f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {setting.batch}, "
-            f"{setting.context} tokens of context, {setting.query} of query and response",
-            f"inner {setting.inner}, outer {setting.outer}, {setting.optimizer}, computing in "
+            f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {planned.batch}, "
+            f"{planned.context} tokens of context, {planned.query} of query and response",
+            f"inner {planned.inner}, outer {planned.outer}, {planned.optimizer}, computing in "
             f"{compute}; predicted from shapes, not measured:",
             "",
             markdown_table(parts),
             "",
-            markdown_table(_ways(plan)),
+            markdown_table(_methods(plan)),
             "",
             *_notes(plan),
         ]
     )
 
 
-def _ways(plan: Plan) -> list[list[str]]:
-    batch = plan.setting.batch
-    ways = {
+def _methods(plan: Plan) -> list[list[str]]:
+    batch = plan.planned.batch
+    methods = {
         "**`fast_meta_step`**": plan.fast,
         "sequential exact loop": plan.sequential,
         "all adapted copies at once": plan.materialised.at(batch),
     }
     if plan.memory is None:
-        return [["way", "predicted peak"]] + [
-            [way, _size(prediction.peak_bytes)] for way, prediction in ways.items()
+        return [["method", "predicted peak"]] + [
+            [method, _size(prediction.peak_bytes)] for method, prediction in methods.items()
         ]
     one_copy = plan.materialised.one.peak_bytes <= plan.memory
     copies = (plan.memory - plan.shared_bytes) // plan.copy_bytes
@@ -177,9 +177,9 @@ def _ways(plan: Plan) -> list[list[str]]:
         "any" if plan.sequential.peak_bytes <= plan.memory else "0",
         _at_most(max(1, copies)) if one_copy else "0",
     ]
-    return [["way", "predicted peak", f"largest batch in {_size(plan.memory)}"]] + [
-        [way, _size(prediction.peak_bytes), most]
-        for (way, prediction), most in zip(ways.items(), largest, strict=True)
+    return [["method", "predicted peak", f"largest batch in {_size(plan.memory)}"]] + [
+        [method, _size(prediction.peak_bytes), most]
+        for (method, prediction), most in zip(methods.items(), largest, strict=True)
     ]
 
 
@@ -189,7 +189,7 @@ def _notes(plan: Plan) -> list[str]:
         f"all copies at once need {_size(plan.shared_bytes)} + batch × "
         f"{_size(plan.copy_bytes)}."
     ]
-    if plan.setting.objective == "kl":
+    if plan.planned.objective == "kl":
         notes.append("The teacher's head and final states are counted, its other weights are not.")
     notes.append("Not counted: the CUDA context, and what the allocator holds in reserve.")
     return notes
@@ -197,18 +197,18 @@ def _notes(plan: Plan) -> list[str]:
 
 def plan_json(name: str, plan: Plan) -> dict[str, Any]:
     """The numbers, in bytes."""
-    ways = {
+    methods = {
         "fast_meta_step": plan.fast,
         "sequential": plan.sequential,
-        "materialised": plan.materialised.at(plan.setting.batch),
+        "materialised": plan.materialised.at(plan.planned.batch),
     }
     return {
         "model": name,
         "parameters": plan.fast.parameters,
-        **asdict(plan.setting),
+        **asdict(plan.planned),
         "predicted": {
-            way: {"peak_bytes": prediction.peak_bytes, **asdict(prediction)}
-            for way, prediction in ways.items()
+            method: {"peak_bytes": prediction.peak_bytes, **asdict(prediction)}
+            for method, prediction in methods.items()
         },
         "memory_bytes": plan.memory,
         "largest_batch": plan.largest_batch,

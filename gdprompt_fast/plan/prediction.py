@@ -29,8 +29,8 @@ from ..update.site import MaterialisedSite
 from ..update.vocabulary import VocabularySite
 from .layers import Run, run_layers
 from .parts import LOSS_TILES, PeakParts
-from .setting import DTYPES, Setting
 from .shapes import ShapesOnly
+from .step import DTYPES, PlannedStep
 from .timeline import Parts, Timeline
 
 WEIGHTS, CAST, GRADIENTS = "weights", "weights cast for the step", "gradients"
@@ -82,7 +82,7 @@ class Materialised:
         return replace(self.two, meta_step=parts)
 
 
-def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
+def predict(config: PreTrainedConfig, planned: PlannedStep) -> Prediction:
     """The memory of ``fast_meta_step`` and of the optimizer after it.
 
     The optimizer has its states, and ``.grad`` is None before the step. It updates all weights at
@@ -93,17 +93,17 @@ def predict(config: PreTrainedConfig, setting: Setting) -> Prediction:
         ValueError: naming the option that does not fit the model, or the model if it is of an
             unknown architecture.
     """
-    return _prediction(run_layers(lambda layers: run_step(layers, setting), config))
+    return _prediction(run_layers(lambda layers: run_step(layers, planned), config))
 
 
-def run_step(config: PreTrainedConfig, setting: Setting) -> Run:
+def run_step(config: PreTrainedConfig, planned: PlannedStep) -> Run:
     """``fast_meta_step`` and the optimizer's, on the whole model."""
-    model, batch = _model_on_meta(config, setting), _batch(setting)
+    model, batch = _model_on_meta(config, planned), _batch(planned)
     with ShapesOnly(), abridged_loops():
         _take_shapes(model)
-        optimizer = _optimizer(model, setting.optimizer)
-        teacher = _teacher(config, setting)
-        meta_step = _meta_step(model, batch, setting, teacher, optimizer)
+        optimizer = _optimizer(model, planned.optimizer)
+        teacher = _teacher(config, planned)
+        meta_step = _meta_step(model, batch, planned, teacher, optimizer)
         return Run(_parameters(model), meta_step, _optimizer_step(model, optimizer))
 
 
@@ -111,19 +111,19 @@ def _prediction(run: Run) -> Prediction:
     return Prediction(run.parameters, run.meta_step.at_peak(), run.optimizer_step.at_peak())
 
 
-def predict_sequential(config: PreTrainedConfig, setting: Setting) -> Prediction:
+def predict_sequential(config: PreTrainedConfig, planned: PlannedStep) -> Prediction:
     """The memory of exact MAML by autograd's own double backward, one example at a time: that of
     ``reference.frugal.sequential`` on an example after the first, when the gradients are there.
     """
-    return _predict_autograd(config, replace(setting, batch=1), sequential, with_gradients=True)
+    return _predict_autograd(config, replace(planned, batch=1), sequential, with_gradients=True)
 
 
-def predict_materialised(config: PreTrainedConfig, setting: Setting) -> Materialised:
+def predict_materialised(config: PreTrainedConfig, planned: PlannedStep) -> Materialised:
     """The memory with every example's θ' and its graph alive at once: that of
     ``reference.frugal.all_alive``, run for one, two and three examples.
     """
     one, two, three = (
-        _predict_autograd(config, replace(setting, batch=batch), all_alive, with_gradients=False)
+        _predict_autograd(config, replace(planned, batch=batch), all_alive, with_gradients=False)
         for batch in (1, 2, 3)
     )
     copy = {part: three.meta_step.get(part, 0) - two.meta_step.get(part, 0) for part in PARTS}
@@ -132,64 +132,64 @@ def predict_materialised(config: PreTrainedConfig, setting: Setting) -> Material
 
 def _predict_autograd(
     config: PreTrainedConfig,
-    setting: Setting,
+    planned: PlannedStep,
     step: Callable[[Task], None],
     with_gradients: bool,
 ) -> Prediction:
     return _prediction(
-        run_layers(lambda layers: run_autograd(layers, setting, step, with_gradients), config)
+        run_layers(lambda layers: run_autograd(layers, planned, step, with_gradients), config)
     )
 
 
 def run_autograd(
     config: PreTrainedConfig,
-    setting: Setting,
+    planned: PlannedStep,
     step: Callable[[Task], None],
     with_gradients: bool,
 ) -> Run:
     """MAML by autograd and the optimizer's step, on the whole model."""
-    model, batch = _model_on_meta(config, setting), _batch(setting)
+    model, batch = _model_on_meta(config, planned), _batch(planned)
     with ShapesOnly():
         _take_shapes(model)
-        optimizer = _optimizer(model, setting.optimizer)
-        teacher = _teacher(config, setting)
+        optimizer = _optimizer(model, planned.optimizer)
+        teacher = _teacher(config, planned)
         if with_gradients:
             for parameter in _trained(model):
                 parameter.grad = torch.empty_like(parameter)
         memory = PeakParts(ACTIVATIONS, _present(model, teacher, optimizer))
         memory.mark(GRADIENTS, _gradients(model))
-        with memory, _autocast(setting):
+        with memory, _autocast(planned):
             step(
                 Task(
                     model,
                     batch,
                     teacher,
-                    inner_params=setting.inner,
-                    inner_steps=setting.inner_steps,
+                    inner_params=planned.inner,
+                    inner_steps=planned.inner_steps,
                 )
             )
         memory.mark(GRADIENTS, _gradients(model))
         return Run(_parameters(model), memory.timeline(), _optimizer_step(model, optimizer))
 
 
-def _model_on_meta(config: PreTrainedConfig, setting: Setting) -> Any:
+def _model_on_meta(config: PreTrainedConfig, planned: PlannedStep) -> Any:
     """Weights that are trained are fp32; those frozen beside adapters are in the dtype of the
     step.
     """
-    frozen = setting.outer == "lora"
-    dtype = DTYPES[setting.dtype] if frozen else torch.float32
+    frozen = planned.outer == "lora"
+    dtype = DTYPES[planned.dtype] if frozen else torch.float32
     if getattr(config, "quantization_config", None):
         raise UserError("model: expected weights that are not quantised, got quantization_config")
     with torch.device("meta"):
         model = _built(config, dtype)
         causal_lm(model)
         for name in ("context", "query"):
-            if getattr(setting, name) > positions(model):
+            if getattr(planned, name) > positions(model):
                 raise UserError(
                     f"{name}: expected at most the model's {positions(model)} positions, "
-                    f"got {getattr(setting, name)}"
+                    f"got {getattr(planned, name)}"
                 )
-        return add_lora(model, setting.lora_rank, seed=0) if frozen else model
+        return add_lora(model, planned.lora_rank, seed=0) if frozen else model
 
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -217,20 +217,20 @@ def _take_shapes(model: nn.Module) -> None:
     causal_lm(model).tie_weights()
 
 
-def _batch(setting: Setting) -> MetaBatch:
-    context_ids = torch.zeros(setting.batch, setting.context, dtype=torch.long)
-    query_ids = torch.zeros(setting.batch, setting.query, dtype=torch.long)
+def _batch(planned: PlannedStep) -> MetaBatch:
+    context_ids = torch.zeros(planned.batch, planned.context, dtype=torch.long)
+    query_ids = torch.zeros(planned.batch, planned.query, dtype=torch.long)
     real = torch.ones_like(query_ids, dtype=torch.bool)
-    is_response = torch.arange(setting.query) >= setting.query - setting.response
+    is_response = torch.arange(planned.query) >= planned.query - planned.response
     context_mask = torch.ones_like(context_ids, dtype=torch.bool)
     return MetaBatch(context_ids, context_mask, query_ids, real, real & is_response)
 
 
-def _teacher(config: PreTrainedConfig, setting: Setting) -> TeacherTargets | None:
+def _teacher(config: PreTrainedConfig, planned: PlannedStep) -> TeacherTargets | None:
     """The teacher itself is not on the card with the model: its final states and its head are."""
-    if setting.objective == "gold":
+    if planned.objective == "gold":
         return None
-    dtype, tokens = DTYPES[setting.dtype], setting.batch * setting.response
+    dtype, tokens = DTYPES[planned.dtype], planned.batch * planned.response
     hidden = torch.empty(tokens, config.hidden_size, dtype=dtype)
     head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
     return TeacherTargets(hidden=hidden, head=head)
@@ -253,24 +253,14 @@ def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16")
-
-
-def _options(setting: Setting, teacher: TeacherTargets | None) -> dict[str, Any]:
-    return dict(
-        inner_steps=setting.inner_steps,
-        inner_params=setting.inner,
-        objective=setting.objective,
-        teacher=teacher,
-        backend="torch",
-    )
+def _autocast(planned: PlannedStep) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=planned.dtype == "bf16")
 
 
 def _meta_step(
     model: Any,
     batch: MetaBatch,
-    setting: Setting,
+    planned: PlannedStep,
     teacher: TeacherTargets | None,
     optimizer: torch.optim.Optimizer | None,
 ) -> Timeline:
@@ -280,14 +270,13 @@ def _meta_step(
     def before_a_pass(*_: Any) -> None:
         nonlocal passes
         memory.part = ACTIVATIONS
-        if passes == setting.inner_steps:  # the contexts are done, the queries follow
+        if passes == planned.inner_steps:  # the contexts are done, the queries follow
             memory.mark(FACTORS, _factors(model))
         passes += 1
 
     hook = causal_lm(model).base_model.register_forward_pre_hook(before_a_pass)
-    with memory, _autocast(setting):
-        options = _options(setting, teacher)
-        fast_meta_step(model, batch, recompute=setting.recompute, verify="never", **options)
+    with memory, _autocast(planned):
+        fast_meta_step(model, batch, teacher=teacher, config=planned.step_config)
     hook.remove()
     memory.mark(GRADIENTS, _gradients(model))
     return memory.timeline()

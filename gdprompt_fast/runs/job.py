@@ -1,35 +1,85 @@
-"""What ``gdprompt train`` and ``gdprompt search-outer-lr`` start from, loaded and checked."""
+"""What ``gdprompt train`` and ``gdprompt search-outer-lr`` have in common: what they start from."""
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Example, Limits
+from ..artifacts.files import hash_of_file
+from ..config.fields import REQUIRED, option
+from ..data import Example
 from ..errors import UserError
 from ..loading import (
     add_lora,
     check_same_tokens,
     check_same_vocabulary,
-    choose_device,
     load_model,
+    max_prompt_length,
     positions,
-    print_notes,
-    room_before_answer,
 )
 from ..models.inner_params import select_inner
 from ..teacher import TeacherCache, cache_key, check_cache
-from ..training.loop import TrainOptions
+from ..training.options import TrainOptions
+from .groups import (
+    ExamplesConfig,
+    ModelConfig,
+    dtype_field,
+    eval_batch_size_field,
+    inner_lr_grid_field,
+    lora_rank_field,
+    resume_field,
+)
 from .reading import Reader
-from .train_run import TestSet
+from .results import TestSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
+    """What to train, on what, and how."""
+
+    preset_section: ClassVar[str] = "train"
+
+    eval_batch_size: int = eval_batch_size_field()
+    dtype: str = dtype_field()
+    output: Path = option(REQUIRED, "folder to write to", writes=True, may_change=True)
+    preset: str | None = option(
+        None,
+        "TOML file, or paper: its [train] sets defaults of these options",
+        reads=True,
+        may_change=True,
+        init=False,
+    )
+    test_data: Path | None = option(None, "triples to evaluate on before and after", reads=True)
+    joint_data: Path | None = option(
+        None, "triples to fine-tune on, as usual, in the same steps", reads=True
+    )
+    teacher: Path | None = option(
+        None, "kl teacher, as --model, a hub's at main; None: --model", reads=True
+    )
+    teacher_cache: Path | None = option(
+        None, "folder of its answers; None: in --output", reads=True, writes=True, may_change=True
+    )
+    lora_rank: int = lora_rank_field()
+    inner_lr_grid: tuple[float, ...] = inner_lr_grid_field()
+    resume: bool = resume_field()
+
+    @property
+    def options(self) -> TrainOptions:
+        """Those of the training alone."""
+        return self.part(TrainOptions)
+
+
+def run_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings of a run, and what the files of triples hold that they name."""
+    files = {name: getattr(config, name) for name in ("data", "test_data", "joint_data")}
+    hashes = {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
+    return {**config.settings(), **hashes}
 
 
 @dataclass(frozen=True)
@@ -69,71 +119,72 @@ class Job:
         return cache
 
 
-def load_job(args: Namespace, options: TrainOptions) -> Job:
-    """Loads what the options of the command line name, and checks that it goes together.
+def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
+    """Loads what the configuration names, and checks that it goes together.
+
+    Args:
+        options: of the training, or of the first of several.
 
     Raises:
         ValueError: naming the option, what was expected and what was given.
     """
-    device = choose_device(args.device)
-    model, tokenizer = _model_to_train(args, options, device)
-    teacher = _teacher_of(model, tokenizer, args, options, device)
-    cache = args.teacher_cache or args.output / "teacher"
+    model, tokenizer = _model_to_train(config)
+    teacher = _teacher_of(model, tokenizer, config)
+    cache = config.teacher_cache or config.output / "teacher"
 
-    reader = Reader.of(args)
+    reader = Reader.of(config)
 
     def read(path: Path, room: int) -> list[Example]:
-        return reader.examples(path, model, tokenizer, limits(args, room))
+        return reader.examples(path, model, tokenizer, config.limits(room))
 
     answered_by = [] if teacher is None else [model, teacher]
-    rooms = [room_before_answer(each, options.answer_tokens) for each in answered_by]
-    examples = read(args.data, min(rooms, default=positions(model)))
+    rooms = [max_prompt_length(each, options.answer_tokens) for each in answered_by]
+    examples = read(config.data, min(rooms, default=positions(model)))
     test, joint = None, None
-    if args.test_data:
-        held_out = read(args.test_data, room_before_answer(model, options.answer_tokens))
-        test = TestSet(held_out, args.inner_lr_grid, args.eval_batch_size, options.answer_tokens)
+    if config.test_data:
+        held_out = read(config.test_data, max_prompt_length(model, options.answer_tokens))
+        test = TestSet(
+            held_out, config.inner_lr_grid, config.eval_batch_size, options.answer_tokens
+        )
         warn_of_overlap(examples, held_out)
-    if args.joint_data:
-        joint = read(args.joint_data, positions(model))
+    if config.joint_data:
+        joint = read(config.joint_data, positions(model))
     if teacher is not None and cache.exists():
         answer = (options.answer_tokens, options.teacher_batch_size)
         check_cache(cache, cache_key(teacher, examples, *answer))
     return Job(model, tokenizer, examples, options, teacher, cache, test, joint, reader)
 
 
-def _model_to_train(
-    args: Namespace, options: TrainOptions, device: torch.device
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    model, tokenizer = load_model(args.model, args.dtype, device, **hub_and_weights(args))
-    print_notes(model, tokenizer)
-    if args.dtype != "float32" and not args.lora_rank:
+def _model_to_train(config: TrainingConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    model, tokenizer = config.load(config.dtype)
+    if config.dtype != "float32" and not config.lora_rank:
         raise UserError(
-            f"dtype: expected float32 to train all weights, got {args.dtype}: steps of Adam are "
+            f"dtype: expected float32 to train all weights, got {config.dtype}: steps of Adam are "
             "smaller than its rounding; --compute-dtype computes in it beside float32 weights, "
             "--lora-rank trains float32 adapters beside frozen weights of it"
         )
-    if args.lora_rank:
-        model = add_lora(model, args.lora_rank, options.seed)
-    select_inner(model, options.inner_params)
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, config.seed)
+    select_inner(model, config.inner_params)
     return model, tokenizer
 
 
 def _teacher_of(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    args: Namespace,
-    options: TrainOptions,
-    device: torch.device,
+    config: TrainingConfig,
 ) -> nn.Module | None:
     """The teacher of the KL objective, in the dtype that training computes in."""
-    if options.objective != "kl":
+    if config.objective != "kl":
         return None
-    in_bfloat16 = "bfloat16" in (args.dtype, options.compute_dtype)
+    in_bfloat16 = "bfloat16" in (config.dtype, config.compute_dtype)
     dtype = "bfloat16" if in_bfloat16 else "float32"
-    asked = hub_and_weights(args)
-    if args.teacher:
+    asked = config.weights
+    if config.teacher:
         asked["revision"] = None  # that of --model
-    teacher, its_tokenizer = load_model(args.teacher or args.model, dtype, device, **asked)
+    teacher, its_tokenizer = load_model(
+        config.teacher or config.model, dtype, config.torch_device, **asked
+    )
     check_same_vocabulary(teacher, model)
     check_same_tokens(its_tokenizer, tokenizer)
     return teacher
@@ -153,14 +204,3 @@ def warn_of_overlap(train: Sequence[Example], test: Sequence[Example]) -> None:
             "--data too: their scores are not those of unseen examples",
             file=sys.stderr,
         )
-
-
-def hub_and_weights(args: Namespace) -> dict[str, Any]:
-    """What ``load_model`` takes besides the name of ``--model``."""
-    return {"revision": args.revision, "allow_missing": args.allow_missing}
-
-
-def limits(args: Namespace, room: int) -> Limits:
-    """The limits asked for, within the ``room`` that the model has positions for."""
-    asked = (args.max_context_tokens, args.max_query_tokens, args.max_prompt_tokens)
-    return Limits(*(min(limit, room) for limit in asked))

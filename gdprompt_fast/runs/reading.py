@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import write_json
 from ..artifacts.outputs import written_by
-from ..data import ChatTokeniser, Example, Limits, TripleTokeniser, read_records, tokenise_triples
+from ..data import ChatEncoder, Example, Limits, TripleEncoder, read_records, tokenise_triples
 from ..loading import check_vocabulary
+from .groups import ExamplesConfig
 
 
 @dataclass
@@ -23,18 +23,18 @@ class Reader:
 
     Attributes:
         encoding: of the files.
-        tokeniser: the rule from texts to tokens.
+        encoder: turns texts into tokens.
         dropped: {"file", "line", "id", "reason"} of every record dropped so far.
     """
 
     encoding: str
-    tokeniser: type[TripleTokeniser] = TripleTokeniser
+    encoder: type[TripleEncoder] = TripleEncoder
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, args: Namespace) -> Reader:
-        """The reader that the options of the command line ask for."""
-        return cls(args.encoding, ChatTokeniser if args.chat_template else TripleTokeniser)
+    def of(cls, config: ExamplesConfig) -> Reader:
+        """The reader that a configuration asks for."""
+        return cls(config.encoding, ChatEncoder if config.chat_template else TripleEncoder)
 
     def examples(
         self, path: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limits: Limits
@@ -45,7 +45,7 @@ class Reader:
             ValueError: naming the file and the line, or the tokenizer and model that do not fit.
         """
         records = read_records(path, self.encoding)
-        triples = tokenise_triples(records.rows, tokenizer, limits, self.tokeniser)
+        triples = tokenise_triples(records.rows, tokenizer, limits, self.encoder)
         check_vocabulary(triples.examples, model)
         if records.read_as:
             print(f"{path}: {records.read_as}")

@@ -1,1 +1,1 @@
-"""Preparation and meta-training: the loop, its schedule and its checkpoints."""
+"""Fine-tuning and meta-training: options, the loops, Adam, checkpoints and metrics."""

@@ -1,0 +1,1 @@
+"""What every benchmark is measured with: rows, time and memory, processes of their own."""

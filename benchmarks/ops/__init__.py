@@ -1,0 +1,1 @@
+"""The passes of the ops: gates, times, compilation."""

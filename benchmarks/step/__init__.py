@@ -1,0 +1,1 @@
+"""Whole steps: this package beside other ways to take them."""

@@ -1,0 +1,1 @@
+"""Single questions, answered with numbers."""

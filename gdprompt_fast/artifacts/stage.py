@@ -1,0 +1,148 @@
+"""Work that is kept under the settings it follows from, and never done twice.
+
+A stage is a folder with the record of its settings; a part of one is a result under a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from ..errors import UserError
+from .files import read_json, write_json
+
+STAGE_FILE = "stage.json"
+
+Result = dict[str, Any]
+
+
+class StaleStage(UserError):
+    """A folder holds a stage that was done with other settings than those asked for."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage.
+
+    Attributes:
+        folder: what it wrote, beside the record of it.
+        settings: all that its result follows from, the keys of the stages it builds on among them.
+        result: what it said, for JSON.
+        seconds: the time it took, with what an interruption did not undo.
+        versions: of the packages it was done with.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    result: Result
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """A short name of the settings, for stages that build on this one."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_stage(
+    folder: Path,
+    settings: Mapping[str, Any],
+    work: Callable[[Path], Result],
+    versions: Mapping[str, str] | None = None,
+) -> Stage:
+    """The stage in ``folder``: read if it is finished, else done by ``work(folder)``.
+
+    Interrupted work is called again with the same folder, and may go on from what it left there.
+
+    Args:
+        settings: all that the result follows from.
+        versions: of the packages, for the record of work that is begun.
+
+    Raises:
+        StaleStage: if the folder belongs to a stage with other settings.
+    """
+    path = folder / STAGE_FILE
+    settings = json.loads(json.dumps(settings))
+    record: dict[str, Any] = {
+        "settings": settings,
+        "seconds": 0.0,
+        "versions": dict(versions or {}),
+        "result": None,
+    }
+    if path.exists():
+        read = read_json(path)
+        if record.keys() != read.keys() or not isinstance(read["settings"], dict):
+            raise UserError(f"{path}: expected {', '.join(record)} of a stage, got {short(read)}")
+        record = read
+        _check_same(folder, record["settings"], settings)
+    if record["result"] is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        start, before = time.monotonic(), record["seconds"]
+        try:
+            record["result"] = work(folder)
+        finally:
+            record["seconds"] = before + time.monotonic() - start
+            write_json(path, record)
+    return Stage(folder=folder, **record)
+
+
+def _check_same(folder: Path, done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = first_difference(_flat(done), _flat(wanted))
+    if different is not None:
+        name, old, new = different
+        raise StaleStage(
+            f"{name}: expected {old!r} as in {folder}, got {new!r}; "
+            "remove that folder to have it done again, or give another --output"
+        )
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first name, in alphabetical order, whose values differ, and these; a name that one does
+    not have counts as None there.
+    """
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            return name, old.get(name), new.get(name)
+    return None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+class KeptResults:
+    """Results by name in a JSON file, which is written again with each.
+
+    Attributes:
+        content: the results so far.
+    """
+
+    def __init__(self, path: Path, read: Callable[[Path], dict[str, Any]]) -> None:
+        self._path = path
+        self.content = read(path) if path.exists() else {}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of this name, made now if it is not there."""
+        if name not in self.content:
+            self.keep(name, make())
+        return self.content[name]
+
+    def keep(self, name: str, result: Any) -> None:
+        """Puts a result in the place of an older one."""
+        self.content[name] = result
+        write_json(self._path, self.content)

@@ -1,0 +1,17 @@
+"""What results may depend on besides their settings."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from .. import __version__
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that do the work."""
+    return {
+        "gdprompt_fast": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }

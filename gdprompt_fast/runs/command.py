@@ -1,0 +1,91 @@
+"""What a command is: a configuration, all that is checked before its long work, and the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from ..artifacts.files import recover
+from ..artifacts.outputs import Outputs, check_differ, is_marked
+from ..config.fields import CommandConfig, WritingConfig
+from ..loading import base_on_disk
+
+C = TypeVar("C", bound=CommandConfig)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Command(Generic[C, R]):
+    """A command, which Python calls with its configuration; the command line and files do too.
+
+    Attributes:
+        config: the class of its configuration.
+        what: what it does.
+        prepare: checks all input, loads it, and returns the long work.
+        continued_by: what continues it after an interruption; "": nothing does.
+        succeeded: whether a result is what was asked for; the exit code follows from it.
+    """
+
+    config: type[C]
+    what: str
+    prepare: Callable[[C], Callable[[], R]]
+    continued_by: str = ""
+    succeeded: Callable[[R], bool] = lambda result: True
+
+    @property
+    def name(self) -> str:
+        """On the command line, and of its section in files."""
+        return self.config.command
+
+    def begin(self, config: C) -> Callable[[], R]:
+        """The long work of the command, with all that it reads checked and loaded.
+
+        Raises:
+            UserError: naming the field, what was expected and what was given.
+        """
+        for path in (config.paths("reads") | config.paths("writes")).values():
+            recover(path)
+            recover(path.parent)
+        return self.prepare(config)
+
+    def __call__(self, config: C) -> R:
+        """Does all of it.
+
+        Raises:
+            UserError: naming the field, what was expected and what was given.
+            FloatingPointError: if a loss or a gradient is not finite.
+        """
+        return self.begin(config)()
+
+
+def command(
+    what: str, continued_by: str = "", succeeded: Callable[[Any], bool] = lambda result: True
+) -> Callable[[Callable[[C], Callable[[], R]]], Command[C, R]]:
+    """Makes a :class:`Command` of the function that prepares it."""
+
+    def of(prepare: Callable[[C], Callable[[], R]]) -> Command[C, R]:
+        config = get_type_hints(prepare)["config"]
+        made = Command(config, what, prepare, continued_by, succeeded)
+        object.__setattr__(made, "__doc__", prepare.__doc__)
+        return made
+
+    return of
+
+
+def outputs_of(config: WritingConfig) -> Outputs:
+    """What a command must not write over; the file of dropped records is checked at once.
+
+    Raises:
+        UserError: if two outputs are the same, or that file is not the command's.
+    """
+    read, written = config.paths("reads"), config.paths("writes")
+    inputs = {name: path for name, path in read.items() if path.exists()}
+    models = [name for name in ("model", "teacher") if name in inputs]
+    bases = {f"base of the {name}": base_on_disk(inputs[name]) for name in models}
+    inputs |= {name: base for name, base in bases.items() if base is not None}
+    check_differ(**written)
+    outputs = Outputs(inputs, config.overwrite, written)
+    mine = config.command
+    outputs.check_file("dropped", written.get("dropped"), lambda path: is_marked(path, mine))
+    return outputs

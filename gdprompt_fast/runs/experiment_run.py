@@ -1,0 +1,106 @@
+"""``gdprompt experiment``: one of the paper's experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.files import is_empty, write_folder
+from ..config.fields import REQUIRED, option
+from ..config.presets import load_preset
+from ..errors import UserError
+from ..experiments import EXPERIMENTS, Preset, experiment_contexts
+from ..experiments.context import STAGES
+from ..experiments.run import is_experiment, run_experiment
+from .command import command, outputs_of
+from .groups import REPLACES_FOLDER, DeviceConfig, WeightsConfig, overwrite_field
+
+OWN_PRESETS = ("small", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(WeightsConfig, DeviceConfig):
+    """Which experiment, at which sizes, and where."""
+
+    command = "experiment"
+
+    name: str = option(REQUIRED, "which one", tuple(EXPERIMENTS), positional=True)
+    preset: str = option(
+        "small", f"sizes and rates: {', '.join(OWN_PRESETS)} or a TOML file", reads=True
+    )
+    sizes: dict[str, Any] | None = option(
+        None, "sizes and rates by section; None: the preset's", on_command_line=False
+    )
+    output: Path = option(REQUIRED, "folder of results and stages", writes=True)
+    seeds: tuple[int, ...] | None = option(None, "repetitions; None: the preset's")
+    model: str | None = option(
+        None, "model folder or name on the hub; None: the preset's", reads=True
+    )
+    overwrite: bool = overwrite_field(
+        f"{REPLACES_FOLDER}, unless it is one of experiments, which is gone on with"
+    )
+
+    def read_preset(self) -> Preset:
+        """The preset, with what this configuration says over it.
+
+        Raises:
+            UserError: naming the preset's section, what was expected and what was given.
+        """
+        sections = dict(preset_sizes(self.preset) if self.sizes is None else self.sizes)
+        general = dict(sections.get("model", {}))
+        if self.model is not None:
+            general.pop("revision", None)  # of the preset's own model
+        seeds = None if self.seeds is None else list(self.seeds)
+        over = {"seeds": seeds, "name": self.model, "revision": self.revision}
+        given = {key: value for key, value in over.items() if value is not None}
+        return Preset.read({**sections, "model": general | given})
+
+
+def preset_sizes(name_or_path: str) -> dict[str, Any]:
+    """The sizes and rates of a preset, ``[experiment.sizes.…]`` in its file, or all of the file.
+
+    Raises:
+        UserError: if there is no such preset, or it is not TOML.
+    """
+    own = name_or_path in OWN_PRESETS
+    sections = load_preset(f"experiments-{name_or_path}" if own else name_or_path)
+    if "experiment" not in sections:
+        return sections
+    section = sections["experiment"]
+    sizes = section.get("sizes") if isinstance(section, dict) else None
+    if not isinstance(sizes, dict):
+        raise UserError(
+            f"preset: expected sections [experiment.sizes.…] in {name_or_path}, got none"
+        )
+    return sizes
+
+
+@command(
+    "One of the paper's experiments: JSON, a Markdown table beside the paper's numbers and a "
+    "figure. Stages that --output holds already, of any experiment, are not done again.",
+    continued_by="the same command continues it",
+)
+def experiment(config: ExperimentConfig) -> Callable[[], Path]:
+    """Checks preset and model; the work is what is left to do, and returns the Markdown file."""
+    name, output, outputs = config.name, config.output, outputs_of(config)
+    foreign = not (output / STAGES).is_dir() and not is_empty(output)
+    if foreign:
+        outputs.check_folder(output)
+    else:
+        for file in (output / f"{name}{suffix}" for suffix in (".json", ".md", ".png")):
+            if file.exists():
+                outputs.check_file(file.name, file, is_experiment)
+    preset, its = config.read_preset(), EXPERIMENTS[name]
+    its.check(preset, preset.section(name, its.options))
+    repetitions = experiment_contexts(preset, output, config.torch_device, config.allow_missing)
+    if foreign:
+        write_folder(output, lambda folder: (folder / STAGES).mkdir())
+
+    def work() -> Path:
+        markdown = run_experiment(name, repetitions)
+        print(f"\n{markdown.read_text(encoding='utf-8')}\nwritten to {markdown.parent}")
+        return markdown
+
+    return work

@@ -1,0 +1,47 @@
+"""``gdprompt plan``: the memory that a step will need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifacts.files import write_json
+from ..artifacts.outputs import is_marked, written_by
+from ..config.fields import REQUIRED, WritingConfig, option
+from ..loading import load_config
+from ..plan import Plan, PlannedStep, make_plan, parse_memory, plan_json, plan_table
+from .command import command, outputs_of
+from .groups import overwrite_field, revision_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PlannedStep, WritingConfig):
+    """Which step of which model to plan for."""
+
+    command = "plan"
+
+    model: str = option(
+        REQUIRED, "config.json, model folder or name on the Hugging Face hub", reads=True
+    )
+    revision: str | None = revision_field()
+    memory: str | None = option(None, "size of the card, as 80GB: finds the largest batch")
+    json: Path | None = option(None, "JSON file to write the numbers to", writes=True)
+    overwrite: bool = overwrite_field("replace a --json that this command did not write")
+
+
+@command("The memory that a meta step will need, predicted from shapes in seconds.")
+def plan(config: PlanConfig) -> Callable[[], Plan]:
+    """Makes the plan; the work is to print and write it."""
+    memory = None if config.memory is None else parse_memory(config.memory)
+    outputs_of(config).check_file("json", config.json, lambda path: is_marked(path, "plan"))
+    step, model = config.part(PlannedStep), config.model
+    made = make_plan(load_config(model, config.revision), step, memory)
+
+    def work() -> Plan:
+        if config.json:
+            write_json(config.json, {**written_by(config.command), **plan_json(model, made)})
+        print(plan_table(model, made))
+        return made
+
+    return work

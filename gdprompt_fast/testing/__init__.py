@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: one gate, one table of op inputs, a mended interpreter."""

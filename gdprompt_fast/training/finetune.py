@@ -1,0 +1,112 @@
+"""Preparation (arXiv 2506.20989, §4.3): brief fine-tuning in the Prompt and No Context formats.
+
+It teaches a base model what a query and an answer look like, so that what is measured afterwards is
+where the information comes from. The prepared model is what is meta-trained, and, frozen, the
+teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..artifacts.progress import progress_bar
+from ..config.fields import Config, check_counts, check_numbers, option
+from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
+from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
+from .optim import clipped_update, warmup_then_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(Config):
+    """What preparation does; every field is an option of the command line.
+
+    Raises:
+        UserError: naming the option, what was expected and what was given.
+    """
+
+    steps: int = option(100, "steps of Adam")
+    batch_size: int = option(16, "examples in a step, each in both formats")
+    lr: float = option(1e-5, "highest learning rate of Adam, reached after the warm-up")
+    warmup_steps: int = option(10, "steps of linear warm-up; a cosine to zero follows")
+    clip_norm: float = option(1.0, "largest norm of the gradient; a larger one is scaled")
+    text_weight: float = option(0.0, "weight of the next-token loss on what is not the response")
+    seed: int = option(0, "seed of the order of the examples")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "steps", "batch_size")
+        check_numbers(self, "lr", "clip_norm", above_zero=True)
+        check_numbers(self, "warmup_steps", "text_weight", above_zero=False)
+
+    def learning_rate(self, step: int) -> float:
+        """Adam's rate at ``step``, counted from 0: a linear warm-up, then a cosine to zero."""
+        return warmup_then_cosine(step, self.steps, self.warmup_steps, self.lr)
+
+
+def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOptions) -> None:
+    """Fine-tunes ``model`` in place on the gold responses, in both formats of every example.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=options.lr)
+    sampler = ShuffledSampler(len(examples), options.seed)
+    with progress_bar(options.steps, "preparing", "step") as bar:
+        for step in range(options.steps):
+            batch = [examples[index] for index in sampler.take(options.batch_size)]
+            loss = fine_tuning_backward(model, batch, options.text_weight)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
+            rate = options.learning_rate(step)
+            clipped_update(optimizer, trained, rate, options.clip_norm, step, "gradient")
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+
+
+def fine_tuning_backward(
+    model: nn.Module, examples: Sequence[Example], text_weight: float = 0.0
+) -> float:
+    """The mean of :func:`row_loss` over the two formats; adds its gradient to ``.grad``."""
+    device = next(model.parameters()).device
+    loss = 0.0
+    for rows in (prompt_rows(examples), query_rows(examples)):
+        half = 0.5 * row_loss(model, rows.to(device), text_weight)
+        half.backward()
+        loss += float(half.detach())
+    return loss
+
+
+def row_loss(model: nn.Module, rows: Rows, text_weight: float = 0.0) -> Tensor:
+    """The mean over rows of
+
+        mean NLL of the response's tokens + text_weight · mean NLL of the tokens before it
+
+    with logits only at the positions that count.
+    """
+    dtype, device = compute_dtype(model), rows.ids.device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        hidden_BTD = hidden_states(model, rows.ids)
+        weight_BT = _token_weights(rows, text_weight)
+        counts = weight_BT > 0
+        logits_NV = backbone_and_head(model)[1](predicting_states(hidden_BTD, counts))
+    nll_N = F.cross_entropy(logits_NV.float(), rows.ids[counts], reduction="none")
+    return (nll_N * weight_BT[counts]).sum() / len(rows.ids)
+
+
+def _token_weights(rows: Rows, text_weight: float) -> Tensor:
+    """The weight of every token's NLL in its row, [B, T]; a row's first token is predicted by
+    nothing.
+    """
+    text = rows.mask & ~rows.response_mask
+    text[:, 0] = False
+    response, text = rows.response_mask.float(), text.float()
+    per_text = text_weight / text.sum(1, keepdim=True).clamp(min=1)
+    return response / response.sum(1, keepdim=True) + per_text * text

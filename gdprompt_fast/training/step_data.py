@@ -1,0 +1,61 @@
+"""What one outer step is taken on, from examples to the arguments of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Example, meta_batch, prompt_rows
+from ..meta.targets import TeacherTargets
+from ..teacher import TeacherCache
+from .options import StepOptions
+
+
+@dataclass(frozen=True)
+class StepData:
+    """Examples in units with one context each.
+
+    Attributes:
+        units: the examples, with the responses that they came with.
+        answered: all of them in a row, with the responses that the step asks for: those of the
+            teacher, if there is one.
+        targets: the teacher's predictions of these responses; None for the gold objective.
+    """
+
+    units: Sequence[Sequence[Example]]
+    answered: Sequence[Example]
+    targets: TeacherTargets | None = None
+
+    @staticmethod
+    def of(
+        examples: Sequence[Example], units: Sequence[Sequence[int]], teacher: TeacherCache | None
+    ) -> StepData:
+        """Of the examples with these indices, answered by the teacher, if there is one."""
+        drawn = [[examples[index] for index in unit] for unit in units]
+        if teacher is None:
+            return StepData(drawn, [example for unit in drawn for example in unit])
+        return StepData(drawn, *teacher.batch([index for unit in units for index in unit]))
+
+    @property
+    def tokens(self) -> int:
+        """The tokens in the contexts and the query rows."""
+        contexts = sum(len(unit[0].context) for unit in self.units)
+        rows = (example for unit in self.units for example in unit)
+        return contexts + sum(len(example.query) + len(example.response) for example in rows)
+
+    def arguments(self, model: nn.Module, options: StepOptions) -> dict[str, Any]:
+        """What :func:`gdprompt_fast.fast_meta_step` takes beside model and configuration: of the
+        units ``contexts_per_group`` neighbours share one θ'.
+        """
+        device: torch.device = next(model.parameters()).device
+        lm_batch = None
+        if options.lm_on == "prompts" and options.lm_weight > 0:
+            prompts = prompt_rows([example for unit in self.units for example in unit]).to(device)
+            lm_batch = (prompts.ids, prompts.mask)
+        context_of = [number for number, unit in enumerate(self.units) for _ in unit]
+        batch = meta_batch(self.answered, context_of, options.contexts_per_group)
+        return {"batch": batch.to(device), "teacher": self.targets, "lm_batch": lm_batch}
