@@ -6,7 +6,7 @@ import gc
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,9 +14,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..models.architecture import causal_lm
+from ..models.intact import is_intact
+from .config import MetaStepConfig
+
 MOST_GRAPHS = 12  # of a model; the one that was not used for longest goes first
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PROVEN_ROTARY = (None, "default", "linear", "llama3", "yarn", "proportional")
+CAPTURING = ("cuda",)  # kinds of devices that have graphs
+PACKAGES = ("torch", "transformers", "peft")  # whose modules do nothing in Python that is missed
+PROVEN_ROTARY = (None, "default", "linear", "llama3")
 
 
 class Graph(Protocol):
@@ -35,7 +40,7 @@ class CudaGraph:
 
     def record(self, work: Callable[[], None]) -> None:
         options = dict(pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with _no_garbage_collection(), torch.cuda.graph(self._graph, **options):  # type: ignore[arg-type]
+        with _no_garbage_collection(), torch.cuda.graph(self._graph, **options):
             work()
 
     def replay(self) -> None:
@@ -201,7 +206,7 @@ def _gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def _references(held: dict[Any, Tensor], key: Any) -> tuple[int, int]:
     """How many hold a tensor of ``held``, and its memory."""
-    count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+    count = torch._C._storage_Use_Count
     return sys.getrefcount(held[key]), count(held[key].untyped_storage()._cdata)
 
 
@@ -213,8 +218,62 @@ def _is_kept(held: dict[Any, Tensor], key: Any) -> bool:
 _graphs: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()
 
 
-def graphs_of(model: nn.Module, device: torch.device) -> Graphs:
-    """The graphs of a model, for as long as it lives."""
+def graphs_of(model: nn.Module, device: torch.device, validity: Any) -> Graphs:
+    """The graphs of a model, for as long as it lives and what they rest on is the same."""
     if model not in _graphs:
         _graphs[model] = Graphs(device)
+    _graphs[model].begin(validity)
     return _graphs[model]
+
+
+def why_eager(model: nn.Module, config: MetaStepConfig, device: torch.device) -> str:
+    """Why no step of this kind can be captured; empty if it can."""
+    if config.capture == "never":
+        return 'capture="never"'
+    if device.type not in CAPTURING:
+        return f"there are no graphs on {device.type}"
+    if config.recompute != "none":
+        return "recomputed blocks are not proven in a graph"
+    if any(rate.requires_grad for rate in _rates(config.inner_lr)):
+        return "the gradient of inner_lr is not proven in a graph"
+    if rotary_type(model) not in PROVEN_ROTARY:
+        return "rotary tables that depend on the length are not proven in a graph"
+    for name, module in model.named_modules():
+        if not is_intact(module) or type(module).__module__.partition(".")[0] not in PACKAGES:
+            return f"Python of {name or type(module).__name__} would not run in a replay"
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"a hook on the gradient of {name} would not run in a replay"
+        if parameter.requires_grad and not parameter.is_leaf:
+            return f"{name} is no leaf"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a graph is being captured already"
+    return ""
+
+
+def _rates(inner_lr: Any) -> list[Tensor]:
+    given = inner_lr.values() if isinstance(inner_lr, Mapping) else [inner_lr]
+    return [rate for rate in given if isinstance(rate, Tensor)]
+
+
+def rotary_type(model: nn.Module) -> str | None:
+    parameters = getattr(causal_lm(model).config, "rope_parameters", None) or {}
+    kind: str | None = parameters.get("rope_type")
+    return kind
+
+
+def surroundings(model: nn.Module, device: torch.device) -> Any:
+    """What a graph rests on beside the model's fingerprint: where its tensors are, and the modes
+    that kernels are chosen by.
+    """
+    backends = torch.backends
+    return (
+        tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())),
+        backends.cuda.matmul.allow_tf32,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
+        str(device),
+    )

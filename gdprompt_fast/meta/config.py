@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..models.architecture import (
     check_row_lengths,
     compute_dtype,
 )
-from ..models.inner_params import InnerParams
+from ..models.inner_params import InnerParams, layers_of, select_inner
 from ..ops.backend import resolve_backend
 from .failures import Failures
 from .lm_batch import LMBatch
@@ -52,6 +52,7 @@ class MetaStepConfig:
         recompute: ``"none"`` or ``"block"``.
         verify: ``"first"`` or ``"never"``.
         micro_groups: groups at a time; None for all.
+        capture: ``"auto"`` or ``"never"``.
     """
 
     inner_lr: Rate = 1e-3
@@ -65,6 +66,7 @@ class MetaStepConfig:
     recompute: str = "none"
     verify: str = "first"
     micro_groups: int | None = None
+    capture: str = "auto"
 
     def check(self) -> None:
         """
@@ -80,6 +82,7 @@ class MetaStepConfig:
         one_of("recompute", self.recompute, ("none", "block"))
         check_verify(self.verify)
         check_count("micro_groups", self.micro_groups)
+        one_of("capture", self.capture, ("auto", "never"))
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class MetaStepOutput:
             contexts.
         inner_loss: the mean over groups of the inner loss at θ, before the first inner step.
         backend: the implementation that ran.
+        eager: why the step, or a part of it, was no replay of a captured one; empty if it was.
         failures: what was not finite.
     """
 
@@ -102,7 +106,13 @@ class MetaStepOutput:
     lm_loss: Tensor
     inner_loss: Tensor
     backend: str
+    eager: str
     failures: Failures
+
+    @property
+    def captured(self) -> bool:
+        """Whether all of the step was a replay of a captured one."""
+        return not self.eager
 
     @property
     def found_inf(self) -> Tensor:
@@ -201,7 +211,8 @@ def check_step(
     check_row_lengths("context_mask", batch.host.context_mask, model)
     check_row_lengths("query_mask", batch.host.query_mask, model)
     config.check()
-    check_rate_shapes(config.inner_lr, layout.shape.groups)
+    layers = layers_of(model, select_inner(model, config.inner_params))
+    check_rates(config.inner_lr, layout.shape.groups, layers.values())
     check_teacher(config.objective, teacher, layout.tokens, len(embedding), embedding.device)
     check_denominator("query_count", query_count)
     check_denominator("lm_count", lm_count)
@@ -215,10 +226,19 @@ def check_step(
     )
 
 
-def check_rate_shapes(inner_lr: Rate, groups: int) -> None:
+def check_rates(inner_lr: Rate, groups: int, layers: Iterable[str]) -> None:
+    """A rate for every group, and for every layer that the inner step moves."""
     for rate in inner_lr.values() if isinstance(inner_lr, Mapping) else [inner_lr]:
         if isinstance(rate, Tensor) and rate.dim() and len(rate) != groups:
             raise UserError(
                 f"inner_lr: expected a tensor [] or [{groups}], a rate for every group, got "
                 f"{describe(rate)}"
+            )
+    if isinstance(inner_lr, Mapping):
+        wrong = sorted(inner_lr.keys() ^ set(layers))
+        if wrong:
+            given = "one for it" if wrong[0] in inner_lr else "none"
+            raise UserError(
+                "inner_lr: expected a rate for each layer that the inner step moves and no other, "
+                f"got {given}: {wrong[0]}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,43 +20,52 @@ class Failures:
 
     On a CPU nothing is waited for: there a value that is not finite raises at once, while ``.grad``
     is untouched.
+
+    Attributes:
+        flags: a bool [] for each thing looked at, up if it was not finite.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._at_once = device.type == "cpu" and not _on_the_device
-        self._watched: list[tuple[str, Tensor]] = []
+        self.at_once = device.type == "cpu" and not _on_the_device
+        self.flags: list[Tensor] = []
+        self._names: list[str] = []
+
+    def watch(self, name: str, values: Tensor) -> None:
+        """That values are finite."""
+        bad = (~torch.isfinite(values)).any()
+        if self.at_once and bad:
+            raise _not_finite(name)
+        self.add([name], [bad])
 
     def watch_inner_loss(
         self, loss_C: Tensor, step: int, first_group: int, group_C: Tensor
     ) -> None:
         """That the contexts' shares of their groups' inner losses at an inner step are finite."""
-        if self._at_once:
+        if self.at_once:
             check_inner_loss(loss_C, step, first_group, group_C)
-        else:
-            self._watched.append((f"the inner loss at inner step {step + 1}", loss_C))
+        self.watch(f"inner loss at inner step {step + 1}", loss_C)
 
-    def watch_teacher(self, lse: Tensor) -> None:
-        """That the log-sum-exp of a teacher's logits are finite."""
-        if not self._at_once:
-            self._watched.append(("the teacher's predictions", lse))
-        elif not torch.isfinite(lse).all():
-            raise _not_finite("the teacher's predictions")
+    def add(self, names: Sequence[str], flags: Sequence[Tensor]) -> None:
+        """What others have looked at."""
+        self._names += names
+        self.flags += flags
 
     @property
     def found_inf(self) -> Tensor:
         """fp32 [], 1 if anything was not finite."""
-        bad = [(~torch.isfinite(values)).any() for _, values in self._watched]
-        return torch.stack(bad).any().float() if bad else torch.zeros((), device=self.device)
+        if not self.flags:
+            return torch.zeros((), device=self.device)
+        return torch.stack(self.flags).any().float()
 
     def check(self) -> None:
-        """Waits for the values.
+        """Waits for the flags.
 
         Raises:
-            FloatingPointError: naming the first that was not finite.
+            FloatingPointError: naming the first thing that was not finite.
         """
-        for name, values in self._watched:
-            if not torch.isfinite(values).all():
+        for name, up in zip(self._names, self.flags, strict=True):
+            if up:
                 raise _not_finite(name)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ class LMBatch:
                 f"lm_batch: expected an LMBatch or a pair (ids, mask), got {describe(given)}"
             )
         return LMBatch(*given)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LMBatch:
+        """The same rows with ``change``, which keeps values, applied to every tensor."""
+        changed = copy.copy(self)
+        for name in ("ids", "mask", "position_P", "weight_P"):
+            setattr(changed, name, change(getattr(self, name)))
+        changed.predictions, changed.rows = self.predictions.map(change), self.rows.map(change)
+        return changed
+
+    def to(self, device: torch.device | str) -> LMBatch:
+        """The same rows on ``device``; nothing is checked or worked out again."""
+        return self.map(lambda tensor: tensor.to(device))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -24,7 +24,11 @@ def query_loss(
     outer_reduction: str,
     query_count: Tensor,
 ) -> Tensor:
-    """The share of the batch's queries in the mean of the outer loss at each group's θ'."""
+    """The share of the batch's queries in the mean of the outer loss at each group's θ'.
+
+    Args:
+        teacher: with a target for each slot of the batch's layout.
+    """
     layout = batch.layout
     hidden_BTD = adapted.hidden_states(batch.query_ids, layout.queries, level)
     hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, layout.position_S - 1)
@@ -40,12 +44,11 @@ def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) 
     if teacher is None:
         ids_S = batch.query_ids.flatten().index_select(0, layout.position_S)
         return GoldTarget(layout.slots.to_groups(ids_S))
-    placed = teacher if layout.token_S is None else teacher.select(layout.token_S)
-    logits, hidden = placed.logits, placed.hidden
+    logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
         None if logits is None else layout.slots.to_groups(logits),
         None if hidden is None else layout.slots.to_groups(state.cast(hidden)),
-        placed.head,
+        teacher.head,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..batch import MetaBatch
+from ..layout import BatchShape
 from .config import MetaStepConfig, Rate, map_rate
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
@@ -30,6 +32,17 @@ class Numbers(NamedTuple):
     query_count: Tensor
     lm_count: Tensor
     group_count: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Numbers:
+        return Numbers(map_rate(self.inner_lr, change), *map(change, self[1:]))
+
+    @property
+    def key(self) -> Any:
+        """Equal where the same work is to be done."""
+        rate = self.inner_lr
+        if isinstance(rate, Mapping):
+            return tuple((name, tuple(own.shape)) for name, own in rate.items())
+        return tuple(rate.shape)  # type: ignore[union-attr]
 
 
 def numbers_of(
@@ -58,31 +71,79 @@ def numbers_of(
     )
 
 
+def number_dtype(model: nn.Module) -> torch.dtype:
+    """Of a step's numbers: fp64 for a model in fp64, else fp32."""
+    weights = {parameter.dtype for parameter in model.parameters()}
+    return torch.float64 if torch.float64 in weights else torch.float32
+
+
 class Part(NamedTuple):
-    """Some groups of a batch, by their numbers, with the teacher's targets of their queries."""
+    """Some groups of a batch, by their numbers, with the teacher's targets of their queries, one
+    for each slot of the batch's layout.
+    """
 
     groups: list[int] | None  # None for all
     batch: MetaBatch
     teacher: TeacherTargets | None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Part:
+        teacher = None if self.teacher is None else self.teacher.map(change)
+        return self._replace(batch=self.batch.map(change), teacher=teacher)
+
+    @property
+    def key(self) -> Any:
+        """Equal where the same work is to be done."""
+        layout = self.batch.layout
+        grouped = (layout.contexts, layout.queries)
+        teacher = None if self.teacher is None else self.teacher.key
+        return layout.shape, tuple(rows.in_order for rows in grouped), teacher
+
     def rate(self, inner_lr: Rate) -> Rate:
-        """η of these groups."""
-        if self.groups is None:
-            return inner_lr
-        index = torch.tensor(self.groups, device=self.batch.context_ids.device)
-        return map_rate(inner_lr, lambda rate: rate[index] if rate.dim() else rate)
+        """η of these groups; zero for padding."""
+
+        def own(rate: Tensor) -> Tensor:
+            if not rate.dim():
+                return rate
+            if self.groups is not None:
+                rate = rate.index_select(0, torch.tensor(self.groups, device=rate.device))
+            return F.pad(rate, (0, self.batch.groups - len(rate)))
+
+        return map_rate(inner_lr, own)
 
 
 def parts_of(
-    batch: MetaBatch, teacher: TeacherTargets | None, micro_groups: int | None
-) -> Iterator[Part]:
-    """The groups of a batch, ``micro_groups`` at a time; all at once for None."""
+    batch: MetaBatch, teacher: TeacherTargets | None, micro_groups: int | None, ladder: bool = False
+) -> list[Part]:
+    """The groups of a batch, ``micro_groups`` at a time; all at once for None.
+
+    Args:
+        ladder: all parts are padded to one shape, of sizes of a short ladder.
+    """
     if micro_groups is None or micro_groups >= batch.groups:
-        yield Part(None, batch, teacher)
-        return
-    for groups in _chunks(batch, micro_groups):
-        part, tokens = batch.select(groups)
-        yield Part(groups, part, None if teacher is None else teacher.select(tokens))
+        parts = [Part(None, batch, teacher)]
+    else:
+        parts = []
+        for groups in _chunks(batch, micro_groups):
+            some, tokens = batch.select(groups)
+            parts.append(Part(groups, some, None if teacher is None else teacher.select(tokens)))
+    if ladder:
+        shapes = zip(*(part.batch.layout.shape for part in parts), strict=True)
+        shape = BatchShape(*map(max, shapes)).rung()
+        parts = [part._replace(batch=part.batch.padded(shape)) for part in parts]
+    return [_in_slots(part) for part in parts]
+
+
+def _in_slots(part: Part) -> Part:
+    """The part with the teacher's targets in the order of the slots."""
+    layout = part.batch.layout
+    if part.teacher is None or layout.token_S is None:
+        return part
+    if layout.tokens == 0:
+        slots = len(layout.position_S)
+        return part._replace(
+            teacher=part.teacher.map(lambda targets: targets.new_zeros(slots, targets.shape[1]))
+        )
+    return part._replace(teacher=part.teacher.select(layout.token_S))
 
 
 def _chunks(batch: MetaBatch, size: int) -> Iterator[list[int]]:

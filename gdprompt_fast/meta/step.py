@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
 from ..models.architecture import compute_dtype
 from ..models.inner_params import InnerParams, select_inner
-from ..ops.backend import use_backend
-from ..ops.phase import Phase
-from ..update.attach import AdaptedModel
-from ..update.site import StepState
+from .capture import graphs_of, surroundings, why_eager
+from .compute import MetaStep
 from .config import MetaStepConfig, MetaStepOutput, Rate, check_step
-from .failures import Failures, clean_after_error, pend, raise_pending
-from .inner import contexts_of, take_inner_steps
+from .failures import pend, raise_pending
+from .fingerprint import fingerprint
 from .lm_batch import LMBatch
-from .outer import lm_backward, query_loss
-from .parts import Numbers, Part, lm_parts_of, numbers_of, parts_of
+from .parts import lm_parts_of, number_dtype, numbers_of, parts_of
 from .targets import TeacherTargets
 from .verify import verify_model
 
@@ -41,6 +35,7 @@ def fast_meta_step(
     recompute: str = "none",
     verify: str = "first",
     micro_groups: int | None = None,
+    capture: str = "auto",
     query_count: int | Tensor | None = None,
     lm_count: int | Tensor | None = None,
     config: MetaStepConfig | None = None,
@@ -93,11 +88,14 @@ def fast_meta_step(
             and its graph against what is twice differentiable; ``"never"`` does not.
         micro_groups: groups at a time, into the same ``.grad``: the memory of so many; None takes
             all at once.
+        capture: ``"auto"``: on a GPU, from the second step of a shape on, what can be is replayed
+            as a CUDA graph: the same result without Python's time. Batches are padded to sizes of
+            a short ladder for it. ``out.eager`` says why a step was none. ``"never"``: none is.
         query_count, lm_count: the denominators of the mean over queries and of L_LM's mean over
             rows, where the batch is a part of a larger one (gradient accumulation, many
             processes), so that gradients and losses of the parts add up, as numbers or tensors
             []; None for the batch's own numbers.
-        config: in the place of all options from ``inner_lr`` to ``micro_groups`` but ``teacher``
+        config: in the place of all options from ``inner_lr`` to ``capture`` but ``teacher``
             and ``lm_batch``.
 
     Returns:
@@ -128,109 +126,26 @@ def fast_meta_step(
             recompute,
             verify,
             micro_groups,
+            capture,
         )
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
     ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
     raise_pending(model)
     torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
     inner = select_inner(model, config.inner_params)
+    now = fingerprint(model, batch.layout.shape.context_tokens)
     if config.verify == "first":
-        verify_model(model, batch.context_ids, batch.context_mask, inner, ran, config.recompute)
-    dtype = number_dtype(model)
-    numbers = numbers_of(config, batch, rows, query_count, lm_count, dtype)
-    parts = list(parts_of(batch, teacher, config.micro_groups))
-    lm_parts = [] if rows is None else list(lm_parts_of(rows, batch.groups, config.micro_groups))
+        texts = batch.context_ids, batch.context_mask
+        verify_model(model, *texts, inner, ran, config.recompute, now)
+    numbers = numbers_of(config, batch, rows, query_count, lm_count, number_dtype(model))
     step = MetaStep(model, inner, config, ran, compute_dtype(model))
-    out = step.run(parts, lm_parts, numbers)
+    device = batch.context_ids.device
+    why, graphs = why_eager(model, config, device), None
+    if not why:
+        resting_on = now, surroundings(model, device), step.kind
+        graphs = graphs_of(model, device, resting_on)
+    parts = list(parts_of(batch, teacher, config.micro_groups, ladder=graphs is not None))
+    lm_parts = [] if rows is None else list(lm_parts_of(rows, batch.groups, config.micro_groups))
+    out = step.run(parts, lm_parts, numbers, graphs, why)
     pend(model, out.failures)
     return out
-
-
-@dataclass(frozen=True)
-class MetaStep:
-    """A meta step whose arguments are checked: from here on nothing of the device is read.
-
-    Attributes:
-        inner: the parameters that the inner step moves, by name.
-        backend: that runs.
-        dtype: of activations and products under mixed precision; None for the weights' own.
-    """
-
-    model: nn.Module
-    inner: dict[str, nn.Parameter]
-    config: MetaStepConfig
-    backend: str
-    dtype: torch.dtype | None
-
-    @property
-    def has_lm(self) -> bool:
-        """Whether L_LM is part of the outer loss."""
-        weight = self.config.lm_weight
-        return isinstance(weight, Tensor) or weight > 0
-
-    def run(
-        self, parts: Sequence[Part], lm_parts: Sequence[LMBatch], numbers: Numbers
-    ) -> MetaStepOutput:
-        """Adds the meta-gradient of all parts to ``.grad``."""
-        device = parts[0].batch.context_ids.device
-        failures = Failures(device)
-        autocast = torch.autocast(device.type, enabled=False)  # sites cast themselves
-        with (
-            torch.enable_grad(),
-            autocast,
-            use_backend(self.backend),
-            clean_after_error(self.model),
-        ):
-            shares = [
-                self._backward(part, numbers, failures, lm_on_contexts=not lm_parts)
-                for part in parts
-            ]
-            query_loss, lm_loss, inner_loss = map(_sum, zip(*shares, strict=True))
-            if lm_parts:
-                weight = numbers.lm_weight if self.has_lm else None
-                options = (numbers.lm_count, weight, self.dtype, self.config.recompute)
-                lm_loss = _sum([lm_backward(self.model, rows, *options) for rows in lm_parts])
-        return MetaStepOutput(
-            outer_loss=query_loss + numbers.lm_weight * lm_loss,
-            query_loss=query_loss,
-            lm_loss=lm_loss,
-            inner_loss=inner_loss / numbers.group_count,
-            backend=self.backend,
-            failures=failures,
-        )
-
-    def _backward(
-        self, part: Part, numbers: Numbers, failures: Failures, lm_on_contexts: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds the meta-gradient of some groups to ``.grad``.
-
-        Returns:
-            Their shares of the query loss and of the contexts' L_LM, and the sum of their inner
-            losses, detached.
-        """
-        batch, steps = part.batch, self.config.inner_steps
-        phase = Phase(second_order=not self.config.first_order)
-        state = StepState(batch.groups, float(self.config.inner_lr), phase, self.dtype)  # type: ignore
-        adapted = AdaptedModel(self.model, self.inner, state)
-        with adapted.differentiable(self.config.recompute):
-            keep_graph = lm_on_contexts and self.has_lm
-            first_group = part.groups[0] if part.groups else 0
-            nll_C, inner_loss = take_inner_steps(
-                adapted, contexts_of(batch), steps, failures, keep_graph, first_group
-            )
-            reduction = self.config.outer_reduction
-            loss = query_loss(adapted, batch, part.teacher, steps, reduction, numbers.query_count)
-            lm = nll_C.sum() / numbers.lm_count
-            (loss + numbers.lm_weight * lm if keep_graph else loss).backward()
-            adapted.release()
-        return loss.detach(), lm.detach(), inner_loss
-
-
-def number_dtype(model: nn.Module) -> torch.dtype:
-    """Of a step's numbers: fp64 for a model in fp64, else fp32."""
-    weights = {parameter.dtype for parameter in model.parameters()}
-    return torch.float64 if torch.float64 in weights else torch.float32
-
-
-def _sum(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()

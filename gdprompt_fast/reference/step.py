@@ -18,7 +18,7 @@ from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..models.architecture import compute_dtype
 from ..models.graph import check_twice_differentiable
-from ..models.inner_params import select_inner
+from ..models.inner_params import layers_of, select_inner
 from ..update.masks import attention_by
 
 Parameters = dict[str, Tensor]
@@ -62,7 +62,7 @@ def adapt(
     real = batch.layout.real.contexts
     rows = (batch.context_group[:real] == group).nonzero().flatten()
     ids, mask = batch.context_ids[rows], batch.context_loss_mask[rows]
-    theta, at_theta = dict(inner), None
+    theta, at_theta, layers = dict(inner), None, layers_of(model, inner)  # type: ignore[arg-type]
     for step in range(config.inner_steps):
         loss = next_token_nll(logits_at(model, theta, ids), ids, mask).mean()
         check_inner_loss(loss.detach()[None], step, first_group=group)
@@ -71,7 +71,7 @@ def adapt(
             check_twice_differentiable(loss, "the context pass to be")
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not config.first_order)
         theta = {
-            name: weight - rate_of(config.inner_lr, name, group) * grad
+            name: weight - rate_of(config.inner_lr, layers[name], group) * grad
             for (name, weight), grad in zip(theta.items(), grads, strict=True)
         }
     assert at_theta is not None
@@ -140,15 +140,14 @@ def reference_meta_step(
         lm_loss=lm.detach(),
         inner_loss=torch.stack(inner_loss).mean(),
         backend="reference",
+        eager="the reference",
         failures=Failures(batch.context_ids.device),
     )
 
 
-def rate_of(inner_lr: Rate, parameter: str, group: int) -> float | Tensor:
-    """η of a group for a parameter, by the parameter's name."""
-    rate = inner_lr
-    if isinstance(rate, Mapping):
-        rate = rate[parameter.rpartition(".")[0]]
+def rate_of(inner_lr: Rate, layer: str, group: int) -> float | Tensor:
+    """η of a layer of a group."""
+    rate = inner_lr[layer] if isinstance(inner_lr, Mapping) else inner_lr
     return rate[group] if isinstance(rate, Tensor) and rate.dim() else rate
 
 
