@@ -66,7 +66,7 @@ from gdprompt_fast.models.memory import model_tensors
 from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import visible_keys
 from gdprompt_fast.ops.gradient import WeightGradient
-from gdprompt_fast.ops.linear import Factor, InnerLinear
+from gdprompt_fast.ops.linear import Factor, InnerLinear, Use
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
@@ -111,6 +111,9 @@ TIMED: dict[str, dict[str, Shape]] = {
         "queries up": UP,
         "queries down": DOWN,
         "queries up, backward": {**DOWN, "transposed": 1},
+        "queries down, backward": {**UP, "transposed": 1},
+        "queries square": {**UP, "outputs": 2048},
+        "queries narrow": {**UP, "outputs": 512},
         "contexts up": {**UP, "rows": 256},
     },
     "attention": {
@@ -261,7 +264,7 @@ def linear_passes(draw: Draw, shape: Shape) -> Passes:
     weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
     bias = draw(outputs) if shape.get("bias") else None
     match, factor = draw(groups, rows, context), draw(groups, context, outputs)
-    return {"updated_product": (x, weight, bias, match, factor, -0.3)}
+    return {"updated_product": (x, weight, bias, match, factor)}
 
 
 def lora_passes(draw: Draw, shape: Shape) -> Passes:
@@ -290,8 +293,8 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": backward,
-        "norm_double_backward": (u, v, w, *backward),
+        "norm_backward": (*backward, center),
+        "norm_double_backward": (u, v, w if center else None, *backward),
     }
 
 
@@ -614,8 +617,8 @@ def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple
         return (layer.product(x, grouped, 1),)
 
     def pull() -> tuple[Tensor, ...]:
-        factor.pairs.append((u, f, True))
-        x_cot, e_cot = layer.pull(factor)
+        factor.uses.append(Use(u, f, True, None, None))
+        x_cot, e_cot = layer.factor_cotangents(factor)
         assert x_cot is not None and e_cot is not None
         return x_cot, e_cot
 
