@@ -95,23 +95,19 @@ def run_stage(
 
 
 def _check_same(folder: Path, done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = first_difference(_flat(done), _flat(wanted))
-    if different is not None:
-        name, old, new = different
+    for name, (old, new) in sorted(differences(_flat(done), _flat(wanted)).items()):
         raise StaleStage(
             f"{name}: expected {old!r} as in {folder}, got {new!r}; "
             "remove that folder to have it done again, or give another --output"
         )
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first name, in alphabetical order, whose values differ, and these; a name that one does
-    not have counts as None there.
+def differences(done: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values that differ, by name: what was done, and what is wanted. A name that is missing on
+    one side counts as None there.
     """
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            return name, old.get(name), new.get(name)
-    return None
+    pairs = {name: (done.get(name), wanted.get(name)) for name in {**wanted, **done}}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,6 +119,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def kept(
+    path: Path, make: Callable[[], dict[str, Any]], read: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What is read from a JSON file, which is made now if it is not there."""
+    if not path.exists():
+        write_json(path, make())
+    return read(path)
 
 
 class KeptResults:

@@ -13,7 +13,7 @@ from ..meta.config import MetaStepConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PlannedStep(Config):
     """The sizes and choices that decide the memory of a step; every field is an option of the
     command line.

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifacts.files import is_empty, read_json, write_folder, write_json
 from ..artifacts.outputs import Outputs
-from ..artifacts.stage import first_difference
+from ..artifacts.stage import differences
 from ..errors import UserError
 from ..training.loop import check_training
 from .results import RATE_FILE, RESULTS_FILE, read_results
@@ -55,9 +55,7 @@ def claim_output(output: Path, settings: Mapping[str, Any], resume: bool, output
         write_folder(output, lambda folder: write_json(folder / SETTINGS_FILE, known))
         return
     if resume and path.exists():
-        different = first_difference(read_json(path), known)
-        if different is not None:
-            name, before, now = different
-            raise UserError(f"{name}: expected {before!r} as in the run in {output}, got {now!r}")
+        for name, (old, new) in sorted(differences(read_json(path), known).items()):
+            raise UserError(f"{name}: expected {old!r} as in the run in {output}, got {new!r}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, known)

@@ -20,10 +20,7 @@ class ReportConfig(WritingConfig):
     command = "report"
 
     folder: Path = option(
-        REQUIRED,
-        "an --output folder, or one with such folders",
-        writes=True,
-        positional=True,
+        REQUIRED, "an --output folder, or one with such folders", writes=True, positional=True
     )
     overwrite: bool = overwrite_field("replace a page that this command did not write")
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ..artifacts.files import write_file, write_json
 from ..artifacts.markdown import markdown_table
+from ..artifacts.stage import kept
 from ..config.fields import check_counts, option
 from ..errors import UserError
 from ..report.table import metric_cell
@@ -100,15 +102,18 @@ def best_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -> 
     teacher = job.build_teacher_cache()
     trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     start = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+
+    def try_rate(options: TrainOptions, folder: Path) -> Result:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(start[name])
+        return _try_rate(job, options, folder, teacher)
+
     results: dict[float, Result] = {}
     for options in trainings:
         folder = output / f"rate-{options.outer_lr}"
-        if not (folder / RATE_FILE).exists():
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(start[name])
-            write_json(folder / RATE_FILE, _try_rate(job, options, folder, teacher))
-        results[options.outer_lr] = read_results(folder / RATE_FILE)[""]
+        path, make = folder / RATE_FILE, partial(try_rate, options, folder)
+        results[options.outer_lr] = kept(path, make, read_results)[""]
         for made in (CHECKPOINTS, MODEL_FOLDER):  # several times the size of the model
             shutil.rmtree(folder / made, ignore_errors=True)
     best = _best(results)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..artifacts.files import hash_of_file, is_empty, read_json, write_json, write_whole
 from ..artifacts.progress import progress_bar
+from ..artifacts.stage import differences
 from ..data import Example, batched, end_token, with_responses
 from ..errors import UserError
 from ..meta.targets import TeacherTargets
@@ -130,9 +131,9 @@ def check_cache(folder: Path, key: Key) -> None:
     path = folder / KEY_FILE
     if path.exists():
         old: Key = read_json(path)
-        parts = [name for name in key if old.get(name) != key[name]]
+        parts = differences(old, key)
         if parts:
-            there, here = ({part: of.get(part) for part in parts} for of in (old, key))
+            there, here = ({name: of.get(name) for name in parts} for of in (old, key))
             raise UserError(
                 f"teacher_cache: {folder} was made with another {' and '.join(parts)}: "
                 f"expected {there}, got {here}"

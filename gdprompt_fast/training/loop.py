@@ -81,18 +81,10 @@ def meta_train(
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
             data = StepData.of(examples, drawn, teacher)
-            with options.computing(model):  # adds the meta-gradient of the batch to .grad
-                losses = fast_meta_step(
-                    model, **data.arguments(model, options), config=options.step_config
-                )
-            losses.check()
-            row = _row(step, losses, options)
-            if options.prompt_weight > 0 and step >= options.prompt_from:
-                row["prompt_loss"] = _prompt_backward(model, data.answered, options)
+            beside = []
             if joint is not None:
-                batch = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-                with options.computing(model):
-                    row["joint_loss"] = fine_tuning_backward(model, batch)
+                beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
+            row = _backward(model, data, beside, options, step)
             rate = options.learning_rate(step)
             row["gradient_norm"] = clipped_update(optimizer, trained, rate, options.clip_norm, step)
             metrics.write(row)
@@ -131,6 +123,26 @@ def _check_teacher(
         )
     if teacher is not None and teacher.examples != list(examples):
         raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
+
+
+def _backward(
+    model: nn.Module,
+    data: StepData,
+    joint: Sequence[Example],
+    options: TrainOptions,
+    step: int,
+) -> dict[str, float]:
+    """Adds the gradient of all that is trained on to ``.grad``; the losses, as a row of metrics."""
+    with options.computing(model):
+        losses = fast_meta_step(model, **data.arguments(model, options), config=options.step_config)
+    losses.check()
+    row = _row(step, losses, options)
+    if options.prompt_weight > 0 and step >= options.prompt_from:
+        row["prompt_loss"] = _prompt_backward(model, data.answered, options)
+    if joint:
+        with options.computing(model):
+            row["joint_loss"] = fine_tuning_backward(model, joint)
+    return row
 
 
 def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: TrainOptions) -> float:

@@ -17,11 +17,7 @@ from .optim import warmup_then_cosine
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(Config):
-    """What the meta-gradient of a step depends on, beside the model and the examples.
-
-    Raises:
-        UserError: naming the option, what was expected and what was given.
-    """
+    """What the meta-gradient of a step depends on, beside the model and the examples."""
 
     contexts_per_group: int = option(1, "contexts that one model is adapted to at once")
     queries_per_context: int = option(
