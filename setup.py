@@ -33,6 +33,7 @@ SUBPACKAGES = [
     "report",
     "runs",
     "teacher",
+    "testing",
     "training",
     "update",
 ]

@@ -35,7 +35,7 @@ from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.ops import backend
 
 if importlib.util.find_spec("triton") is not None:
-    import triton_interpreter
+    from gdprompt_fast.testing import triton_interpreter
 
     triton_interpreter.mend()
 

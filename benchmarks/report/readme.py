@@ -1,7 +1,7 @@
 """Writes the newest measured rows into the tables of docs/measured.md and, shorter, of the README,
 so that no number is typed by hand.
 
-python benchmarks/readme.py
+python -m benchmarks.report.readme
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from baselines import WAYS
-from cases import CASES
-from figures import file_name
-from measuring import ROOT, Row, rows_of
+from ..harness.rows import RESULTS, ROOT, Row, rows_of
+from ..step.baselines import WAYS
+from ..step.cases import CASES
+from .figures import file_name
 
-RESULTS = Path(__file__).parent / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- engine table -->", "<!-- end of engine table -->"
 NAMES = {
