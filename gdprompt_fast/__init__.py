@@ -4,17 +4,22 @@ from pathlib import Path as _Path
 
 from .batch import MetaBatch
 from .exactness import ExactnessReport, check_exactness
-from .meta.config import MetaStepOutput
+from .layout import BatchShape
+from .meta.config import MetaStepConfig, MetaStepOutput
 from .meta.inner import InnerUpdate, inner_step
+from .meta.lm_batch import LMBatch
 from .meta.step import fast_meta_step
 from .meta.targets import TeacherTargets
 from .reference.step import reference_meta_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchShape",
     "ExactnessReport",
     "InnerUpdate",
+    "LMBatch",
     "MetaBatch",
+    "MetaStepConfig",
     "MetaStepOutput",
     "TeacherTargets",
     "check_exactness",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
+from .layout import BatchShape, Layout, Real, lay_out
 
 
 def describe(value: Any) -> str:
@@ -98,6 +101,20 @@ def check_context_group(context_group: Any, context_ids: Tensor) -> Tensor:
     return group
 
 
+class Host(NamedTuple):
+    """What the layout is made from, on the host."""
+
+    context_group: Tensor
+    query_group: Tensor
+    loss_mask: Tensor
+    response_mask: Tensor
+    context_mask: Tensor
+    query_mask: Tensor
+
+    def lay_out(self, real: Real, least: BatchShape | None = None) -> Layout:
+        return lay_out(*self[:4], real, least)
+
+
 @dataclass(frozen=True)
 class MetaBatch:
     """Contexts to take the inner step on and queries to answer after it.
@@ -132,6 +149,11 @@ class MetaBatch:
     context_group: Tensor = None  # type: ignore[assignment]  # filled in below, never None afterwards
     query_group: Tensor = None  # type: ignore[assignment]
     context_loss_mask: Tensor = None  # type: ignore[assignment]
+    # Worked out, no arguments: of an instance, whatever a dataclass calls them.
+    host: ClassVar[Host]
+    _layout: ClassVar[Layout]
+    _id_ranges: ClassVar[tuple[tuple[int, int], tuple[int, int]]]
+    _versions: ClassVar[tuple[int, ...]]
 
     def __post_init__(self) -> None:
         check_contexts(self.context_ids, self.context_mask)
@@ -157,19 +179,190 @@ class MetaBatch:
                 f"query_group: group {int(query_group.max())} has no context (context_group "
                 f"has {groups} groups)"
             )
-        object.__setattr__(self, "context_group", context_group)
-        object.__setattr__(self, "query_group", query_group)
         loss_mask = check_loss_mask(self.context_loss_mask, self.context_ids, self.context_mask)
-        object.__setattr__(self, "context_loss_mask", loss_mask)
+        self._set(context_group=context_group, query_group=query_group, context_loss_mask=loss_mask)
+        self._work_out(Real(groups, contexts, queries))
 
     @property
     def groups(self) -> int:
         """The number of groups, G: as many adapted models θ' as the inner step makes."""
-        return int(self.context_group.max()) + 1
+        return self.layout.shape.groups
 
-    def to(self, device: torch.device | str) -> MetaBatch:
-        """The same batch on ``device``."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    @property
+    def layout(self) -> Layout:
+        """What depends on the values of the batch, worked out when it was made.
+
+        Raises:
+            ValueError: where a tensor was changed in place since, to what is no batch.
+        """
+        if self._versions_now() != self._versions:
+            self.__post_init__()
+        return self._layout
+
+    @property
+    def id_ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The lowest and highest token id of the contexts, and of the queries."""
+        self.layout  # noqa: B018  # looks whether the ids are still those
+        return self._id_ranges
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MetaBatch:
+        """The same batch on ``device``; nothing is checked or worked out again."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MetaBatch:
+        """The same batch with ``change``, which keeps values, applied to every tensor."""
+        layout = self.layout.map(change)
+        tensors = {each.name: change(getattr(self, each.name)) for each in fields(self)}
+        return self._like(tensors, layout, self.host)
+
+    def padded(self, shape: BatchShape) -> MetaBatch:
+        """The batch filled up to ``shape`` with rows, groups and slots that count for nothing.
+
+        Losses, means and gradients are those of the batch itself. Padding contexts make up the
+        new groups, then the last one; so do padding queries.
+
+        Raises:
+            ValueError: if the batch does not fit.
+        """
+        own = self.layout.shape
+        if any(size < mine for size, mine in zip(shape, own, strict=True)):
+            raise UserError(f"shape: expected at least {own}, got {shape}")
+        if shape == own:
+            return self
+        if shape.contexts - own.contexts < shape.groups - own.groups:
+            raise UserError(
+                f"shape: expected a context for each of the {shape.groups - own.groups} groups of "
+                f"padding, got {shape.contexts - own.contexts} more contexts"
+            )
+        contexts, queries = shape[1:3], shape[3:5]
+        groups = own.groups, shape.groups
+        tensors = dict(
+            context_ids=_filled(self.context_ids, contexts),
+            context_mask=_filled(self.context_mask, contexts),
+            query_ids=_filled(self.query_ids, queries),
+            query_mask=_filled(self.query_mask, queries),
+            response_mask=_filled(self.response_mask, queries),
+            context_group=_more_groups(self.context_group, shape.contexts, *groups),
+            query_group=_more_groups(self.query_group, shape.queries, *groups),
+            context_loss_mask=_filled(self.context_loss_mask, contexts),
+        )
+        own_host = self.host
+        host = Host(
+            _more_groups(own_host.context_group, shape.contexts, *groups),
+            _more_groups(own_host.query_group, shape.queries, *groups),
+            _filled(own_host.loss_mask, contexts),
+            _filled(own_host.response_mask, queries),
+            _filled(own_host.context_mask, contexts),
+            _filled(own_host.query_mask, queries),
+        )
+        layout = host.lay_out(self.layout.real, shape)
+        if layout.shape != shape:
+            raise UserError(f"shape: expected padding to make up {layout.shape}, got {shape}")
+        device = self.context_ids.device
+        return self._like(tensors, layout.map(lambda tensor: tensor.to(device)), host)
+
+    def select(self, groups: Sequence[int]) -> tuple[MetaBatch, Tensor]:
+        """Some groups of the batch, without the padding that all of their rows have; and which of
+        the response tokens, in row-major order, are theirs.
+        """
+        own, real, device = self.host, self.layout.real, self.context_ids.device
+        chosen = torch.tensor(groups)
+        context = torch.isin(own.context_group, chosen).nonzero().flatten()
+        query = torch.isin(own.query_group, chosen).nonzero().flatten()
+        context_width = _width(own.context_mask[context])
+        query_width = _width(own.query_mask[query])
+        host = Host(
+            torch.searchsorted(chosen, own.context_group[context]),
+            torch.searchsorted(chosen, own.query_group[query]),
+            own.loss_mask[context, :context_width],
+            own.response_mask[query, :query_width],
+            own.context_mask[context, :context_width],
+            own.query_mask[query, :query_width],
+        )
+        pairs = zip((chosen, context, query), real, strict=True)
+        layout = host.lay_out(Real(*(int((some < most).sum()) for some, most in pairs)))
+        token_query = torch.arange(len(own.query_group))
+        token_query = token_query.repeat_interleave(own.response_mask.sum(1))
+        tokens = torch.isin(token_query, query).nonzero().flatten()
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        def some(tensor: Tensor, rows: Tensor, width: int) -> Tensor:
+            return tensor.index_select(0, rows)[:, :width]
+
+        contexts, queries = (there(context), context_width), (there(query), query_width)
+        tensors = dict(
+            context_ids=some(self.context_ids, *contexts),
+            context_mask=some(self.context_mask, *contexts),
+            query_ids=some(self.query_ids, *queries),
+            query_mask=some(self.query_mask, *queries),
+            response_mask=some(self.response_mask, *queries),
+            context_group=there(host.context_group),
+            query_group=there(host.query_group),
+            context_loss_mask=some(self.context_loss_mask, *contexts),
+        )
+        return self._like(tensors, layout.map(there), host), there(tokens)
+
+    @staticmethod
+    def padding() -> MetaBatch:
+        """A batch of nothing but padding: its losses and gradients are zero, as where a process
+        has no share of a step.
+        """
+        one, none = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.bool)
+        host, ids = Host(one, one, none, none, none, none), torch.zeros(1, 2, dtype=torch.long)
+        made: MetaBatch = object.__new__(MetaBatch)
+        made._set(context_ids=ids, context_mask=none, query_ids=ids, query_mask=none)
+        made._set(response_mask=none, context_group=one, query_group=one, context_loss_mask=none)
+        made._set(host=host, _layout=host.lay_out(Real(0, 0, 0)), _id_ranges=((0, 0), (0, 0)))
+        made._set(_versions=made._versions_now())
+        return made
+
+    def _work_out(self, real: Real) -> None:
+        tensors = (self.context_group, self.query_group, self.context_loss_mask, self.response_mask)
+        masks = self.context_mask, self.query_mask
+        host = Host(*(tensor.cpu() for tensor in (*tensors, *masks)))
+        device = self.context_ids.device
+        layout = host.lay_out(real).map(lambda tensor: tensor.to(device))
+        ranges = tuple(
+            (int(ids.min()), int(ids.max())) for ids in (self.context_ids, self.query_ids)
+        )
+        self._set(host=host, _layout=layout, _id_ranges=ranges, _versions=self._versions_now())
+
+    def _like(self, tensors: dict[str, Tensor], layout: Layout, host: Host) -> MetaBatch:
+        """A batch of tensors made from those of this one."""
+        made: MetaBatch = object.__new__(MetaBatch)
+        made._set(**tensors, _layout=layout, host=host, _id_ranges=self._id_ranges)
+        made._set(_versions=made._versions_now())
+        return made
+
+    def _versions_now(self) -> tuple[int, ...]:
+        """What changes whenever a tensor is written to."""
+        tensors = (getattr(self, each.name) for each in fields(self))
+        return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def _filled(x_BT: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[B, T] with zeros below and to the right up to ``shape``."""
+    rows, width = (size - mine for size, mine in zip(shape, x_BT.shape, strict=True))
+    return F.pad(x_BT, (0, width, 0, rows))
+
+
+def _more_groups(group_B: Tensor, rows: int, groups: int, all_groups: int) -> Tensor:
+    """Groups of ``rows`` rows: those that are added make up new groups evenly."""
+    added = torch.arange(rows - len(group_B), device=group_B.device)
+    new = all_groups - groups
+    each = max(1, len(added) // new) if new else 1
+    return torch.cat([group_B, (groups + added // each).clamp(max=all_groups - 1)])
+
+
+def _width(mask_BT: Tensor) -> int:
+    """The length of the longest row; 2 at least, as a token and the next."""
+    return max(2, int(mask_BT.sum(1).max()))
 
 
 def check_response(response_mask: Any, ids: Tensor, mask: Tensor, shape: str) -> None:

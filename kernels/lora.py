@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..ops.rows import GroupedRows
+    from ..rows import GroupedRows
 
 LAUNCH = dict(num_warps=4, num_stages=3)
 

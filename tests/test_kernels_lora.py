@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gdprompt_fast.kernels import lora as kernels
 from gdprompt_fast.ops.eager import lora as eager
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.rows import GroupedRows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}

@@ -16,19 +16,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
-from gdprompt_fast.errors import UserError
 from gdprompt_fast.models.memory import PeakMemory
 from gdprompt_fast.ops.attention import attention
 from gdprompt_fast.ops.eager import attention as attention_module
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
 from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.gradient import WeightGradient
+from gdprompt_fast.ops.handle import depend_on, weight_handle
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear
-from gdprompt_fast.ops.lora import InnerLora, inner_lora, lora_materialise, lora_product, stepped
+from gdprompt_fast.ops.lora import lora_materialise, lora_product
 from gdprompt_fast.ops.norm import norm
-from gdprompt_fast.ops.phase import Phase, weight_handle
+from gdprompt_fast.ops.phase import Phase
+from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.rotary import rotary
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.swiglu import swiglu
 from gdprompt_fast.ops.vocabulary import (
     GoldTarget,
@@ -40,10 +40,15 @@ from gdprompt_fast.ops.vocabulary import (
     tied_lookup,
 )
 from gdprompt_fast.ops.vocabulary import block as vocabulary_block
+from gdprompt_fast.rows import GroupedRows
 
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def rate(groups: int) -> Rate:
+    return Rate(torch.full((groups,), 0.3, dtype=torch.float64))
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +296,7 @@ def inner_linear_twice(
         bias.detach(),
         inner_weight=True,
         inner_bias=True,
-        inner_lr=0.3,
+        rate=rate(3),
         phase=phase,
         weight_gradient=weight_gradient,
         bias_gradient=bias_gradient,
@@ -301,7 +306,7 @@ def inner_linear_twice(
         y = inner_linear(x_context, handle, layer, contexts, level)
         with phase.inner():
             (gradient,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
-        handle = handle - 0.3 * gradient
+        handle = depend_on(handle, gradient)
     return inner_linear(x_query, handle, layer, queries, steps)
 
 
@@ -358,7 +363,7 @@ def test_the_update_is_applied_in_the_order_of_the_fewest_products(tokens: int) 
         None,
         inner_weight=True,
         inner_bias=False,
-        inner_lr=0.3,
+        rate=rate(groups),
         phase=Phase(second_order=True),
         weight_gradient=None,
         bias_gradient=None,
@@ -430,15 +435,12 @@ def inner_lora_twice(
     make.
     """
     contexts, queries = (GroupedRows(group, 3) for group in groups)
-    phase = Phase(second_order=True)
-    layer = InnerLora(weight.detach(), inner_lr=0.3, phase=phase)
     own = weight.expand(3, *weight.shape)
     for level in range(steps):
-        y = inner_lora(x_context, own, layer, contexts, level)
-        with phase.inner():
-            (after,) = torch.autograd.grad(y.sin().sum(), own, create_graph=True)
-        own = stepped(own, after)
-    return inner_lora(x_query, own, layer, queries, steps)
+        y = lora_product(x_context, weight.detach(), own, contexts, level)
+        (gradient,) = torch.autograd.grad(y.sin().sum(), own, create_graph=True)
+        own = rate(3).step(own, gradient)
+    return lora_product(x_query, weight.detach(), own, queries, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -466,26 +468,17 @@ def test_inner_lora_is_differentiable_again_after_two_inner_steps() -> None:
     assert gradgradcheck(lambda *x: inner_lora_twice(*x, group, 2), inputs)
 
 
-def test_an_adapter_that_is_used_twice_in_one_forward_pass_raises() -> None:
-    phase, rows = Phase(second_order=True), GroupedRows(torch.tensor([0]), 1)
-    x, own = leaf(1, 2, 3), leaf(1, 3, 3)
-    layer = InnerLora(own.detach()[0], inner_lr=0.3, phase=phase)
-    y = inner_lora(inner_lora(x, own, layer, rows, 0), own, layer, rows, 0)
-    with pytest.raises(UserError, match="used twice in one forward pass"), phase.inner():
-        torch.autograd.grad(y.sum(), own, create_graph=True)
-
-
 def inner_embedding_once(table: Tensor, ids: list[Tensor], groups: list[Tensor]) -> Tensor:
     contexts, queries = (GroupedRows(group, 2) for group in groups)
     phase, gradient = Phase(second_order=True), WeightGradient(table)
     layer = InnerEmbedding(
-        table.detach(), padding_idx=0, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+        table.detach(), padding_idx=0, inner=True, rate=rate(2), phase=phase, gradient=gradient
     )
     handle = weight_handle((table, gradient))
     y = inner_embedding(ids[0], handle, layer, contexts, 0)
     with phase.inner():
         (step,) = torch.autograd.grad(y.sin().sum(), handle, create_graph=True)
-    return inner_embedding(ids[1], handle - 0.3 * step, layer, queries, 1)
+    return inner_embedding(ids[1], depend_on(handle, step), layer, queries, 1)
 
 
 def test_inner_embedding_equals_a_materialised_table_and_its_double_backward_is_right() -> None:
@@ -514,7 +507,7 @@ def test_a_use_outside_an_inner_step_raises_under_create_graph() -> None:
         None,
         inner_weight=True,
         inner_bias=False,
-        inner_lr=0.1,
+        rate=rate(1),
         phase=Phase(second_order=True),
         weight_gradient=gradient,
         bias_gradient=None,
@@ -542,7 +535,7 @@ def vocabulary_twice(
     contexts, queries = (GroupedRows(group, 2) for group in groups)
     phase, gradient = Phase(second_order=True), WeightGradient(table)
     vocabulary = Vocabulary(
-        table.detach(), padding_idx=None, inner=True, inner_lr=0.3, phase=phase, gradient=gradient
+        table.detach(), padding_idx=None, inner=True, rate=rate(2), phase=phase, gradient=gradient
     )
     handle = weight_handle((table, gradient))
     vocabulary.begin_contexts(ids[0], contexts)
@@ -557,7 +550,7 @@ def vocabulary_twice(
     loss = context_loss(states(ids[0], handle, contexts, 0), weight, handle, vocabulary, 0)
     with phase.inner():
         (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
-    handle = handle - 0.3 * step
+    handle = depend_on(handle, step)
     h_RD = states(ids[1], handle, queries, 1)[:, -1]
     target: Target = GoldTarget(queries.to_groups(ids[1][:, 0]))
     if teacher_RV is not None:

@@ -17,8 +17,9 @@ from gdprompt_fast import fast_meta_step, inner_step, reference_meta_step
 from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.site import MaterialisedSite
 
 Build = Callable[..., Any]
@@ -113,7 +114,7 @@ def change_errors(dtype: torch.dtype) -> tuple[float, float]:
         None,
         inner_weight=True,
         inner_bias=False,
-        inner_lr=1e-3,
+        rate=Rate(torch.full((groups,), 1e-3)),
         phase=Phase(second_order=False),
         weight_gradient=None,
         bias_gradient=None,

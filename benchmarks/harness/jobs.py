@@ -132,7 +132,7 @@ class Run:
             for row in self.rows
             if row["kind"] == "gate"
             and (row["op"], row["pass"]) in gates
-            and not row["status"].startswith(("passed", "not available"))
+            and not row["status"].startswith("passed")
         ]
 
     def _record(self, each: Job, outcome: Row, progress: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import Factor, InnerLinear
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
+from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
 from gdprompt_fast.ops.vocabulary.passes import (
     adjoint_pass,
@@ -22,6 +22,7 @@ from gdprompt_fast.ops.vocabulary.passes import (
     state_gradient,
 )
 from gdprompt_fast.ops.vocabulary.state import Lookup
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.testing.op_inputs import LINEAR, Draw, Shape, sizes
 
 
@@ -34,7 +35,7 @@ def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple
         bias,
         inner_weight=True,
         inner_bias=bias is not None,
-        inner_lr=0.3,
+        rate=Rate(torch.full_like(draw(groups), 0.3, dtype=torch.float32)),
         phase=Phase(second_order=True),
         weight_gradient=None,
         bias_gradient=None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..batch import MetaBatch
-from ..meta.config import LMBatch, MetaStepOutput, check_step
+from ..batch import MetaBatch, describe
+from ..errors import UserError
+from ..meta.config import MetaStepOutput, check_step
+from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..models.architecture import compute_dtype
-from ..models.inner_params import InnerParams
 from .engine import meta_gradient
 from .forward import as_called_finding, logit_findings, loss_findings
 from .gradient import (
@@ -41,16 +43,10 @@ UNCERTAIN = 0.05  # of the slope along the meta-gradient: with more allowed, not
 def check_exactness(
     model: nn.Module,
     batch: MetaBatch,
-    inner_lr: float = 1e-3,
-    inner_steps: int = 1,
-    inner_params: InnerParams = "full",
-    objective: str = "kl",
+    *,
     teacher: TeacherTargets | None = None,
-    outer_reduction: str = "sum",
-    lm_weight: float = 0.0,
-    lm_batch: LMBatch | None = None,
-    backend: str = "auto",
-    recompute: str = "none",
+    lm_batch: LMBatch | tuple[Tensor, Tensor] | None = None,
+    **options: Any,
 ) -> ExactnessReport:
     """Whether :func:`gdprompt_fast.fast_meta_step` gives this very model's exact meta-gradient.
 
@@ -73,32 +69,24 @@ def check_exactness(
     example or a few. The model is left as it was, to the bit, also after an exception.
 
     Args:
-        model, batch, …: as in :func:`gdprompt_fast.fast_meta_step`.
+        model, batch, teacher, lm_batch: as in :func:`gdprompt_fast.fast_meta_step`.
+        options: the fields of a :class:`gdprompt_fast.MetaStepConfig`, with numbers for rates.
 
     Raises:
         ValueError: what ``fast_meta_step`` raises for these arguments.
         FloatingPointError: if a loss is not finite.
     """
-    step = StepArguments(
-        batch,
-        inner_lr,
-        inner_steps,
-        inner_params,
-        objective,
-        teacher,
-        outer_reduction,
-        lm_weight,
-        lm_batch,
-        backend,
-        recompute,
-    )
-    checked = {name: value for name, value in vars(step).items() if name != "inner_params"}
-    ran = check_step(model, first_order=False, **checked)
+    rows = None if lm_batch is None else LMBatch.of(lm_batch)
+    step = StepArguments(batch=batch, teacher=teacher, lm_batch=rows, **options)
+    ran = check_step(model, batch, step.config, teacher, rows)
+    for name in ("inner_lr", "lm_weight"):
+        if not isinstance(value := getattr(step, name), int | float):
+            raise UserError(f"{name}: expected a number, got {describe(value)}")
     with left_as_it_was(model):
         as_called = _as_called(model, replace(step, backend=ran))
         notes: list[str] = []
         for dtype in (torch.float64, torch.float32):
-            obstacle = obstacle_to(dtype, model, ran, inner_params)
+            obstacle = obstacle_to(dtype, model, ran, step.inner_params)
             try:
                 if obstacle is None:
                     return _report(model, step, ran, dtype, as_called, notes)

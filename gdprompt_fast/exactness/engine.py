@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..meta.config import MetaStepOutput
-from ..meta.inner import take_inner_steps
+from ..meta.failures import Failures
+from ..meta.inner import contexts_of, take_inner_steps
 from ..meta.step import fast_meta_step
 from ..models.architecture import compute_dtype
 from ..models.inner_params import select_inner
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .objective import LOGITS, StepArguments
@@ -27,7 +29,10 @@ def meta_gradient(
     model: nn.Module, step: StepArguments, first_order: bool = False
 ) -> tuple[MetaStepOutput, Vector]:
     """What ``fast_meta_step`` returns and adds to ``.grad``, which is None before and after."""
-    out = fast_meta_step(model, first_order=first_order, **vars(step))
+    config = replace(step.config, first_order=first_order)
+    out = fast_meta_step(
+        model, step.batch, teacher=step.teacher, lm_batch=step.lm_batch, config=config
+    )
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
@@ -67,14 +72,14 @@ def logits_at_adapted(model: nn.Module, step: StepArguments) -> Iterator[RowLogi
     """The logits of every query in the engine's forward at the θ' of its group."""
     batch, phase = step.batch, Phase(second_order=False)
     state = StepState(batch.groups, float(step.inner_lr), phase, compute_dtype(model))
-    contexts = GroupedRows(batch.context_group, batch.groups)
-    queries = GroupedRows(batch.query_group, batch.groups)
     with _forward(model, step):
         engine = AdaptedModel(model, select_inner(model, step.inner_params), state)
         with engine.differentiable(step.recompute):
-            tokens = (batch.context_ids, batch.context_loss_mask)
-            take_inner_steps(engine, *tokens, contexts, step.inner_steps)
+            failures = Failures(batch.context_ids.device)
+            take_inner_steps(engine, contexts_of(batch), step.inner_steps, failures)
+            queries = batch.layout.queries
             hidden = engine.hidden_states(batch.query_ids, queries, step.inner_steps).detach()
+    failures.check()
     yield from _logits(engine, hidden, batch.query_ids, batch.query_mask, batch.query_group)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
-from ..meta.config import LMBatch
+from ..meta.config import MetaStepConfig
+from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
-from ..models.inner_params import InnerParams, select_inner
+from ..models.inner_params import select_inner
 from .weights import Vector, moved
 
 LOGITS = 1 << 25  # most elements of logits at once: 256 MB in fp64
@@ -27,21 +28,20 @@ LOGITS = 1 << 25  # most elements of logits at once: 256 MB in fp64
 Loss = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class StepArguments:
-    """The arguments of :func:`gdprompt_fast.fast_meta_step` but for the model."""
+@dataclass(frozen=True, kw_only=True)
+class StepArguments(MetaStepConfig):
+    """A configuration with numbers for rates, and the data of a step."""
 
+    inner_lr: float = 1e-3
+    lm_weight: float = 0.0
     batch: MetaBatch
-    inner_lr: float
-    inner_steps: int
-    inner_params: InnerParams
-    objective: str
     teacher: TeacherTargets | None
-    outer_reduction: str
-    lm_weight: float
     lm_batch: LMBatch | None
-    backend: str
-    recompute: str
+
+    @property
+    def config(self) -> MetaStepConfig:
+        """Without the data."""
+        return MetaStepConfig(**{f.name: getattr(self, f.name) for f in fields(MetaStepConfig)})
 
     def in_dtype(self, dtype: torch.dtype) -> StepArguments:
         """The same with the teacher's targets in ``dtype``, so that nobody rounds them."""
@@ -165,7 +165,7 @@ class Objective:
         if pair is None:
             rows = (batch.context_ids, batch.context_mask, batch.context_loss_mask)
         else:
-            rows = (*pair, pair[1])
+            rows = (pair.ids, pair.mask, pair.mask)
         for ids, real, counted in zip(*rows, strict=True):
             yield from self._next_token_nll(ids[real], counted[real], 1 / len(rows[0]))
 

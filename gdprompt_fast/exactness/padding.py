@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..meta.lm_batch import LMBatch
 from ..models.architecture import causal_lm
 from .objective import StepArguments
 
@@ -22,7 +23,8 @@ def without_padding_token(
     embedding = causal_lm(model).get_input_embeddings()
     token, batch = getattr(embedding, "padding_idx", None), step.batch
     texts = [(batch.context_ids, batch.context_mask), (batch.query_ids, batch.query_mask)]
-    texts += [] if step.lm_batch is None else [step.lm_batch]
+    lm_batch = step.lm_batch
+    texts += [] if lm_batch is None else [(lm_batch.ids, lm_batch.mask)]
     if token is None or not any(_is_read(token, *text) for text in texts):
         return step, ()
     other = (token + 1) % len(embedding.weight)
@@ -30,7 +32,8 @@ def without_padding_token(
     def changed(ids: Tensor) -> Tensor:
         return ids.masked_fill(ids == token, other)
 
-    lm_batch = None if step.lm_batch is None else (changed(step.lm_batch[0]), step.lm_batch[1])
+    if lm_batch is not None:
+        lm_batch = LMBatch(changed(lm_batch.ids), lm_batch.mask)
     ids = {name: changed(getattr(batch, name)) for name in ("context_ids", "query_ids")}
     note = (
         f"Token {token} is the model's padding token and occurs as a real one; PyTorch takes no "

@@ -3,13 +3,121 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+_on_the_device = False
+
+
+class Failures:
+    """What of a step was not finite, found on its device without waiting for it.
+
+    On a CPU nothing is waited for: there a value that is not finite raises at once, while ``.grad``
+    is untouched.
+
+    Attributes:
+        flags: a bool [] for each thing looked at, up if it was not finite.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.at_once = device.type == "cpu" and not _on_the_device
+        self.flags: list[Tensor] = []
+        self._names: list[str] = []
+
+    def watch(self, name: str, values: Tensor) -> None:
+        """That values are finite."""
+        bad = (~torch.isfinite(values)).any()
+        if self.at_once and bad:
+            raise _not_finite(name)
+        self.add([name], [bad])
+
+    def watch_inner_loss(
+        self, loss_C: Tensor, step: int, first_group: int, group_C: Tensor
+    ) -> None:
+        """That the contexts' shares of their groups' inner losses at an inner step are finite."""
+        if self.at_once:
+            check_inner_loss(loss_C, step, first_group, group_C)
+        self.watch(f"inner loss at inner step {step + 1}", loss_C)
+
+    def add(self, names: Sequence[str], flags: Sequence[Tensor]) -> None:
+        """What others have looked at."""
+        self._names += names
+        self.flags += flags
+
+    @property
+    def found_inf(self) -> Tensor:
+        """fp32 [], 1 if anything was not finite."""
+        if not self.flags:
+            return torch.zeros((), device=self.device)
+        return torch.stack(self.flags).any().float()
+
+    def check(self) -> None:
+        """Waits for the flags.
+
+        Raises:
+            FloatingPointError: naming the first thing that was not finite.
+        """
+        for name, up in zip(self._names, self.flags, strict=True):
+            if up:
+                raise _not_finite(name)
+
+
+class _Pending:
+    """A step's flag on its way to the host."""
+
+    def __init__(self, failures: Failures) -> None:
+        self.failures = failures
+        self.flag = failures.found_inf.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if failures.device.type == "cuda" else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def check(self) -> bool:
+        """Whether it is here; raises if it is up."""
+        if self.arrived is not None and not self.arrived.query():
+            return False
+        if self.flag:
+            self.failures.check()
+        return True
+
+
+_pending: weakref.WeakKeyDictionary[nn.Module, list[_Pending]] = weakref.WeakKeyDictionary()
+
+
+def pend(model: nn.Module, failures: Failures) -> None:
+    """Has a later step on the model raise what this one's values turn out to be."""
+    if failures.device.type == "cuda":
+        _pending.setdefault(model, []).append(_Pending(failures))
+
+
+def raise_pending(model: nn.Module) -> None:
+    """Raises what earlier steps on the model have found, as far as that is known by now."""
+    waiting = _pending.pop(model, [])
+    rest = [each for each in waiting if not each.check()]
+    if rest:
+        _pending[model] = rest
+
+
+def _not_finite(name: str) -> FloatingPointError:
+    return FloatingPointError(f"{name}: expected finite numbers, got NaN or infinite ones")
+
+
+@contextmanager
+def found_on_the_device() -> Iterator[None]:
+    """Inside, steps on a CPU find failures as those on a GPU do: no value is read."""
+    global _on_the_device
+    before, _on_the_device = _on_the_device, True
+    try:
+        yield
+    finally:
+        _on_the_device = before
 
 
 @contextmanager
@@ -43,14 +151,21 @@ def nothing_changed_in_place() -> Iterator[None]:
         ) from error
 
 
-def check_inner_loss(loss_G: Tensor, step: int, first_group: int = 0) -> None:
+def check_inner_loss(
+    loss_C: Tensor, step: int, first_group: int = 0, group_C: Tensor | None = None
+) -> None:
     """A NaN or infinite inner loss would poison every meta-gradient; stop while ``.grad`` is
     untouched.
+
+    Args:
+        loss_C: a share of an inner loss each.
+        group_C: the group of each, counted from ``first_group``; one each by default.
     """
-    bad = ~torch.isfinite(loss_G)
+    bad = ~torch.isfinite(loss_C)
     if bad.any():
-        group = int(bad.nonzero()[0])
+        index = int(bad.nonzero()[0])
+        group = first_group + (index if group_C is None else int(group_C[index]))
         raise FloatingPointError(
-            f"inner loss: expected a finite number, got {float(loss_G[group])} "
-            f"for group {first_group + group} at inner step {step + 1}"
+            f"inner loss: expected a finite number, got {float(loss_C[index])} "
+            f"for group {group} at inner step {step + 1}"
         )

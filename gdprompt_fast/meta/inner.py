@@ -4,52 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..batch import check_context_group, check_contexts, check_loss_mask, describe
+from ..batch import MetaBatch, check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
+from ..layout import context_weights
 from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..models.inner_params import InnerParams, select_inner
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .config import check_inner, check_verify
-from .failures import check_inner_loss, nothing_changed_in_place
-from .loss_weights import context_weights
+from .failures import Failures, nothing_changed_in_place
 from .verify import verify_model
+
+
+class Contexts(NamedTuple):
+    """What the inner steps are taken on; see :class:`gdprompt_fast.layout.Layout`."""
+
+    ids: Tensor
+    rows: GroupedRows
+    share_C: Tensor
+    weight_CT: Tensor
+
+
+def contexts_of(batch: MetaBatch) -> Contexts:
+    layout = batch.layout
+    return Contexts(batch.context_ids, layout.contexts, layout.share_C, layout.weight_CT)
 
 
 def take_inner_steps(
     adapted: AdaptedModel,
-    context_ids: Tensor,
-    loss_mask: Tensor,
-    rows: GroupedRows,
+    contexts: Contexts,
     steps: int,
+    failures: Failures,
     keep_graph: bool = False,
+    first_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the inner steps on the tokens of ``loss_mask`` [C, Tc]; afterwards the sites of
-    ``adapted`` are at θ'.
+    """Takes the inner steps; afterwards the sites of ``adapted`` are at θ'.
+
+    Args:
+        first_group: the number of the first group, for messages.
 
     Returns:
         The mean next-token NLL of every context at θ, [C], with its graph if ``keep_graph``, and
-        the mean over groups of the inner loss at θ, detached.
+        the sum over groups of the inner loss at θ, detached.
     """
-    share_C, weight_CT = context_weights(rows.group_B, rows.groups, loss_mask)
-    adapted.vocabulary.vocabulary.begin_contexts(context_ids, rows)
+    adapted.vocabulary.vocabulary.begin_contexts(contexts.ids, contexts.rows)
     first: Tensor | None = None
     for step in range(steps):
-        hidden_CTD = adapted.hidden_states(context_ids, rows, level=step)
+        hidden_CTD = adapted.hidden_states(contexts.ids, contexts.rows, level=step)
         dtype = torch.promote_types(hidden_CTD.dtype, torch.float32)
-        nll_C = adapted.vocabulary.context_loss(hidden_CTD, weight_CT.to(dtype))
-        loss_C = nll_C * share_C.to(dtype)
-        loss_G = loss_C.detach().new_zeros(rows.groups).index_add_(0, rows.group_B, loss_C.detach())
-        check_inner_loss(loss_G, step)
-        adapted.inner_step(loss_C.sum(), retain_graph=keep_graph and step == 0)
+        nll_C = adapted.vocabulary.context_loss(hidden_CTD, contexts.weight_CT.to(dtype))
+        loss_C = nll_C * contexts.share_C.to(dtype)
+        failures.watch_inner_loss(loss_C.detach(), step, first_group, contexts.rows.group_B)
+        loss = loss_C.sum()
+        adapted.inner_step(loss, retain_graph=keep_graph and step == 0)
         if first is None:
-            first, inner_loss = nll_C, loss_G.mean()
+            first, inner_loss = nll_C, loss.detach()
     assert first is not None
     return first, inner_loss
 
@@ -143,11 +159,16 @@ def inner_step(
     dtype = compute_dtype(model)
     state = StepState(groups, float(inner_lr), Phase(second_order=False), dtype)
     autocast = torch.autocast(context_ids.device.type, enabled=False)
+    share_C, weight_CT = (
+        weights.to(group.device)
+        for weights in context_weights(group.cpu(), groups, loss_mask.cpu())
+    )
+    contexts = Contexts(context_ids, GroupedRows(group, groups), share_C, weight_CT)
+    failures = Failures(context_ids.device)
     with torch.enable_grad(), autocast, nothing_changed_in_place():
         adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable():
-            take_inner_steps(
-                adapted, context_ids, loss_mask, GroupedRows(group, groups), inner_steps
-            )
+            take_inner_steps(adapted, contexts, inner_steps, failures)
+    failures.check()
     adapted.detach(level=inner_steps)
     return InnerUpdate(adapted)

@@ -9,64 +9,69 @@ from torch import Tensor, nn
 
 from ..batch import MetaBatch
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
 from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
-from .config import LMBatch
-from .loss_weights import context_weights
+from .lm_batch import LMBatch
 from .targets import TeacherTargets
 
 
-def outer_target(
-    batch: MetaBatch, teacher: TeacherTargets | None, token_rows: GroupedRows, state: StepState
-) -> Target:
-    """What each response token's prediction is compared with, in group-major order."""
+def query_loss(
+    adapted: AdaptedModel,
+    batch: MetaBatch,
+    teacher: TeacherTargets | None,
+    level: int,
+    outer_reduction: str,
+    query_count: Tensor,
+) -> Tensor:
+    """The share of the batch's queries in the mean of the outer loss at each group's θ'.
+
+    Args:
+        teacher: with a target for each slot of the batch's layout.
+    """
+    layout = batch.layout
+    hidden_BTD = adapted.hidden_states(batch.query_ids, layout.queries, level)
+    hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, layout.position_S - 1)
+    target = _target(batch, teacher, adapted.state)
+    losses_S = adapted.vocabulary.response_loss(hidden_SD, target, layout.slots)
+    weight_S = layout.weight_S if outer_reduction == "sum" else layout.mean_weight_S
+    return (losses_S * (weight_S / query_count).to(losses_S.dtype)).sum()
+
+
+def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) -> Target:
+    """What the prediction of each slot's token is compared with, [G, J, …]."""
+    layout = batch.layout
     if teacher is None:
-        return GoldTarget(token_rows.to_groups(batch.query_ids[batch.response_mask]))
+        ids_S = batch.query_ids.flatten().index_select(0, layout.position_S)
+        return GoldTarget(layout.slots.to_groups(ids_S))
     logits, hidden = teacher.logits, teacher.hidden
     return TeacherTarget(
-        None if logits is None else token_rows.to_groups(logits),
-        None if hidden is None else token_rows.to_groups(state.cast(hidden)),
+        None if logits is None else layout.slots.to_groups(logits),
+        None if hidden is None else layout.slots.to_groups(state.cast(hidden)),
         teacher.head,
     )
-
-
-def response_weights(
-    batch: MetaBatch, query_count: int, outer_reduction: str, dtype: torch.dtype
-) -> Tensor:
-    """The weight of every response token in the mean over ``query_count`` queries, [R]."""
-    lengths_Q = batch.response_mask.sum(1)
-    per_query = torch.full_like(lengths_Q, 1, dtype=dtype) / query_count
-    if outer_reduction == "mean":
-        per_query = per_query / lengths_Q
-    return per_query.repeat_interleave(lengths_Q)
 
 
 def lm_backward(
     model: nn.Module,
     lm_batch: LMBatch,
-    count: int,
-    weight: float,
+    count: Tensor,
+    weight: Tensor | None,
     dtype: torch.dtype | None,
     recompute: str,
 ) -> Tensor:
     """The share of some rows in the mean over ``count`` of each row's mean next-token NLL at θ;
-    adds weight times its gradient to ``.grad``.
+    adds weight times its gradient to ``.grad``, if there is a weight.
     """
-    ids, mask = lm_batch
-    one_group = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False), dtype))
     with adapted.differentiable(recompute):
-        hidden_BTD = adapted.hidden_states(ids, GroupedRows(one_group, 1), level=0)
-        _, weight_BT = context_weights(one_group, 1, mask)
-        predicts = weight_BT > 0
-        hidden_ND = hidden_BTD[predicts]
-        rows = GroupedRows(one_group.repeat_interleave(predicts.sum(1)), 1)
-        target = GoldTarget(rows.to_groups(ids.roll(-1, 1)[predicts]))
-        losses_N = adapted.vocabulary.response_loss(hidden_ND, target, rows)
-        loss = (losses_N * weight_BT[predicts].to(losses_N.dtype)).sum() / count
-        if weight > 0:
+        hidden_BTD = adapted.hidden_states(lm_batch.ids, lm_batch.rows, level=0)
+        hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, lm_batch.position_P)
+        next_ids_P = lm_batch.ids.flatten().index_select(0, lm_batch.position_P + 1)
+        target = GoldTarget(lm_batch.predictions.to_groups(next_ids_P))
+        losses_P = adapted.vocabulary.response_loss(hidden_PD, target, lm_batch.predictions)
+        loss = (losses_P * (lm_batch.weight_P / count).to(losses_P.dtype)).sum()
+        if weight is not None:
             (weight * loss).backward()
         adapted.release()
     return loss.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +79,22 @@ class TeacherTargets:
         hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)
         return TeacherTargets(hidden=hidden, head=head.weight.detach())
 
-    def select(self, tokens_R: Tensor) -> TeacherTargets:
-        """The targets of some of the response tokens, by a BoolTensor [R]."""
+    def select(self, tokens: Tensor) -> TeacherTargets:
+        """The targets of some of the response tokens, by their numbers."""
+        return self.map(lambda per_token: per_token.index_select(0, tokens))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TeacherTargets:
+        """The same with ``change`` applied to what there is of each token."""
         if self.logits is not None:
-            return TeacherTargets(logits=self.logits[tokens_R])
+            return TeacherTargets(logits=change(self.logits))
         assert self.hidden is not None
-        return TeacherTargets(hidden=self.hidden[tokens_R], head=self.head)
+        return TeacherTargets(hidden=change(self.hidden), head=self.head)
+
+    @property
+    def key(self) -> Any:
+        """Equal where the same work is to be done: the head stays where it is."""
+        head = None if self.head is None else (self.head.data_ptr(), self.head.dtype)
+        return tuple(self._per_token.shape), self._per_token.dtype, self.logits is None, head
 
     @property
     def tokens(self) -> int:

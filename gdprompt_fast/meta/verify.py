@@ -24,8 +24,8 @@ from ..models.architecture import causal_lm, compute_dtype
 from ..models.graph import check_twice_differentiable
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
 from ..ops.vocabulary.block import tile_elements
+from ..rows import GroupedRows
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
 from .fingerprint import fingerprint
@@ -48,6 +48,7 @@ def verify_model(
     inner: dict[str, nn.Parameter],
     backend: str,
     recompute: str = "none",
+    of_model: Any = None,
 ) -> None:
     """Verifies the model at its first step, and whenever it is not as it was then.
 
@@ -56,11 +57,13 @@ def verify_model(
         inner: the parameters the inner step moves.
         backend: that of the step.
         recompute: as in :func:`gdprompt_fast.fast_meta_step`.
+        of_model: its fingerprint, where that is known.
 
     Raises:
         UserError: naming what the engine would get wrong; nothing has changed.
     """
-    now = fingerprint(model, context_ids.shape[1]), tuple(inner), backend, recompute
+    of_model = of_model or fingerprint(model, context_ids.shape[1])
+    now = of_model, tuple(inner), backend, recompute
     if _verified.get(model) == now:
         return
     lengths = context_mask.sum(1)

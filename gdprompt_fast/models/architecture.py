@@ -174,23 +174,31 @@ def check_deterministic(model: nn.Module) -> None:
 
 
 def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:
-    """Ids are in the vocabulary, and rows no longer than learned positions."""
+    """Ids [B, T] are in the vocabulary, and rows no longer than learned positions."""
+    check_id_range(name, (int(ids.min()), int(ids.max())), ids.shape[1], model)
+
+
+def check_id_range(name: str, between: tuple[int, int], width: int, model: nn.Module) -> None:
+    """:func:`check_ids` of ids whose lowest and highest are known."""
     inner = causal_lm(model)
     vocabulary, config = len(inner.get_input_embeddings().weight), inner.config
-    low, high = int(ids.min()), int(ids.max())
+    low, high = between
     if low < 0 or high >= vocabulary:
         raise UserError(f"{name}: expected token ids in [0, {vocabulary}), got [{low}, {high}]")
     family = family_of(inner)
     learned = family is not None and family.learned_positions
-    if learned and ids.shape[1] > config.max_position_embeddings:
+    if learned and width > config.max_position_embeddings:
         raise UserError(
             f"{name}: expected at most {config.max_position_embeddings} tokens in a row, "
-            f"got {ids.shape[1]}"
+            f"got {width}"
         )
 
 
 def check_row_lengths(name: str, mask: Tensor, model: nn.Module) -> None:
     """Rotary tables that depend on the length of a row do so on the longest of a padded batch.
+
+    Args:
+        mask: [B, T], on the host where a step is not to wait.
 
     Raises:
         UserError: for padding beside rows long enough for that.

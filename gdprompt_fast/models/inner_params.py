@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from .architecture import causal_lm
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
 
@@ -48,3 +49,17 @@ def _is_active(name: str, model: nn.Module) -> bool:
     path, _, rest = name.rpartition(".lora_")
     layer: Any = model.get_submodule(path)
     return rest.split(".")[1] in layer.active_adapters
+
+
+def layers_of(model: nn.Module, inner: dict[str, nn.Parameter]) -> dict[str, str]:
+    """The layer of each parameter that the inner step moves, by the parameter's name; a tied
+    embedding is one with its head.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    lm: Any = causal_lm(model)
+    head, tokens = lm.get_output_embeddings(), lm.get_input_embeddings()
+    layers = {name: name.rpartition(".")[0] for name in inner}
+    if tokens.weight is head.weight:
+        tied = names[id(tokens)], names[id(head)]
+        layers = {name: tied[1] if layer in tied else layer for name, layer in layers.items()}
+    return layers

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
-from .phase import Phase, handle_like
-from .rows import GroupedRows
+from .handle import handle_like
+from .phase import Phase
+from .rate import Rate
 
 UNUSED = -1  # the id of an unused place in group-major order; matches no token
 
@@ -37,7 +39,7 @@ class InnerEmbedding:
         weight_VD: the table.
         padding_idx: as in ``nn.Embedding``: no gradient reaches this row.
         inner: whether the inner step moves it.
-        inner_lr: η.
+        rate: η.
         phase: tells the inner backward from the last one.
         gradient: where outer gradients go; None if frozen.
     """
@@ -48,12 +50,12 @@ class InnerEmbedding:
         padding_idx: int | None,
         *,
         inner: bool,
-        inner_lr: float,
+        rate: Rate,
         phase: Phase,
         gradient: WeightGradient | None,
     ) -> None:
         self.weight_VD, self.padding_idx = weight_VD, padding_idx
-        self.inner, self.inner_lr, self.phase, self.gradient = inner, inner_lr, phase, gradient
+        self.inner, self.rate, self.phase, self.gradient = inner, rate, phase, gradient
         self.factors: list[_LookupFactor] = []
 
     def lookup(self, ids: Tensor, rows: GroupedRows, level: int) -> Tensor:
@@ -63,7 +65,7 @@ class InnerEmbedding:
                 _matches(rows.to_groups(ids, UNUSED).flatten(1), factor.ids_GS, y.dtype)
                 @ factor.e_GSD
             )
-            y.add_(rows.tokens_from_groups(change, tuple(ids.shape[1:])), alpha=-self.inner_lr)
+            y.add_(rows.tokens_from_groups(self.rate.scale_(change), tuple(ids.shape[1:])))
         return y
 
     def record(self, ids: Tensor, e: Tensor, rows: GroupedRows, level: int) -> _LookupFactor:
@@ -79,19 +81,22 @@ class InnerEmbedding:
     def push(self, ids: Tensor, f: Tensor, rows: GroupedRows, level: int) -> None:
         if self.gradient is not None:
             self.gradient.add_rows(ids.flatten(), f.flatten(0, -2))
-        if self.phase.second_order:
-            pair = rows.to_groups(ids, UNUSED).flatten(1), rows.tokens_to_groups(f)
-            for factor in self.factors[:level]:
-                factor.pairs.append(pair)
+        for factor in self.factors[:level]:
+            ids_GM, f_GMD = rows.to_groups(ids, UNUSED).flatten(1), rows.tokens_to_groups(f)
+            if self.phase.second_order:
+                factor.pairs.append((ids_GM, f_GMD))
+            if self.rate.gradient is not None:
+                matches = _matches(ids_GM, factor.ids_GS, f_GMD.dtype)
+                self.rate.add_gradient(matches, f_GMD @ factor.e_GSD.transpose(1, 2))
 
     def pull(self, factor: _LookupFactor) -> Tensor | None:
         """The cotangent Ē = −η Σ 1[c_t = q] f_q of a factor; frees its uses."""
         total: Tensor | None = None
         for ids_GM, f_GMD in factor.pairs:
-            change = (_matches(factor.ids_GS, ids_GM, f_GMD.dtype) @ f_GMD).mul_(-self.inner_lr)
+            change = _matches(factor.ids_GS, ids_GM, f_GMD.dtype) @ f_GMD
             total = change if total is None else total.add_(change)
         factor.pairs.clear()
-        return total
+        return None if total is None else self.rate.scale_(total)
 
     def without_padding(self, e: Tensor, ids: Tensor) -> Tensor:
         return drop_padding(e, ids, self.padding_idx)

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .backend import implementation
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
-from .phase import Phase, handle_like
-from .rows import GroupedRows
+from .handle import handle_like
+from .phase import Phase
+from .rate import Rate
 
 
 class Factor:
@@ -57,7 +59,7 @@ class InnerLinear:
         weight_OI: the weight; a transposed view for a layer that stores [I, O].
         bias_O: the bias or None.
         inner_weight, inner_bias: whether the inner step moves them.
-        inner_lr: η.
+        rate: η.
         phase: tells the inner backward from the last one.
         weight_gradient, bias_gradient: where outer gradients go; None if frozen.
     """
@@ -69,14 +71,14 @@ class InnerLinear:
         *,
         inner_weight: bool,
         inner_bias: bool,
-        inner_lr: float,
+        rate: Rate,
         phase: Phase,
         weight_gradient: WeightGradient | None,
         bias_gradient: WeightGradient | None,
     ) -> None:
         self.weight_OI, self.bias_O = weight_OI, bias_O
         self.inner_weight, self.inner_bias = inner_weight, inner_bias
-        self.inner_lr, self.phase = inner_lr, phase
+        self.rate, self.phase = rate, phase
         self.weight_gradient, self.bias_gradient = weight_gradient, bias_gradient
         self.factors: list[Factor] = []
 
@@ -116,6 +118,12 @@ class InnerLinear:
         """Adds Fᵀ U to the cotangent of the weight at ``level``; and F's sum to that of the bias,
         which a double backward does not meet.
         """
+        if self.rate.gradient is not None:
+            for factor in self.factors[:level]:
+                match_GMS = self._match(
+                    u_GMI, factor.x_GSI, self.inner_bias and not double_backward
+                )
+                self.rate.add_gradient(match_GMS, f_GMO @ factor.e_GSO.transpose(1, 2))
         factors = self.factors[:level] if self.phase.second_order else []
         for factor in factors:
             factor.pairs.append((u_GMI, f_GMO, not double_backward))
@@ -163,9 +171,9 @@ class InnerLinear:
         if self._forms_update(x_GMI, key_GSI, value_GSO):
             y_GMO, rest = torch.nn.functional.linear(x_GMI, weight_OI, bias_O), factors
         else:
-            match_GMS = self._match(x_GMI, key_GSI, ones)
+            match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
             y_GMO = implementation("linear", x_GMI).updated_product(
-                x_GMI, weight_OI, bias_O, match_GMS, value_GSO, -self.inner_lr
+                x_GMI, weight_OI, bias_O, match_GMS, value_GSO, 1.0
             )
         for key_GSI, value_GSO in rest:
             self._add_update(y_GMO, x_GMI, key_GSI, value_GSO, ones)
@@ -176,12 +184,13 @@ class InnerLinear:
     ) -> None:
         """y −= η (x Keyᵀ + ones) Value, in place."""
         if not self._forms_update(x_GMI, key_GSI, value_GSO):
-            y_GMO.baddbmm_(self._match(x_GMI, key_GSI, ones), value_GSO, alpha=-self.inner_lr)
+            y_GMO.baddbmm_(self.rate.scale_(self._match(x_GMI, key_GSI, ones)), value_GSO)
             return
+        x_GMI = self.rate.scaled(x_GMI)
         for y_MO, x_MI, key_SI, value_SO in zip(y_GMO, x_GMI, key_GSI, value_GSO, strict=True):
-            y_MO.addmm_(x_MI, key_SI.T @ value_SO, alpha=-self.inner_lr)
+            y_MO.addmm_(x_MI, key_SI.T @ value_SO)
         if ones:
-            y_GMO.sub_(value_GSO.sum(1, keepdim=True), alpha=self.inner_lr)
+            y_GMO.add_(self.rate.scale_(value_GSO.sum(1, keepdim=True)))
 
     def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor) -> bool:
         """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""

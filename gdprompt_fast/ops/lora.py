@@ -19,55 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..rows import GroupedRows
 from .backend import implementation
-from .guard import used_twice
-from .phase import Phase
-from .rows import GroupedRows
-
-
-class InnerLora:
-    """One low-rank weight W and how the inner step moves it.
-
-    Args:
-        weight_OI: W at θ.
-        inner_lr: η.
-        phase: tells the inner backward from the last one.
-    """
-
-    def __init__(self, weight_OI: Tensor, *, inner_lr: float, phase: Phase) -> None:
-        self.weight_OI = weight_OI
-        self.inner_lr, self.phase = inner_lr, phase
-        self._steps = 0
-
-    def step(self, own_GOI: Tensor, e: Tensor, x: Tensor, rows: GroupedRows, level: int) -> Tensor:
-        """W' after the inner step at ``level``; without its dependence on the W' before."""
-        if not self.phase.replaying:
-            if self._steps != level:
-                raise used_twice("an adapter")
-            self._steps += 1
-        return lora_materialise(own_GOI.detach(), e, x, rows, -self.inner_lr)
-
-
-def inner_lora(
-    x: Tensor, own_GOI: Tensor, layer: InnerLora, rows: GroupedRows, level: int
-) -> Tensor:
-    """y[b] = x[b] W'ᵀ with the weight of row b's group after ``level`` inner steps.
-
-    During an inner step, what its backward returns for W' is not the gradient but the W' of the
-    next level, so that gradient and update are one launch: to be given to :func:`stepped`.
-
-    Args:
-        x: [B, …, I].
-        own_GOI: W' at ``level``; at level 0 every group's is W.
-    """
-    return _LoraProduct.apply(x, layer.weight_OI, own_GOI, rows, level, layer)
-
-
-def stepped(own_GOI: Tensor, after_GOI: Tensor) -> Tensor:
-    """W' after a step, as :func:`inner_lora` returned it: it also depends on the W' before, as
-    W' − η ∂L/∂W' does.
-    """
-    return _Stepped.apply(own_GOI, after_GOI)
 
 
 def lora_product(
@@ -84,7 +37,7 @@ def lora_product(
         own_GOI: W' in fp32, or fp64 for fp64.
         level: at 0 every group's W' is W: the plain product.
     """
-    return _LoraProduct.apply(x, weight_OI, own_GOI, rows, level, None)
+    return _LoraProduct.apply(x, weight_OI, own_GOI, rows, level)
 
 
 def lora_materialise(
@@ -110,10 +63,9 @@ class _LoraProduct(Function):
         own_GOI: Tensor,
         rows: GroupedRows,
         level: int,
-        layer: InnerLora | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight_OI, own_GOI)
-        ctx.use = rows, level, layer
+        ctx.use = rows, level
         if level == 0 and weight_OI is not None:
             return torch.nn.functional.linear(x, weight_OI)
         return implementation("lora", x).lora_product(x, weight_OI, own_GOI, rows)
@@ -122,16 +74,14 @@ class _LoraProduct(Function):
     def backward(ctx: Any, e: Tensor) -> Any:
         # x̄ = e W';  W̄' = Σ eᵀ x
         x, weight_OI, own_GOI = ctx.saved_tensors
-        rows, level, layer = ctx.use
+        rows, level = ctx.use
         dx, down_GOI = None, None
         if ctx.needs_input_grad[0]:
             weight_IO = None if weight_OI is None else weight_OI.T
             dx = lora_product(e, weight_IO, own_GOI.transpose(1, 2), rows, level)
-        if layer is not None and layer.phase.inner_backward:
-            down_GOI = layer.step(own_GOI, e, x, rows, level)
-        elif ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2]:
             down_GOI = lora_materialise(None, e, x, rows, 1.0)
-        return dx, None, down_GOI, None, None, None
+        return dx, None, down_GOI, None, None
 
 
 class _LoraMaterialise(Function):
@@ -157,13 +107,3 @@ class _LoraMaterialise(Function):
         cot_e = lora_product(x, None, scaled_GOI, ctx.rows) if needs_e else None
         cot_x = lora_product(e, None, scaled_GOI.transpose(1, 2), ctx.rows) if needs_x else None
         return cot_GOI if needs_own else None, cot_e, cot_x, None, None
-
-
-class _Stepped(Function):
-    @staticmethod
-    def forward(ctx: Any, own_GOI: Tensor, after_GOI: Tensor) -> Tensor:
-        return after_GOI.view_as(after_GOI)
-
-    @staticmethod
-    def backward(ctx: Any, cot_GOI: Tensor) -> Any:
-        return cot_GOI, cot_GOI

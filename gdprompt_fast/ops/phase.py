@@ -1,17 +1,9 @@
-"""What the ops of one meta step share: which backward is running, and the handles of their
-weights.
-"""
+"""What the ops of one meta step share: which backward is running."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import Tensor
-from torch.autograd import Function
-
-from .gradient import WeightGradient
 
 
 class Phase:
@@ -44,32 +36,3 @@ class Phase:
             yield
         finally:
             self.replaying = False
-
-
-def handle_like(handle: Tensor) -> Tensor:
-    """The gradient of a handle: it has no elements either."""
-    return handle.new_empty(0)
-
-
-def weight_handle(*weights: tuple[Tensor, WeightGradient | None]) -> Tensor:
-    """The handle of some parameters at θ: depends on those that are trained, has no elements.
-
-    The last backward through it, after all uses, hands autograd the gradients the uses have summed.
-    """
-    trained = [(weight, gradient) for weight, gradient in weights if gradient is not None]
-    if not trained:
-        return weights[0][0].new_empty(0).requires_grad_()
-    return _WeightHandle.apply(
-        [gradient for _, gradient in trained], *(weight for weight, _ in trained)
-    )
-
-
-class _WeightHandle(Function):
-    @staticmethod
-    def forward(ctx: Any, gradients: list[WeightGradient], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return weights[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        return None, *(gradient.take() for gradient in ctx.gradients)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +12,13 @@ from torch.func import functional_call
 
 from ..batch import MetaBatch
 from ..errors import UserError
-from ..meta.config import LMBatch, MetaStepOutput, check_step
-from ..meta.failures import check_inner_loss, clean_after_error
+from ..meta.config import MetaStepConfig, MetaStepOutput, Rate, check_step
+from ..meta.failures import Failures, check_inner_loss, clean_after_error
+from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..models.architecture import compute_dtype
 from ..models.graph import check_twice_differentiable
-from ..models.inner_params import InnerParams, select_inner
+from ..models.inner_params import layers_of, select_inner
 from ..update.masks import attention_by
 
 Parameters = dict[str, Tensor]
@@ -52,22 +56,24 @@ def adapt(
     inner: Parameters,
     batch: MetaBatch,
     group: int,
-    inner_lr: float,
-    inner_steps: int,
-    first_order: bool,
+    config: MetaStepConfig,
 ) -> tuple[Parameters, Tensor]:
     """θ' of one group, with its graph, and the group's inner loss at θ."""
-    rows = (batch.context_group == group).nonzero().flatten()
+    real = batch.layout.real.contexts
+    rows = (batch.context_group[:real] == group).nonzero().flatten()
     ids, mask = batch.context_ids[rows], batch.context_loss_mask[rows]
-    theta, at_theta = dict(inner), None
-    for step in range(inner_steps):
+    theta, at_theta, layers = dict(inner), None, layers_of(model, inner)  # type: ignore[arg-type]
+    for step in range(config.inner_steps):
         loss = next_token_nll(logits_at(model, theta, ids), ids, mask).mean()
         check_inner_loss(loss.detach()[None], step, first_group=group)
         at_theta = loss.detach() if at_theta is None else at_theta
         if step == 0:
             check_twice_differentiable(loss, "the context pass to be")
-        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
-        theta = {n: w - inner_lr * g for (n, w), g in zip(theta.items(), grads, strict=True)}
+        grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not config.first_order)
+        theta = {
+            name: weight - rate_of(config.inner_lr, layers[name], group) * grad
+            for (name, weight), grad in zip(theta.items(), grads, strict=True)
+        }
     assert at_theta is not None
     return theta, at_theta
 
@@ -75,82 +81,77 @@ def adapt(
 def reference_meta_step(
     model: nn.Module,
     batch: MetaBatch,
-    inner_lr: float = 1e-3,
-    inner_steps: int = 1,
-    inner_params: InnerParams = "full",
-    objective: str = "kl",
+    *,
     teacher: TeacherTargets | None = None,
-    outer_reduction: str = "sum",
-    lm_weight: float = 0.0,
-    lm_batch: LMBatch | None = None,
-    first_order: bool = False,
-    backend: str = "auto",
-    recompute: str = "none",
-    verify: str = "first",
-    micro_groups: int | None = None,
-    query_count: int | None = None,
-    lm_count: int | None = None,
+    lm_batch: LMBatch | tuple[Tensor, Tensor] | None = None,
+    query_count: int | Tensor | None = None,
+    lm_count: int | Tensor | None = None,
+    config: MetaStepConfig | None = None,
+    **options: Any,
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
     The same arguments, result and effect on ``.grad``; θ' is a dense copy of the inner parameters,
     and the meta-gradient is autograd's own double backward. Memory: one adapted copy with its
     gradient and graph.
+
+    Args:
+        options: the fields of a :class:`gdprompt_fast.MetaStepConfig`.
     """
-    check_step(
-        model,
-        batch,
-        inner_lr,
-        inner_steps,
-        objective,
-        teacher,
-        outer_reduction,
-        lm_weight,
-        lm_batch,
-        first_order,
-        backend,
-        recompute,
-        verify,
-        micro_groups,
-        query_count,
-        lm_count,
-    )
+    config = config or MetaStepConfig(**options)
+    rows = None if lm_batch is None else LMBatch.of(lm_batch)
+    check_step(model, batch, config, teacher, rows, query_count, lm_count)
     if compute_dtype(model) is not None:
         raise UserError("model: expected no autocast around the reference, got an active one")
     inner = {
         name: p if p.requires_grad else p.detach().requires_grad_()
-        for name, p in select_inner(model, inner_params).items()
+        for name, p in select_inner(model, config.inner_params).items()
     }
     teacher_logits = teacher.materialised_logits() if teacher is not None else None
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    trained += learnt_rates(config.inner_lr)
+    real = batch.layout.real
     inner_loss, query_loss = [], []
     with clean_after_error(model), attention_by(model, None):
-        for group in range(batch.groups):
-            theta, loss_at_theta = adapt(
-                model, inner, batch, group, inner_lr, inner_steps, first_order
-            )
+        for group in range(real.groups):
+            theta, loss_at_theta = adapt(model, inner, batch, group, config)
             inner_loss.append(loss_at_theta)
-            queries = (batch.query_group == group).nonzero().flatten()
+            queries = (batch.query_group[: real.queries] == group).nonzero().flatten()
             if len(queries) == 0:
                 continue
             losses = response_losses(
                 logits_at(model, theta, batch.query_ids[queries]), batch, queries, teacher_logits
             )
-            if outer_reduction == "mean":
+            if config.outer_reduction == "mean":
                 lengths = batch.response_mask[queries].sum(1)
                 losses = losses / lengths.repeat_interleave(lengths)
-            loss = losses.sum() / (query_count or len(batch.query_ids))
+            loss = losses.sum() / (real.queries if query_count is None else query_count)
             query_loss.append(loss.detach())
             loss.backward(inputs=trained)
-        contexts = batch.context_ids, batch.context_loss_mask
-        ids, mask = contexts if lm_batch is None else lm_batch
-        lm = next_token_nll(logits_at(model, {}, ids), ids, mask).sum() / (lm_count or len(ids))
-        (lm_weight * lm).backward()
+        contexts = batch.context_ids[: real.contexts], batch.context_loss_mask[: real.contexts]
+        ids, mask = contexts if rows is None else (rows.ids, rows.mask)
+        lm = next_token_nll(logits_at(model, {}, ids), ids, mask).sum()
+        lm = lm / (len(ids) if lm_count is None else lm_count)
+        (config.lm_weight * lm).backward()
     query_total = torch.stack(query_loss).sum()
     return MetaStepOutput(
-        outer_loss=query_total + lm_weight * lm.detach(),
+        outer_loss=query_total + config.lm_weight * lm.detach(),
         query_loss=query_total,
         lm_loss=lm.detach(),
         inner_loss=torch.stack(inner_loss).mean(),
         backend="reference",
+        eager="the reference",
+        failures=Failures(batch.context_ids.device),
     )
+
+
+def rate_of(inner_lr: Rate, layer: str, group: int) -> float | Tensor:
+    """η of a layer of a group."""
+    rate = inner_lr[layer] if isinstance(inner_lr, Mapping) else inner_lr
+    return rate[group] if isinstance(rate, Tensor) and rate.dim() else rate
+
+
+def learnt_rates(inner_lr: Rate) -> list[Tensor]:
+    """The rates that get a gradient."""
+    rates = inner_lr.values() if isinstance(inner_lr, Mapping) else [inner_lr]
+    return [rate for rate in rates if isinstance(rate, Tensor) and rate.requires_grad]

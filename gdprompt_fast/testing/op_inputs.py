@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import visible_keys
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 
 Shape = dict[str, int]
 Passes = dict[str, tuple[Any, ...]]  # the arguments of every pass

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
 from ..models.intact import has_own_forward
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
 from . import norm  # noqa: F401
@@ -46,10 +46,15 @@ class AdaptedModel:
         tokens: Any = causal_lm(model).get_input_embeddings()
         tied = tokens.weight is head.weight
         moved = {id(parameter) for parameter in inner.values()}
-        self.vocabulary = VocabularySite(
-            head, tokens if tied else None, id(head.weight) in moved, state
-        )
         self.head = head
+        head_name = next(name for name, module in model.named_modules() if module is head)
+        self.vocabulary = VocabularySite(
+            head,
+            tokens if tied else None,
+            id(head.weight) in moved,
+            state,
+            state.rate(head_name, head.weight),
+        )
         self.sites: dict[nn.Module, Site] = {}
         _check_not_shared(model, moved, {tokens, head})
         for name, module in model.named_modules():
@@ -59,6 +64,7 @@ class AdaptedModel:
                 self.sites[module] = self.vocabulary
             elif (site := _site(name, module, moved, state)) is not None:
                 self.sites[module] = site
+        state.check_rates()
 
     @property
     def all_sites(self) -> list[Site]:
@@ -207,14 +213,14 @@ def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -
                 )
 
 
-def _site(name: str, module: nn.Module, moved: set[int], state: StepState) -> Site | None:
+def _site(name: str, module: Any, moved: set[int], state: StepState) -> Site | None:
     """The site of a layer; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
     rule, own = find_rule(module), has_own_forward(module)
     if own and inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
         rule = LowRankSite if type(module) is nn.Linear else None
     if own and rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
-        return rule(module, inner, state)
+        return rule(module, inner, state, state.rate(name, module.weight))
     if any(inner.values()):
         key = next(key for key, moves in inner.items() if moves)
         if not own:

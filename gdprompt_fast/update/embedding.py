@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops.embedding import InnerEmbedding, inner_embedding
-from ..ops.phase import weight_handle
+from ..ops.handle import weight_handle
+from ..ops.rate import Rate
 from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
 
 
@@ -25,18 +26,19 @@ def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
 
 
 class EmbeddingSite(FactoredSite):
-    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:
         check_embedding(module)
         gradient = outer_gradient(module.weight)
         self.table = InnerEmbedding(
             state.cast(module.weight.detach()),
             module.padding_idx,
             inner=inner["weight"],
-            inner_lr=state.inner_lr,
+            rate=rate,
             phase=state.phase,
             gradient=gradient,
         )
-        super().__init__(state, weight_handle((module.weight, gradient)), inner["weight"])
+        handle = weight_handle((module.weight, gradient), rate.moving(inner["weight"]))
+        super().__init__(state, rate, handle, inner["weight"])
 
     def release(self) -> None:
         super().release()
@@ -49,5 +51,5 @@ class EmbeddingSite(FactoredSite):
 
 
 @rule_for("torch.nn.modules.sparse.Embedding")
-def embedding(module: Any, inner: dict[str, bool], state: StepState) -> Site:
-    return EmbeddingSite(module, inner, state)
+def embedding(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
+    return EmbeddingSite(module, inner, state, rate)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.gradient import WeightGradient
+from ..ops.handle import weight_handle
 from ..ops.linear import InnerLinear, inner_linear
-from ..ops.phase import weight_handle
+from ..ops.rate import Rate
 from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
 
 
@@ -16,7 +17,12 @@ class LinearSite(FactoredSite):
     """y = x W'ᵀ + b'. ``transposed``: the module stores its weight as [I, O]."""
 
     def __init__(
-        self, module: Any, inner: dict[str, bool], state: StepState, transposed: bool = False
+        self,
+        module: Any,
+        inner: dict[str, bool],
+        state: StepState,
+        rate: Rate,
+        transposed: bool = False,
     ) -> None:
         weight, bias = module.weight, module.bias
         weight_gradient = WeightGradient(weight, transposed) if weight.requires_grad else None
@@ -26,13 +32,14 @@ class LinearSite(FactoredSite):
             None if bias is None else state.cast(bias.detach()),
             inner_weight=inner["weight"],
             inner_bias=inner.get("bias", False),
-            inner_lr=state.inner_lr,
+            rate=rate,
             phase=state.phase,
             weight_gradient=weight_gradient,
             bias_gradient=bias_gradient,
         )
-        handle = weight_handle((weight, weight_gradient), (bias, bias_gradient))
-        super().__init__(state, handle, any(inner.values()))
+        moves = any(inner.values())
+        handle = weight_handle((weight, weight_gradient), (bias, bias_gradient), rate.moving(moves))
+        super().__init__(state, rate, handle, moves)
 
     def release(self) -> None:
         super().release()
@@ -45,10 +52,10 @@ class LinearSite(FactoredSite):
 
 
 @rule_for("torch.nn.modules.linear.Linear")
-def linear(module: Any, inner: dict[str, bool], state: StepState) -> Site:
-    return LinearSite(module, inner, state)
+def linear(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
+    return LinearSite(module, inner, state, rate)
 
 
 @rule_for("transformers.pytorch_utils.Conv1D")
-def conv1d(module: Any, inner: dict[str, bool], state: StepState) -> Site:
-    return LinearSite(module, inner, state, transposed=True)
+def conv1d(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
+    return LinearSite(module, inner, state, rate, transposed=True)

@@ -6,25 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.lora import InnerLora, inner_lora, stepped
+from ..ops.lora import lora_product
+from ..ops.rate import Rate
 from .site import MaterialisedSite, StepState
 
 
 class LowRankSite(MaterialisedSite):
     """y = x W'ᵀ + b' with W' [G, O, I] of every group, where I or O is a LoRA rank."""
 
-    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
-        super().__init__(module, inner, state)
-        weight_OI = state.cast(module.weight.detach())
-        self.layer = InnerLora(weight_OI, inner_lr=state.inner_lr, phase=state.phase)
-
-    def step(self, gradients: list[Tensor]) -> None:
-        after = stepped(self.tensors[0], gradients[0])
-        super().step(gradients)
-        self.tensors[0] = after
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:
+        super().__init__(module, inner, state, rate)
+        self.weight_OI = state.cast(module.weight.detach())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x, state = self.state.cast(inputs[0]), self.state
-        y = inner_lora(x, self.tensors[0], self.layer, state.rows, state.level)
+        y = lora_product(x, self.weight_OI, self.tensors[0], state.rows, state.level)
         bias_BO = self.of_rows("bias")
         return y if bias_BO is None else y + bias_BO[:, None].to(x.dtype)

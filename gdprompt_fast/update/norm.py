@@ -8,14 +8,21 @@ from torch import Tensor
 
 from ..models.families import FAMILIES
 from ..ops.norm import norm
+from ..ops.rate import Rate
 from .site import MaterialisedSite, Site, StepState, rule_for
 
 
 class NormSite(MaterialisedSite):
     def __init__(
-        self, module: Any, inner: dict[str, bool], state: StepState, eps: float, center: bool
+        self,
+        module: Any,
+        inner: dict[str, bool],
+        state: StepState,
+        rate: Rate,
+        eps: float,
+        center: bool,
     ) -> None:
-        super().__init__(module, inner, state)
+        super().__init__(module, inner, state, rate)
         self.eps, self.center = eps, center
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -26,10 +33,10 @@ class NormSite(MaterialisedSite):
 
 
 @rule_for("torch.nn.modules.normalization.LayerNorm")
-def layer_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
-    return NormSite(module, inner, state, module.eps, center=True)
+def layer_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
+    return NormSite(module, inner, state, rate, module.eps, center=True)
 
 
 @rule_for(*(family.named(family.rms_norm) for family in FAMILIES if family.rms_norm))
-def rms_norm(module: Any, inner: dict[str, bool], state: StepState) -> Site:
-    return NormSite(module, inner, state, module.variance_epsilon, center=False)
+def rms_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
+    return NormSite(module, inner, state, rate, module.variance_epsilon, center=False)

@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from ..errors import UserError
 from ..ops.guard import differentiable_no_further
-from ..ops.rows import GroupedRows
+from ..rows import GroupedRows
 from .site import Site, StepState
 
 Gradients = Sequence[Tensor | None]

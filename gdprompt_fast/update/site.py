@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..ops.gradient import WeightGradient
+from ..ops.handle import depend_on
 from ..ops.phase import Phase
-from ..ops.rows import GroupedRows
+from ..ops.rate import Rate
+from ..rows import GroupedRows
 
 
 @dataclass
@@ -20,19 +23,45 @@ class StepState:
 
     Attributes:
         groups: G, the number of adapted models.
-        inner_lr: η.
+        inner_lr: η, of all groups or of each, [] or [G]; a tensor may require a gradient.
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
+        rates: η of single layers, by their name in the model; a tied embedding has its head's.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
     """
 
     groups: int
-    inner_lr: float
+    inner_lr: Tensor | float
     phase: Phase
     dtype: torch.dtype | None = None
+    rates: Mapping[str, Tensor] | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
+    _rates: dict[str | None, Rate] = field(init=False, default_factory=dict)
+
+    def rate(self, layer: str, like: Tensor) -> Rate:
+        """η of a layer, on the device of its weight ``like``."""
+        own = (self.rates or {}).get(layer)
+        key, eta = (None, self.inner_lr) if own is None else (layer, own)
+        if key not in self._rates:
+            if not isinstance(eta, Tensor):
+                dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+                eta = torch.full((), eta, dtype=dtype, device=like.device)
+            self._rates[key] = Rate(eta.expand(self.groups))
+        return self._rates[key]
+
+    def check_rates(self) -> None:
+        """
+        Raises:
+            UserError: for a rate of no layer, once all layers have taken theirs.
+        """
+        unknown = sorted((self.rates or {}).keys() - self._rates.keys())
+        if unknown:
+            raise UserError(
+                "rates: expected names of layers with parameters, a tied embedding under its "
+                f"head's, got {unknown[0]}"
+            )
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor in the dtype of the step's products."""
@@ -43,14 +72,15 @@ class Site:
     """A layer whose parameters the inner step may move.
 
     Attributes:
+        rate: η.
         tensors: what the forward reads in autograd at the current level: the parameters, every
             group's own where the inner step moves them, or a handle without elements where the
             update is kept in factors (see ops/linear.py). Either way autograd sees the dependence.
         moving: the number of them that the inner step moves, the first ones.
     """
 
-    def __init__(self, state: StepState, tensors: list[Tensor], moving: int) -> None:
-        self.state, self.tensors, self.moving = state, tensors, moving
+    def __init__(self, state: StepState, rate: Rate, tensors: list[Tensor], moving: int) -> None:
+        self.state, self.rate, self.tensors, self.moving = state, rate, tensors, moving
 
     @property
     def moved(self) -> list[Tensor]:
@@ -58,9 +88,12 @@ class Site:
 
     def step(self, gradients: list[Tensor]) -> None:
         """Takes an inner step, moved − η ∂L/∂moved, with what autograd brought for ``moved``."""
-        pairs = zip(self.moved, gradients, strict=True)
-        after = [tensor - self.state.inner_lr * gradient for tensor, gradient in pairs]
+        after = map(self.stepped, self.moved, gradients)
         self.tensors = [*after, *self.tensors[self.moving :]]
+
+    def stepped(self, tensor: Tensor, gradient: Tensor) -> Tensor:
+        """One of ``moved`` after an inner step."""
+        return self.rate.step(tensor, gradient)
 
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
@@ -74,13 +107,16 @@ class Site:
 class FactoredSite(Site):
     """A layer whose update is kept in factors: one handle stands for its weights in autograd."""
 
-    def __init__(self, state: StepState, handle: Tensor, inner: bool) -> None:
-        super().__init__(state, [handle], int(inner))
+    def __init__(self, state: StepState, rate: Rate, handle: Tensor, inner: bool) -> None:
+        super().__init__(state, rate, [handle], int(inner))
 
     @property
     def handle(self) -> Tensor:
         """The handle of the weights at the current level."""
         return self.tensors[0]
+
+    def stepped(self, tensor: Tensor, gradient: Tensor) -> Tensor:
+        return depend_on(tensor, gradient)
 
 
 class MaterialisedSite(Site):
@@ -89,12 +125,12 @@ class MaterialisedSite(Site):
     They are fp32 at least: an update rounded into bf16 would be lost.
     """
 
-    def __init__(self, module: Any, inner: dict[str, bool], state: StepState) -> None:
+    def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:
         self.names = sorted(inner, key=lambda name: not inner[name])  # the moving ones first
         moving = sum(inner.values())
         parameters = [getattr(module, name) for name in self.names]
         own = [_per_group(parameter, state.groups) for parameter in parameters[:moving]]
-        super().__init__(state, [*own, *parameters[moving:]], moving)
+        super().__init__(state, rate, [*own, *parameters[moving:]], moving)
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""
@@ -114,7 +150,7 @@ def _per_group(parameter: Tensor, groups: int) -> Tensor:
     return expanded if parameter.requires_grad else expanded.detach().requires_grad_()
 
 
-Rule = Callable[[Any, dict[str, bool], StepState], Site]
+Rule = Callable[[Any, dict[str, bool], StepState, Rate], Site]
 _RULES: dict[str, Rule] = {}
 
 
@@ -122,8 +158,8 @@ def rule_for(*types: str) -> Callable[[Rule], Rule]:
     """Registers a rule for layers of these types, named ``module.Class`` so that none has to be
     imported.
 
-    A rule takes the module, for each of its own parameters whether the inner step moves it, and the
-    state.
+    A rule takes the module, for each of its own parameters whether the inner step moves it, the
+    state, and the rate of the layer.
     """
 
     def register(rule: Rule) -> Rule:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.phase import weight_handle
-from ..ops.rows import GroupedRows
+from ..ops.handle import weight_handle
+from ..ops.rate import Rate
 from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
+from ..rows import GroupedRows
 from .embedding import check_embedding, rows_of_ids
 from .site import FactoredSite, StepState, outer_gradient
 
@@ -19,7 +20,9 @@ from .site import FactoredSite, StepState, outer_gradient
 class VocabularySite(FactoredSite):
     """The head as losses and logits, and (:meth:`forward`) the tied embedding's lookup."""
 
-    def __init__(self, head: nn.Linear, embedding: Any, inner: bool, state: StepState) -> None:
+    def __init__(
+        self, head: nn.Linear, embedding: Any, inner: bool, state: StepState, rate: Rate
+    ) -> None:
         if embedding is not None:
             check_embedding(embedding)
         gradient = outer_gradient(head.weight)
@@ -27,11 +30,12 @@ class VocabularySite(FactoredSite):
             state.cast(head.weight.detach()),
             padding_idx=None if embedding is None else embedding.padding_idx,
             inner=inner,
-            inner_lr=state.inner_lr,
+            rate=rate,
             phase=state.phase,
             gradient=gradient,
         )
-        super().__init__(state, weight_handle((head.weight, gradient)), inner)
+        handle = weight_handle((head.weight, gradient), rate.moving(inner))
+        super().__init__(state, rate, handle, inner)
 
     def release(self) -> None:
         super().release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import GroupedRows
+from ...rows import GroupedRows
 
 
 def lora_product(x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: GroupedRows) -> Tensor:

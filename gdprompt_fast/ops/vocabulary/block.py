@@ -28,11 +28,11 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def add_product_(x_GNv: Tensor, a_GNS: Tensor, b_GSv: Tensor, scale: float) -> Tensor:
-    """x += scale · a b; an fp32 x keeps what is small beside it."""
+def add_product_(x_GNv: Tensor, a_GNS: Tensor, b_GSv: Tensor) -> Tensor:
+    """x += a b; an fp32 x keeps what is small beside it."""
     if x_GNv.dtype == b_GSv.dtype:
-        return x_GNv.baddbmm_(a_GNS, b_GSv, alpha=scale)
-    return x_GNv.add_(a_GNS @ b_GSv, alpha=scale)
+        return x_GNv.baddbmm_(a_GNS, b_GSv)
+    return x_GNv.add_(a_GNS @ b_GSv)
 
 
 class Block:

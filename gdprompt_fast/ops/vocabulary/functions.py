@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ...rows import GroupedRows
 from ..embedding import drop_padding
 from ..guard import differentiable_no_further, used_twice
-from ..phase import handle_like
-from ..rows import GroupedRows
+from ..handle import handle_like
 from .block import wide
 from .passes import (
     adjoint_pass,
@@ -152,13 +152,14 @@ class _ResponseLoss(Function):
         differentiable_no_further("response_loss", "once")
         response, vocabulary, rows, level = ctx.use
         weight_GM1 = rows.to_groups(cot_loss)[..., None]
-        weighted_h = (wide(response.use.u_GMD) * weight_GM1).to(response.use.u_GMD.dtype)
+        use = response.use
+        use.u_GMD = (wide(use.u_GMD) * weight_GM1).to(use.u_GMD.dtype)
         if vocabulary.inner and vocabulary.phase.second_order and level > 0:
-            response.use.u_GMD = weighted_h
             vocabulary.response = response.f.tile
-            vocabulary.uses.append(response.use)
+            vocabulary.add_use(use)
         else:
-            response_weight_pass(vocabulary, response, weighted_h, level)
+            vocabulary.add_rate_gradient(use)
+            response_weight_pass(vocabulary, response, level)
         dh = (wide(response.dh_GMD) * weight_GM1).to(response.dh_GMD.dtype)
         ctx.use = None
         (handle,) = ctx.saved_tensors
@@ -201,9 +202,9 @@ class _TiedLookup(Function):
         u = drop_padding(e, ids, vocabulary.padding_idx)
         if vocabulary.gradient is not None:
             vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
-        if vocabulary.inner and vocabulary.phase.second_order and level > 0:
+        if vocabulary.terms(level):
             ids_GM = rows.to_groups(ids, fill=-1).flatten(1)
-            vocabulary.lookups.append(Lookup(ids_GM, rows.tokens_to_groups(u)))
+            vocabulary.add_lookup(Lookup(ids_GM, rows.tokens_to_groups(u)), level)
         return handle_like(handle), None, None, None, None
 
 

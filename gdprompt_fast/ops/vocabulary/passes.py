@@ -92,16 +92,14 @@ def response_pass(vocabulary: Vocabulary, h_GMD: Tensor, target: Target, level: 
     return Response(loss, dh, f, Use(h_GMD, f_b, f_context))
 
 
-def response_weight_pass(
-    vocabulary: Vocabulary, response: Response, weighted_h_GMD: Tensor, level: int
-) -> None:
-    """Adds Fᵀ (weight ∘ h) to the head's outer gradient, where no other pass makes F again."""
+def response_weight_pass(vocabulary: Vocabulary, response: Response, level: int) -> None:
+    """Adds Fᵀ U to the head's outer gradient, where no other pass makes F again."""
     if vocabulary.gradient is None:
         return
     terms = range(vocabulary.terms(level))
-    for block in vocabulary.blocks(_tokens(vocabulary, weighted_h_GMD, bool(terms))):
+    for block in vocabulary.blocks(_tokens(vocabulary, response.use.u_GMD, bool(terms))):
         f_GMv = response.f.tile(vocabulary, block, vocabulary.differences(block, terms))
-        vocabulary.add_weight_gradient(block, f_GMv, weighted_h_GMD)
+        vocabulary.add_weight_gradient(block, f_GMv, response.use.u_GMD)
 
 
 def _tokens(vocabulary: Vocabulary, h_GMD: Tensor, with_contexts: bool) -> int:
@@ -123,12 +121,12 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
     if vocabulary.inner:
         for use in vocabulary.uses:
             assert use.f_context_GMS is not None
-            match = a_GSD @ wide(use.u_GMD).transpose(1, 2)
+            match = vocabulary.rate.scale_(a_GSD @ wide(use.u_GMD).transpose(1, 2))
             f_p = use.f_b_GMS[level] + vocabulary.at_next(use.f_context_GMS)
-            center -= vocabulary.inner_lr * (match * f_p.transpose(1, 2)).sum(-1)
+            center += (match * f_p.transpose(1, 2)).sum(-1)
             use_match.append(match.to(use.u_GMD.dtype))
         for lookup in vocabulary.lookups:
-            match = a_GSD @ wide(lookup.u_GMD).transpose(1, 2) * -vocabulary.inner_lr
+            match = vocabulary.rate.scale_(a_GSD @ wide(lookup.u_GMD).transpose(1, 2))
             center += (match * vocabulary.probabilities_at(lookup.ids_GM, level)).sum(-1)
             lookup_match.append((lookup.ids_GM, match))
     step.adjoint = Adjoint(vocabulary.project(direction, level), use_match, lookup_match, center)
@@ -171,8 +169,8 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
         h_cot = h_cot + _factor_cotangent(vocabulary, step, level)
     if terms:
         assert step.direction_GSD is not None
-        vocabulary.uses.append(Use(h, z_b, z_context))
-        vocabulary.uses.append(Use(step.direction_GSD, b_b, b_context))
+        vocabulary.add_use(Use(h, z_b, z_context))
+        vocabulary.add_use(Use(step.direction_GSD, b_b, b_context))
     return h_cot.to(h.dtype)
 
 
@@ -189,12 +187,12 @@ def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Ten
     if vocabulary.inner:
         for use in vocabulary.uses:
             b_f = use.f_b_GMS[level].transpose(1, 2)
-            total.baddbmm_(b_f, wide(use.u_GMD), alpha=-vocabulary.inner_lr)
+            total.baddbmm_(b_f, wide(use.u_GMD))
         for lookup in vocabulary.lookups:
             b = vocabulary.differences(Columns(lookup.ids_GM), range(level + 1))[level]
-            total.baddbmm_(wide(b), wide(lookup.u_GMD), alpha=-vocabulary.inner_lr)
+            total.baddbmm_(wide(b), wide(lookup.u_GMD))
     assert step.weight_GS is not None
-    return total.mul_(step.weight_GS[..., None])
+    return vocabulary.rate.scale_(total).mul_(step.weight_GS[..., None])
 
 
 def lookup_cotangent(vocabulary: Vocabulary) -> Tensor:
@@ -207,10 +205,8 @@ def lookup_cotangent(vocabulary: Vocabulary) -> Tensor:
     total = wide(vocabulary.weight_VD.new_zeros(groups, tokens, hidden))
     for use in vocabulary.uses:
         assert use.f_context_GMS is not None
-        total.baddbmm_(
-            use.f_context_GMS.transpose(1, 2), wide(use.u_GMD), alpha=-vocabulary.inner_lr
-        )
+        total.baddbmm_(use.f_context_GMS.transpose(1, 2), wide(use.u_GMD))
     for lookup in vocabulary.lookups:
         match = Columns(lookup.ids_GM).matches(vocabulary.context_ids_GS, total.dtype)
-        total.baddbmm_(match, wide(lookup.u_GMD), alpha=-vocabulary.inner_lr)
-    return total
+        total.baddbmm_(match, wide(lookup.u_GMD))
+    return vocabulary.rate.scale_(total)

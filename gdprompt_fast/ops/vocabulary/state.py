@@ -27,10 +27,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...rows import GroupedRows
 from ..backend import implementation
 from ..gradient import WeightGradient
 from ..phase import Phase
-from ..rows import GroupedRows
+from ..rate import Rate
 from .block import Block, Columns, Slice, add_product_, slices, wide
 
 
@@ -40,7 +41,7 @@ class Projection(NamedTuple):
     """
 
     h_GND: Tensor
-    match_GNS: list[Tensor]  # h A_kᵀ, one for each k below the level, in h's dtype
+    match_GNS: list[Tensor]  # −η h A_kᵀ, one for each k below the level, in h's dtype
     lookup_match_GNS: Tensor | None  # −η h Σ_k E_kᵀ
 
 
@@ -72,7 +73,7 @@ class Adjoint:
     direction: Projection  # w ∘ (cotangent of ∂L/∂H)
     use_match_GSM: list[
         Tensor
-    ]  # A Uᵀ, one for each use of the weights this step made, in U's dtype
+    ]  # −η A Uᵀ, one for each use of the weights this step made, in U's dtype
     lookup_match: list[tuple[Tensor, Tensor]]  # (ids, −η A Uᵀ), likewise
     center_GS: Tensor  # rowsum(P ∘ cotangent of B)
 
@@ -115,7 +116,7 @@ class Vocabulary:
         weight_VD: the head; the embedding too if tied_lookup is used with it.
         padding_idx: of the tied embedding.
         inner: whether the inner step moves it.
-        inner_lr: η.
+        rate: η.
         phase: tells the inner backward from the last one.
         gradient: where the outer gradient goes; None if frozen.
     """
@@ -123,7 +124,7 @@ class Vocabulary:
     weight_VD: Tensor
     padding_idx: int | None
     inner: bool
-    inner_lr: float
+    rate: Rate
     phase: Phase
     gradient: WeightGradient | None
     steps: list[HeadStep] = field(default_factory=list)
@@ -153,10 +154,13 @@ class Vocabulary:
 
     def project(self, h_GND: Tensor, level: int) -> Projection:
         h, sum_GSD = wide(h_GND), self.lookup_sum(level)
-        match = [h @ step.a_GSD.transpose(1, 2) for step in self.steps[: self.terms(level)]]
+        match = [
+            self.rate.scale_(h @ step.a_GSD.transpose(1, 2))
+            for step in self.steps[: self.terms(level)]
+        ]
         lookup_match = None
         if sum_GSD is not None:
-            lookup_match = (h @ wide(sum_GSD).transpose(1, 2)).mul_(-self.inner_lr)
+            lookup_match = self.rate.scale_(h @ wide(sum_GSD).transpose(1, 2))
         return Projection(h_GND, [m.to(h_GND.dtype) for m in match], lookup_match)
 
     def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
@@ -165,7 +169,7 @@ class Vocabulary:
         if rows.match_GNS or rows.lookup_match_GNS is not None:
             z = wide(z)
         for k, match_GNS in enumerate(rows.match_GNS):
-            add_product_(z, match_GNS, b_GSv[k], -self.inner_lr)
+            add_product_(z, match_GNS, b_GSv[k])
         if rows.lookup_match_GNS is not None:
             assert self.context_ids_GS is not None
             block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS)
@@ -208,7 +212,7 @@ class Vocabulary:
             return (b[k] * step.nll_weight_GS[..., None]).to(b[k].dtype)
         b_bar = self.logits(block, step.adjoint.direction, b)
         for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
-            add_product_(b_bar, match_GSM, f_GMv, -self.inner_lr)
+            add_product_(b_bar, match_GSM, f_GMv)
         for ids_GM, match_GSM in step.adjoint.lookup_match:
             block.add_at_(b_bar, ids_GM, match_GSM)
         return implementation("vocabulary", b_bar).logit_cotangent(
@@ -248,12 +252,39 @@ class Vocabulary:
         """F W' from F W, F B_kᵀ and F at the context's tokens, [G, N, D]; in fp32 or fp64."""
         f_w_GND = wide(f_w_GND)
         for k, f_b in enumerate(f_b_GNS):
-            f_w_GND = f_w_GND.baddbmm(wide(f_b), self.steps[k].a_GSD, alpha=-self.inner_lr)
+            f_w_GND = f_w_GND.baddbmm(self.rate.scaled(wide(f_b)), self.steps[k].a_GSD)
         sum_GSD = self.lookup_sum(level)
         if sum_GSD is not None:
             assert f_context_GNS is not None
-            f_w_GND = f_w_GND.baddbmm(wide(f_context_GNS), wide(sum_GSD), alpha=-self.inner_lr)
+            f_w_GND = f_w_GND.baddbmm(self.rate.scaled(wide(f_context_GNS)), wide(sum_GSD))
         return f_w_GND
+
+    def add_use(self, use: Use) -> None:
+        """Keeps a use of W' for the double backward of the steps that made it."""
+        self.uses.append(use)
+        self.add_rate_gradient(use)
+
+    def add_lookup(self, lookup: Lookup, level: int) -> None:
+        """Keeps a lookup in W' likewise; in first order only its share of ∂outer/∂η is taken."""
+        if self.phase.second_order:
+            self.lookups.append(lookup)
+        if self.rate.gradient is not None:
+            assert self.context_ids_GS is not None
+            _, *b_GMS = self.gather(lookup.ids_GM, range(level))
+            match_GMS = Columns(self.context_ids_GS).matches(lookup.ids_GM, b_GMS[0].dtype)
+            self.add_rate_gradient(Use(lookup.u_GMD, b_GMS, match_GMS))
+
+    def add_rate_gradient(self, use: Use) -> None:
+        """∂outer/∂η from a use of W', by every step that made it."""
+        if self.rate.gradient is None:
+            return
+        u_GMD, sum_GSD = wide(use.u_GMD), self.lookup_sum(len(use.f_b_GMS))
+        for step, f_b_GMS in zip(self.steps, use.f_b_GMS, strict=False):
+            self.rate.add_gradient(u_GMD @ step.a_GSD.transpose(1, 2), f_b_GMS)
+        if sum_GSD is not None:
+            assert use.f_context_GMS is not None
+            match_GMS = u_GMD @ wide(sum_GSD).transpose(1, 2)
+            self.rate.add_gradient(match_GMS, use.f_context_GMS)
 
     def add_weight_gradient(self, block: Slice, f_GNv: Tensor, u_GND: Tensor) -> None:
         """+= Fᵀ U at the rows of a block."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,26 +18,42 @@ class GroupedRows:
 
     For kernels that take the rows where they are: those of group g are
     ``order_B[offset_G[g]:offset_G[g + 1]]``.
+
+    Made on the host, from the values of ``group_B``: it reads them back where they are not there.
+
+    Args:
+        group_B: LongTensor [B], the group of every row.
+        groups: G.
+        per_group: M, where it is to be more than the largest group needs.
     """
 
-    def __init__(self, group_B: Tensor, groups: int) -> None:
-        counts = torch.bincount(group_B, minlength=groups)
-        self.group_B = group_B
-        self.groups = groups
-        self.per_group = int(counts.max())
-        order = torch.argsort(group_B, stable=True)
-        self.order_B = order
-        self.offset_G = torch.nn.functional.pad(torch.cumsum(counts, 0), (1, 0))
-        rank = torch.arange(len(group_B), device=group_B.device) - self.offset_G[group_B[order]]
-        self._slot_B = torch.empty_like(order)
-        self._slot_B[order] = group_B[order] * self.per_group + rank
-        slots = groups * self.per_group
-        self.in_order = slots == len(group_B) and bool(
-            (self._slot_B == torch.arange(slots, device=group_B.device)).all()
+    def __init__(self, group_B: Tensor, groups: int, per_group: int = 0) -> None:
+        group = group_B.cpu()
+        counts = torch.bincount(group, minlength=groups)
+        order = torch.argsort(group, stable=True)
+        offset_G = torch.nn.functional.pad(torch.cumsum(counts, 0), (1, 0))
+        self.groups, self.rows = groups, len(group)
+        self.per_group = max(per_group, int(counts.max()))
+        rank = torch.arange(len(group)) - offset_G[group[order]]
+        slot_B = torch.empty_like(order)
+        slot_B[order] = group[order] * self.per_group + rank
+        self.in_order = slot_B.tolist() == list(range(groups * self.per_group))
+        # One row a group, in order: what is [G, …] is [B, …] already.
+        self.one_each = self.in_order and self.per_group == 1
+        self.group_B, self.order_B, self.offset_G, self._slot_B = (
+            tensor.to(group_B.device) for tensor in (group, order, offset_G, slot_B)
         )
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> GroupedRows:
+        """The same with ``change`` applied to every tensor."""
+        changed = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(changed, name, change(value))
+        return changed
+
     def __len__(self) -> int:
-        return len(self.group_B)
+        return self.rows
 
     def to_groups(self, x: Tensor, fill: float = 0) -> Tensor:
         """[B, *rest] → [G, M, *rest], ``fill`` in unused places."""
