@@ -219,10 +219,11 @@ class Way:
     """A way to take the step.
 
     Attributes:
-        make: the step on a task; of an argument ``capture`` also whether there is one.
+        make: the step on a task; what it returns may know whether it was captured.
         gates: of STEP_GATES.
         seconds: that it is timed for, at most.
         least: calls that are timed at least.
+        captures: whether it is captured only after some steps.
     """
 
     make: Callable[[Task], Step]
@@ -301,7 +302,7 @@ def time_step(bench: Bench, shape_name: str, way_name: str) -> Row:
         last = step()
 
     if way.captures:  # what is captured is not yet at the first steps
-        for _ in range(3):
+        for _ in range(1 if bench.tiny else 3):
             call()
     present = [*model_tensors(task.model), *_tensors(task.teacher)]
     measured = measure_step(bench.device, call, present, way.seconds, way.least, most=10)
