@@ -30,9 +30,9 @@ from gdprompt_fast.kernels import norm as kernel_norm
 from gdprompt_fast.kernels import rotary as kernel_rotary
 from gdprompt_fast.kernels import swiglu as kernel_swiglu
 
+ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compile_kernels.py"
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -358,7 +358,8 @@ def test_first_and_second_derivatives_through_rotary_equal_fp64() -> None:
 
 def test_every_kernel_compiles_for_sm_90_without_a_spill(tmp_path: Path) -> None:
     results = tmp_path / "compiled_kernels.jsonl"
-    command = [sys.executable, str(SCRIPT), "--targets", "sm_90", "--results", str(results)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.ops.compile_kernels", "--targets", "sm_90"]
+    command += ["--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.read_text().count('"target": "sm_90"') > 0
