@@ -81,7 +81,7 @@ class Worker:
             return {"status": f"crashed: exit status {exit_status}"}
         if not usable:
             self.close()
-        return row  # type: ignore[no-any-return]
+        return row
 
     def start(self) -> Connection:
         """The process, on its way to being ready; a call is served when it is."""

@@ -14,7 +14,7 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -29,7 +29,7 @@ from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.vocabulary.block import TILE_ELEMENTS
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.testing.gates import copied, judge, widened
-from gdprompt_fast.testing.op_inputs import PASSES, drawer
+from gdprompt_fast.testing.op_inputs import PASSES, Shape, drawer
 
 from ..harness.rows import RESULTS, append, revision
 from ..harness.timing import measure_memory
@@ -46,7 +46,7 @@ SHAPES = {
 def inputs_of(op: str, case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """The inputs of every pass of an op on the contexts of a case."""
     config, B, T = case.config, case.examples, case.context_tokens
-    shapes = {
+    shapes: dict[str, Shape] = {
         "norm": dict(examples=B, tokens=T, hidden=config.hidden_size),
         "swiglu": dict(examples=B, tokens=T, hidden=config.intermediate_size),
         "gelu": dict(examples=B, tokens=T, hidden=4 * config.hidden_size, tanh=1),
@@ -57,8 +57,11 @@ def inputs_of(op: str, case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, .
             hidden=config.hidden_size,
         ),
     }
-    heads = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads)
-    attention = dict(batch=B, tokens=T, dim=config.head_dim, **heads)
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    heads = dict(heads=config.num_attention_heads, kv_heads=kv_heads)
+    attention: Shape = dict(
+        batch=B, tokens=T, dim=config.hidden_size // config.num_attention_heads, **heads
+    )
     return PASSES[op](drawer(torch.device("cpu"), dtype), shapes.get(op, attention))
 
 
@@ -71,7 +74,7 @@ def check(name: str, cpp: Any, eager: Any, inputs: tuple[Any, ...]) -> float:
     return verdict.error
 
 
-def least_ms(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+def least_ms(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Milliseconds of each, which take turns: the least, as whatever else runs only adds to it."""
     seconds = [math.inf] * len(runs)
     for _ in range(rounds):

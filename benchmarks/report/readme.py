@@ -6,7 +6,6 @@ python -m benchmarks.report.readme
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,15 +128,12 @@ def _devices(rows: list[Row]) -> dict[str, None]:
 
 def pages(rows: list[Row]) -> dict[Path, str]:
     """The pages with a table, as they are with these rows."""
-    return {
-        path: re.sub(
-            f"{BEGIN}.*{END}",
-            lambda _, content=content: f"{BEGIN}\n{content}\n{END}",
-            path.read_text(),
-            flags=re.DOTALL,
-        )
-        for path, content in ((README, short_block(rows)), (PAGE, block(rows)))
-    }
+    found = {}
+    for path, content in ((README, short_block(rows)), (PAGE, block(rows))):
+        before, _, rest = path.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        found[path] = f"{before}{BEGIN}\n{content}\n{END}{after}"
+    return found
 
 
 def main() -> None:

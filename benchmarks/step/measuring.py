@@ -16,13 +16,13 @@ import torch
 from gdprompt_fast import reference_meta_step
 from gdprompt_fast.models.memory import model_tensors
 from gdprompt_fast.ops.backend import resolve_backend
-from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
+from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts, worst_error
 from gdprompt_fast.reference.frugal import Task
 
 from ..harness.isolate import is_out_of_memory
 from ..harness.rows import Row
 from ..harness.timing import measure_memory, quantiles, release, seconds_of
-from .baselines import FIRST_ORDER, WAYS, ordinary
+from .baselines import FIRST_ORDER, WAYS, Way, ordinary
 from .cases import RESPONSE_TOKENS, TINY, Case, random_batch, random_model, self_teacher
 from .flops import passes_of
 
@@ -57,16 +57,24 @@ def gate_name(case: Case) -> str:
     return f"tiny, LoRA outside, {case.inner_params} inside" if case.rank else "tiny"
 
 
+def gradients_by(way: Way, task: Task) -> Gradients:
+    """What a way alone adds to ``.grad``."""
+    task.model.zero_grad(set_to_none=True)
+    way(task)
+    named = task.model.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
 def gate(case: Case, way: str, settings: Settings) -> Row:
     """The error of a way's gradient in fp32 against the reference's in fp64."""
     device = torch.device(settings.device)
     task = task_of(case, device, torch.float32, inner_lr=0.05)
-    _, got = gradients_of(lambda *_: WAYS[way](task), task.model, task.batch)
+    got = gradients_by(WAYS[way], task)
     wide = task_of(case, device, torch.float64)
     wide.model.load_state_dict(task.model.state_dict())
-    wide_teacher = replace(
-        task.teacher, hidden=task.teacher.hidden.double(), head=task.teacher.head.double()
-    )
+    teacher = task.teacher
+    assert teacher is not None and teacher.hidden is not None and teacher.head is not None
+    wide_teacher = replace(teacher, hidden=teacher.hidden.double(), head=teacher.head.double())
     with without_upcasts(wide.model):
         _, exact = gradients_of(
             reference_meta_step,

@@ -44,8 +44,8 @@ def shape_of(name: str, tiny: bool) -> Case:
     full = SHAPES[name]
     if not tiny:
         return full
-    few = dict(examples=2, context_tokens=4, query_tokens=5, rank=min(full.rank, 2))
-    return replace(full, config=TINY_CONFIG, **few)
+    few = replace(full, examples=2, context_tokens=4, query_tokens=5, rank=min(full.rank, 2))
+    return replace(few, config=TINY_CONFIG)
 
 
 def is_autocast(shape: Case) -> bool:
@@ -242,7 +242,7 @@ def eager(*gates: str, **options: Any) -> Way:
     return Way(make, ("kl_autocast", *gates))
 
 
-MICRO = dict(micro_groups=MICRO_GROUPS)
+MICRO: dict[str, Any] = dict(micro_groups=MICRO_GROUPS)
 WAYS: dict[str, Way] = {
     "ordinary": Way(functools.partial(plain, ordinary)),
     "fast, captured": captured(),
