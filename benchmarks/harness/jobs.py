@@ -156,4 +156,4 @@ class Run:
         """Milliseconds of the ordinary step of the same case; a row may be that step itself."""
         same = [r for r in [*self.rows, row] if r["op"] == "step" and r["case"] == row["case"]]
         times = [r["median_ms"] for r in same if r["provider"] == "ordinary" and r["median_ms"]]
-        return times[0] if times else None
+        return times[-1] if times else None
