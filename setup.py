@@ -20,6 +20,7 @@ SUBPACKAGES = [
     "exactness",
     "experiments",
     "kernels",
+    "kernels.attention",
     "loading",
     "meta",
     "models",

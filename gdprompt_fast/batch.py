@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
@@ -218,8 +219,8 @@ class MetaBatch:
     def padded(self, shape: BatchShape) -> MetaBatch:
         """The batch filled up to ``shape`` with rows, groups and slots that count for nothing.
 
-        Losses, means and gradients are those of the batch itself. Padding contexts make up the
-        new groups, then the last one; so do padding queries.
+        Losses, means and gradients are those of the batch itself. Padding rows go to the groups
+        that have fewest.
 
         Raises:
             ValueError: if the batch does not fit.
@@ -235,21 +236,22 @@ class MetaBatch:
                 f"padding, got {shape.contexts - own.contexts} more contexts"
             )
         contexts, queries = shape[1:3], shape[3:5]
-        groups = own.groups, shape.groups
+        own_host, device = self.host, self.context_ids.device
+        context_group = _more_groups(own_host.context_group, shape.contexts, shape.groups)
+        query_group = _more_groups(own_host.query_group, shape.queries, shape.groups)
         tensors = dict(
             context_ids=_filled(self.context_ids, contexts),
             context_mask=_filled(self.context_mask, contexts),
             query_ids=_filled(self.query_ids, queries),
             query_mask=_filled(self.query_mask, queries),
             response_mask=_filled(self.response_mask, queries),
-            context_group=_more_groups(self.context_group, shape.contexts, *groups),
-            query_group=_more_groups(self.query_group, shape.queries, *groups),
+            context_group=context_group.to(device),
+            query_group=query_group.to(device),
             context_loss_mask=_filled(self.context_loss_mask, contexts),
         )
-        own_host = self.host
         host = Host(
-            _more_groups(own_host.context_group, shape.contexts, *groups),
-            _more_groups(own_host.query_group, shape.queries, *groups),
+            context_group,
+            query_group,
             _filled(own_host.loss_mask, contexts),
             _filled(own_host.response_mask, queries),
             _filled(own_host.context_mask, contexts),
@@ -258,7 +260,6 @@ class MetaBatch:
         layout = host.lay_out(self.layout.real, shape)
         if layout.shape != shape:
             raise UserError(f"shape: expected padding to make up {layout.shape}, got {shape}")
-        device = self.context_ids.device
         return self._like(tensors, layout.map(lambda tensor: tensor.to(device)), host)
 
     def select(self, groups: Sequence[int]) -> tuple[MetaBatch, Tensor]:
@@ -352,12 +353,17 @@ def _filled(x_BT: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.pad(x_BT, (0, width, 0, rows))
 
 
-def _more_groups(group_B: Tensor, rows: int, groups: int, all_groups: int) -> Tensor:
-    """Groups of ``rows`` rows: those that are added make up new groups evenly."""
-    added = torch.arange(rows - len(group_B), device=group_B.device)
-    new = all_groups - groups
-    each = max(1, len(added) // new) if new else 1
-    return torch.cat([group_B, (groups + added // each).clamp(max=all_groups - 1)])
+def _more_groups(group_B: Tensor, rows: int, groups: int) -> Tensor:
+    """Groups of ``rows`` rows, on the host: those that are added go where there are fewest."""
+    counts = torch.bincount(group_B, minlength=groups).tolist()
+    smallest = [(count, group) for group, count in enumerate(counts)]
+    heapq.heapify(smallest)
+    added = []
+    for _ in range(rows - len(group_B)):
+        count, group = smallest[0]
+        heapq.heapreplace(smallest, (count + 1, group))
+        added.append(group)
+    return torch.cat([group_B, torch.tensor(sorted(added), dtype=torch.long)])
 
 
 def _width(mask_BT: Tensor) -> int:

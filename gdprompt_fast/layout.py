@@ -38,15 +38,16 @@ class BatchShape(NamedTuple):
         There are eight rungs between a power of two and the next: 6 % of padding on average.
         """
         sizes = dict(
-            context_tokens=_rung(self.context_tokens),
-            query_tokens=_rung(self.query_tokens),
-            group_responses=_rung(self.group_responses),
+            context_tokens=rung(self.context_tokens),
+            query_tokens=rung(self.query_tokens),
+            group_responses=rung(self.group_responses),
         )
         return self._replace(**sizes)
 
 
-def _rung(size: int) -> int:
-    step = max(1, 1 << (size - 1).bit_length() - 4)
+def rung(size: int) -> int:
+    """The next size of the ladder."""
+    step = 1 << max(0, (size - 1).bit_length() - 4)
     return -(-size // step) * step
 
 

@@ -1,303 +1,152 @@
-"""RMSNorm and LayerNorm with a weight row for each x[b]: the three passes of ops/norm.py.
-
-A program holds BLOCK_T tokens of one b and the whole of D in registers. Where tokens are summed, it
-walks over STEPS such blocks and writes one fp32 row of the partial sums [B, P, D]. Beyond D = 4096
-registers run out on NVIDIA: the double backward then spills some of them.
-"""
+"""RMSNorm and LayerNorm with a weight row for each x[b]: the passes of ops/norm.py."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from .norm_kernels import (
+    norm_backward_kernel,
+    norm_double_backward_kernel,
+    norm_forward_kernel,
+    sum_kernel,
+)
+
 MAX_D = 16384
-TILE_ELEMENTS = 2048  # of one block of tokens
-ELEMENTS_PER_WARP = 256
-SUMMING_PROGRAMS = 256  # about two for each multiprocessor of an H200
 
 
-@triton.jit(do_not_specialize=["T", "P"])
-def _norm_forward_kernel(
-    x_ptr,  # [B, T, D] in
-    weight_ptr,  # [B, D] in, rows weight_stride apart
-    bias_ptr,  # [B, D] in, rows bias_stride apart, or None
-    y_ptr,  # [B, T, D] out, x's dtype
-    mean_ptr,  # [B, T] out, fp32, or None for RMSNorm
-    rstd_ptr,  # [B, T] out, fp32
-    T,
-    D,
-    P,  # programs for each b
-    weight_stride,
-    bias_stride,
-    eps,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # y = (x − μ) r ∘ γ + β,  μ = mean(x) or 0,  r = (mean((x − μ)²) + ε)^-½
-    program = tl.program_id(0).to(tl.int64)
-    b = program // P
-    token = (program % P) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.arange(0, BLOCK_D)
-    in_row = column < D
-    live = (token < T)[:, None] & in_row[None, :]
-    at = (b * T + token)[:, None] * D + column[None, :]
+class Launch(NamedTuple):
+    """How a pass walks over rows."""
 
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    gamma = tl.load(weight_ptr + b * weight_stride + column, mask=in_row, other=0.0).to(tl.float32)
-    if mean_ptr is not None:
-        mean = tl.sum(x, 1) / D
-        tl.store(mean_ptr + b * T + token, mean, mask=token < T)
-        x = tl.where(live, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
-    tl.store(rstd_ptr + b * T + token, rstd, mask=token < T)
-    y = x * rstd[:, None] * gamma[None, :]
-    if bias_ptr is not None:
-        beta = tl.load(bias_ptr + b * bias_stride + column, mask=in_row, other=0.0).to(tl.float32)
-        y += beta[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
+    rows: int  # of a block of tokens
+    warps: int
+    stages: int  # blocks of tokens in flight
+    programs: int  # about, over all b
 
 
-@triton.jit
-def _standardise(x, mean_ptr, rstd_ptr, token, live):
-    # x̂ = (x − μ) r, and r; 0 for tokens that are not live
-    rstd = tl.load(rstd_ptr + token, mask=live, other=0.0)[:, None]
-    if mean_ptr is not None:
-        x -= tl.load(mean_ptr + token, mask=live, other=0.0)[:, None]
-    return x * rstd, rstd
-
-
-@triton.jit
-def _row_means(a, b, c, d, D):
-    # of four [BLOCK_T, BLOCK_D], as [BLOCK_T, 1]: joined, they share the barriers of one reduction
-    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 1) / D
-    ab, cd = tl.split(sums)
-    a, b = tl.split(ab)
-    c, d = tl.split(cd)
-    return a[:, None], b[:, None], c[:, None], d[:, None]
-
-
-@triton.jit(do_not_specialize=["T", "P"])
-def _norm_backward_kernel(
-    dy_ptr,  # [B, T, D] in
-    x_ptr,  # [B, T, D] in
-    weight_ptr,  # [B, D] in, rows weight_stride apart
-    mean_ptr,  # [B, T] in, fp32, or None for RMSNorm
-    rstd_ptr,  # [B, T] in, fp32
-    dx_ptr,  # [B, T, D] out, x's dtype
-    dweight_ptr,  # [B, P, D] out, fp32
-    dbias_ptr,  # [B, P, D] out, fp32
-    T,
-    D,
-    P,
-    weight_stride,
-    STEPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # dx = r (g − x̂ mean(g ∘ x̂) − mean(g)), g = dy ∘ γ;  dγ = Σ_t dy ∘ x̂;  dβ = Σ_t dy
-    program = tl.program_id(0).to(tl.int64)
-    b = program // P
-    first = (program % P) * STEPS * BLOCK_T
-    column = tl.arange(0, BLOCK_D)
-    in_row = column < D
-    dweight = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    dbias = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for step in range(STEPS):
-        token = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
-        live = (token < T)[:, None] & in_row[None, :]
-        at = (b * T + token)[:, None] * D + column[None, :]
-        dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        xhat, rstd = _standardise(x, mean_ptr, rstd_ptr, b * T + token, token < T)
-
-        dweight += dy * xhat
-        dbias += dy
-        gamma = tl.load(weight_ptr + b * weight_stride + column, mask=in_row, other=0.0)
-        g = dy * gamma.to(tl.float32)[None, :]
-        if mean_ptr is not None:
-            g_xhat, g_mean = tl.split(tl.sum(tl.join(g * xhat, g), 1) / D)
-            dx = g - xhat * g_xhat[:, None] - g_mean[:, None]
-        else:
-            dx = g - xhat * (tl.sum(g * xhat, 1) / D)[:, None]
-        tl.store(dx_ptr + at, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=live)
-    tl.store(dweight_ptr + program * D + column, tl.sum(dweight, 0), mask=in_row)
-    tl.store(dbias_ptr + program * D + column, tl.sum(dbias, 0), mask=in_row)
-
-
-@triton.jit(do_not_specialize=["T", "P"])
-def _norm_double_backward_kernel(
-    u_ptr,  # [B, T, D] in, cotangent of dx
-    v_ptr,  # [B, D] in, cotangent of dγ, rows v_stride apart
-    w_ptr,  # [B, D] in, cotangent of dβ, rows w_stride apart
-    dy_ptr,  # [B, T, D] in
-    x_ptr,  # [B, T, D] in
-    weight_ptr,  # [B, D] in, rows weight_stride apart
-    mean_ptr,  # [B, T] in, fp32, or None for RMSNorm
-    rstd_ptr,  # [B, T] in, fp32
-    cot_dy_ptr,  # [B, T, D] out, x's dtype
-    cot_x_ptr,  # [B, T, D] out, x's dtype
-    cot_weight_ptr,  # [B, P, D] out, fp32
-    T,
-    D,
-    P,
-    v_stride,
-    w_stride,
-    weight_stride,
-    STEPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # With Q g = r (g − x̂ mean(g ∘ x̂) − mean(g)), g = dy ∘ γ, dx = Q g:
-    #   cot dy = (Q u) ∘ γ + v ∘ x̂ + w;   cot γ = Σ_t (Q u) ∘ dy
-    #   cot x  = Q (v ∘ dy − r mean(g ∘ x̂) u − r mean(u ∘ x̂) g) − r x̂ mean(u ∘ dx)
-    # with its means taken apart into those of g, u, v ∘ dy and their products: one reduction
-    program = tl.program_id(0).to(tl.int64)
-    b = program // P
-    first = (program % P) * STEPS * BLOCK_T
-    column = tl.arange(0, BLOCK_D)
-    in_row = column < D
-    cot_weight = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for step in range(STEPS):
-        token = first + step * BLOCK_T + tl.arange(0, BLOCK_T)
-        live = (token < T)[:, None] & in_row[None, :]
-        at = (b * T + token)[:, None] * D + column[None, :]
-        u = tl.load(u_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        xhat, rstd = _standardise(x, mean_ptr, rstd_ptr, b * T + token, token < T)
-
-        gamma = tl.load(weight_ptr + b * weight_stride + column, mask=in_row, other=0.0)
-        gamma = gamma.to(tl.float32)[None, :]
-        v = tl.load(v_ptr + b * v_stride + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        w = tl.load(w_ptr + b * w_stride + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        g = dy * gamma
-        vdy = v * dy
-        g_xhat, u_xhat, u_g, vdy_xhat = _row_means(g * xhat, u * xhat, u * g, vdy * xhat, D)
-        along = vdy_xhat + rstd * (u_g - 3.0 * g_xhat * u_xhat)  # the multiple of x̂ in cot x
-        qu = u - xhat * u_xhat
-        cot_x = vdy - rstd * (g_xhat * u + u_xhat * g)
-        if mean_ptr is not None:
-            g_mean, u_mean, vdy_mean, _ = _row_means(g, u, vdy, vdy, D)
-            along -= rstd * g_mean * u_mean
-            qu -= u_mean
-            cot_x -= vdy_mean - rstd * (g_xhat * u_mean + u_xhat * g_mean)
-        cot_x = (cot_x - xhat * along) * rstd
-        qu *= rstd
-        cot_weight += qu * dy
-        cot_dy = qu * gamma + v * xhat + w
-        tl.store(cot_dy_ptr + at, cot_dy.to(cot_dy_ptr.dtype.element_ty), mask=live)
-        tl.store(cot_x_ptr + at, cot_x.to(cot_x_ptr.dtype.element_ty), mask=live)
-    tl.store(cot_weight_ptr + program * D + column, tl.sum(cot_weight, 0), mask=in_row)
+# By the largest BLOCK_D, the power of two not below D.
+LAUNCHES: dict[str, dict[int, Launch]] = {
+    "forward": {
+        128: Launch(16, 4, 1, 1 << 20),
+        512: Launch(8, 4, 1, 1 << 20),
+        1024: Launch(4, 4, 1, 1 << 20),
+        2048: Launch(1, 4, 3, 1056),
+        4096: Launch(1, 8, 1, 1 << 20),
+        8192: Launch(1, 16, 1, 1 << 20),
+        16384: Launch(1, 32, 1, 1 << 20),
+    },
+    "backward": {
+        128: Launch(16, 4, 3, 528),
+        512: Launch(4, 4, 3, 528),
+        1024: Launch(2, 4, 3, 528),
+        2048: Launch(1, 4, 3, 528),
+        4096: Launch(1, 8, 3, 264),
+        8192: Launch(1, 16, 2, 132),
+        16384: Launch(1, 32, 1, 132),
+    },
+    "double_backward": {
+        128: Launch(16, 4, 2, 528),
+        512: Launch(4, 4, 2, 528),
+        1024: Launch(1, 4, 1, 528),
+        2048: Launch(1, 4, 3, 264),
+        4096: Launch(1, 8, 3, 132),
+        8192: Launch(1, 16, 2, 132),
+        16384: Launch(1, 32, 1, 132),
+    },
+}
+SUM_TILE = {"BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}  # of the partial sums
 
 
 def norm_forward(
     x: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, μ (None without ``center``) and r, the latter two [B, …, 1] in fp32."""
-    x, weight_BD = x.contiguous(), _rows(weight_BD)
-    bias_BD = _rows(bias_BD) if bias_BD is not None else None
-    B, T, D = _sizes(x)
+    return _forward(x.contiguous(), None, None, weight_BD, bias_BD, eps, center)
+
+
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """h = x + residual, and y, μ and r of h."""
+    x = x.contiguous()
+    h = torch.empty_like(x)
+    return h, *_forward(x, residual.contiguous(), h, weight_BD, bias_BD, eps, center)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    h: Tensor | None,
+    weight_BD: Tensor,
+    bias_BD: Tensor | None,
+    eps: float,
+    center: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    weight_BD, bias_BD = _rows(weight_BD), None if bias_BD is None else _rows(bias_BD)
     y = torch.empty_like(x)
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if center else None
-    tile = _tile(D)
-    programs = triton.cdiv(T, tile["BLOCK_T"])
+    strides = weight_BD.stride(0), 0 if bias_BD is None else bias_BD.stride(0)
+    grid, sizes, constants = _walk("forward", x)
     with torch.cuda.device_of(x):
-        _norm_forward_kernel[(B * programs,)](
-            x,
-            weight_BD,
-            bias_BD,
-            y,
-            mean,
-            rstd,
-            T,
-            D,
-            programs,
-            weight_BD.stride(0),
-            bias_BD.stride(0) if bias_BD is not None else 0,
-            eps,
-            **tile,
+        norm_forward_kernel[grid](
+            x, residual, weight_BD, bias_BD, h, y, mean, rstd, *sizes, *strides, eps, **constants
         )
     return y, mean, rstd
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight_BD: Tensor, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dγ [B, D] and dβ [B, D]."""
+    dy: Tensor,
+    x: Tensor,
+    weight_BD: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    with_bias: bool = True,
+    dh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
     dy, x, weight_BD = dy.contiguous(), x.contiguous(), _rows(weight_BD)
-    B, T, D = _sizes(x)
-    tile = _tile(D)
-    steps, programs = _walk(B, T, tile["BLOCK_T"])
+    dh = None if dh is None else dh.contiguous()
     dx = torch.empty_like(x)
-    sums = torch.empty(2, B, programs, D, dtype=torch.float32, device=x.device)
+    grid, sizes, constants = _walk("backward", x)
+    parts = _partial_sums(1 + with_bias, x, weight_BD, sizes[1])
+    dbias = parts[1] if with_bias else None
+    inputs = dy, dh, x, weight_BD, mean, rstd
     with torch.cuda.device_of(x):
-        _norm_backward_kernel[(B * programs,)](
-            dy,
-            x,
-            weight_BD,
-            mean,
-            rstd,
-            dx,
-            sums[0],
-            sums[1],
-            T,
-            D,
-            programs,
-            weight_BD.stride(0),
-            STEPS=steps,
-            **tile,
+        norm_backward_kernel[grid](
+            *inputs, dx, parts[0], dbias, *sizes, weight_BD.stride(0), **constants
         )
-    dweight, dbias = (each.sum(1).to(weight_BD.dtype) for each in (sums[0], sums[1]))
-    return dx, dweight, dbias
+    sums = _sum_parts(parts, weight_BD.dtype)
+    return dx, sums[0], sums[1] if with_bias else None
 
 
 def norm_double_backward(
     u: Tensor,
     v_BD: Tensor,
-    w_BD: Tensor,
+    w_BD: Tensor | None,
     dy: Tensor,
     x: Tensor,
     weight_BD: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and dβ (w)."""
+    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
     u, dy, x = u.contiguous(), dy.contiguous(), x.contiguous()
-    v_BD, w_BD, weight_BD = _rows(v_BD), _rows(w_BD), _rows(weight_BD)
-    B, T, D = _sizes(x)
-    tile = _tile(D)
-    steps, programs = _walk(B, T, tile["BLOCK_T"])
+    v_BD, weight_BD, w_BD = _rows(v_BD), _rows(weight_BD), None if w_BD is None else _rows(w_BD)
     cot_dy, cot_x = torch.empty_like(x), torch.empty_like(x)
-    sums = torch.empty(B, programs, D, dtype=torch.float32, device=x.device)
+    grid, sizes, constants = _walk("double_backward", x)
+    parts = _partial_sums(1, x, weight_BD, sizes[1])
+    strides = v_BD.stride(0), 0 if w_BD is None else w_BD.stride(0), weight_BD.stride(0)
+    inputs = u, v_BD, w_BD, dy, x, weight_BD, mean, rstd
     with torch.cuda.device_of(x):
-        _norm_double_backward_kernel[(B * programs,)](
-            u,
-            v_BD,
-            w_BD,
-            dy,
-            x,
-            weight_BD,
-            mean,
-            rstd,
-            cot_dy,
-            cot_x,
-            sums,
-            T,
-            D,
-            programs,
-            v_BD.stride(0),
-            w_BD.stride(0),
-            weight_BD.stride(0),
-            STEPS=steps,
-            **tile,
+        norm_double_backward_kernel[grid](
+            *inputs, cot_dy, cot_x, parts[0], *sizes, *strides, **constants
         )
-    return cot_dy, cot_x, sums.sum(1).to(weight_BD.dtype)
+    return cot_dy, cot_x, _sum_parts(parts, weight_BD.dtype)[0]
 
 
 def _rows(t_BD: Tensor) -> Tensor:
@@ -305,52 +154,92 @@ def _rows(t_BD: Tensor) -> Tensor:
     return t_BD if t_BD.stride(-1) == 1 else t_BD.contiguous()
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """[B, …, D] as B, T, D."""
+def _walk(pass_: str, x: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict[str, Any]]:
+    """The grid; T, P and steps; the constants of a pass over x [B, …, D]."""
     B, *tokens, D = x.shape
     if D > MAX_D:
         raise ValueError(f"x: expected at most {MAX_D} elements in a row, got {D}")
-    return B, math.prod(tokens), D
+    T, launch = math.prod(tokens), _launch(pass_, D)
+    blocks = triton.cdiv(T, launch.rows)
+    steps = triton.cdiv(max(1, blocks), min(max(1, blocks), max(1, launch.programs // max(1, B))))
+    P = triton.cdiv(blocks, steps)
+    return (B * P,), (T, P, steps), _constants(pass_, launch, D)
 
 
-def _tile(D: int) -> dict[str, int]:
+def _launch(pass_: str, D: int) -> Launch:
+    return next(launch for most, launch in LAUNCHES[pass_].items() if most >= D)
+
+
+def _constants(pass_: str, launch: Launch, D: int) -> dict[str, Any]:
     block_d = triton.next_power_of_2(D)
-    block_t = max(1, TILE_ELEMENTS // block_d)
+    constants = {"D": D, "BLOCK_T": launch.rows, "BLOCK_D": block_d, "STAGES": launch.stages}
     most = 16 if torch.version.hip else 32  # 1024 threads
-    warps = min(most, max(1, block_t * block_d // ELEMENTS_PER_WARP))
-    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": warps}
+    constants["num_warps"] = warps = min(most, launch.warps)
+    if pass_ != "forward":
+        # 16 bytes a thread: a shorter row leaves other tokens to some of the threads
+        constants["SPREAD"] = launch.rows > 1 and block_d < 256 * warps
+    return constants
 
 
-def _walk(B: int, T: int, block_t: int) -> tuple[int, int]:
-    """Blocks of tokens that a program of a sum walks over, and programs for each b."""
-    blocks = B * triton.cdiv(T, block_t)
-    steps = triton.next_power_of_2(max(1, triton.cdiv(blocks, SUMMING_PROGRAMS)))
-    return steps, triton.cdiv(T, block_t * steps)
+def _partial_sums(n: int, x: Tensor, weight_BD: Tensor, P: int) -> Tensor:
+    """Room for n sums over tokens, [n, B, P, D]; the sums themselves if P is 1."""
+    dtype = weight_BD.dtype if P == 1 else torch.float32
+    return torch.empty(n, x.shape[0], P, x.shape[-1], dtype=dtype, device=x.device)
+
+
+def _sum_parts(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Σ_p of [n, B, P, D], as n tensors [B, D]."""
+    n, B, P, D = parts.shape
+    if P == 1:
+        return parts[:, :, 0].unbind(0)
+    sums = torch.empty(n, B, D, dtype=dtype, device=parts.device)
+    with torch.cuda.device_of(parts):
+        grid = n * B, triton.cdiv(D, SUM_TILE["BLOCK_D"])
+        sum_kernel[grid](parts, sums, P, D, **SUM_TILE)
+    return sums.unbind(0)
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: norms of heads and of Llama 1B and 8B."""
-    cases = []
+    """What benchmarks/compile_kernels.py compiles: norms of heads and of Llama 1B and 8B, with a
+    residual and without.
+    """
+    kernels = {
+        "forward": norm_forward_kernel,
+        "backward": norm_backward_kernel,
+        "double_backward": norm_double_backward_kernel,
+    }
+    cases = [_compile_case("sum_kernel", sum_kernel, dict(SUM_TILE), ())]
     for kind, D in (("rms", 128), ("rms", 2048), ("rms", 4096), ("layer", 4096)):
-        tile = _tile(D)
-        warps = tile.pop("num_warps")
-        types = dict.fromkeys(("T", "D", "P", "weight_stride", "v_stride", "w_stride"), "i32")
-        types |= dict.fromkeys(("dweight_ptr", "dbias_ptr", "cot_weight_ptr"), "*fp32")
-        types |= {"bias_stride": "i32", "eps": "fp32", "rstd_ptr": "*fp32", "mean_ptr": "*fp32"}
-        constexprs = {"STEPS": 16, **tile}
-        if kind == "rms":
-            constexprs |= {"mean_ptr": None, "bias_ptr": None}
-        for kernel in (_norm_forward_kernel, _norm_backward_kernel, _norm_double_backward_kernel):
-            names = kernel.arg_names
-            cases.append(
-                {
-                    "name": f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {kind} D={D}",
-                    "kernel": kernel,
-                    "signature": {n: types.get(n, "*bf16") for n in names if n not in constexprs},
-                    "constexprs": {n: value for n, value in constexprs.items() if n in names},
-                    "aligned": ["D", "weight_stride", "bias_stride", "v_stride", "w_stride"],
-                    "num_warps": warps,
-                    "num_stages": 3,
-                }
-            )
+        for pass_, kernel in kernels.items():
+            for add in (False, True) if kind == "rms" and pass_ != "double_backward" else (False,):
+                absent = () if add else ("residual_ptr", "h_ptr", "dh_ptr")
+                if kind == "rms":
+                    absent += ("mean_ptr", "bias_ptr", "dbias_ptr", "w_ptr")
+                constants = _constants(pass_, _launch(pass_, D), D)
+                name = f"{'add_' * add}norm_{pass_} {kind} D={D}"
+                cases.append(_compile_case(name, kernel, constants, absent))
     return cases
+
+
+def _compile_case(
+    name: str, kernel: Any, constants: dict[str, Any], absent: tuple[str, ...]
+) -> dict[str, Any]:
+    fp32 = ("rstd", "mean", "dweight", "dbias", "cot_weight", "part")
+    types = {f"{each}_ptr": "*fp32" for each in fp32} | {"eps": "fp32"}
+    warps = constants.pop("num_warps")
+    constants |= dict.fromkeys(absent)
+    constexprs = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    signature = {
+        n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32")
+        for n in kernel.arg_names
+        if n not in constexprs
+    }
+    return {
+        "name": name,
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "aligned": ["D", "weight_stride", "bias_stride", "v_stride", "w_stride"],
+        "num_warps": warps,
+        "num_stages": 3,
+    }

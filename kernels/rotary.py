@@ -73,6 +73,7 @@ def _rotary_kernel(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
@@ -92,7 +93,7 @@ def _rotary_kernel(
     _rotate_heads(q_ptr, q_out_ptr, q_strides, q_out_strides, batch, token, H, table,
                   HALF, REST, BLOCK_H, BLOCK_R, BLOCK_REST)  # fmt: skip
     _rotate_heads(k_ptr, k_out_ptr, k_strides, k_out_strides, batch, token, K, table,
-                  HALF, REST, BLOCK_H, BLOCK_R, BLOCK_REST)  # fmt: skip
+                  HALF, REST, BLOCK_K, BLOCK_R, BLOCK_REST)  # fmt: skip
 
 
 def rotary_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> tu
             k.shape[1],
             tokens,
             ADJOINT=adjoint,
-            **_tile(heads, dim, cos.shape[-1]),
+            **_tile(heads, k.shape[1], dim, cos.shape[-1]),
         )
     return q_out, k_out
 
@@ -136,14 +137,15 @@ def _token_major(x: Tensor) -> Tensor:
     return fresh.transpose(1, 2)
 
 
-def _tile(heads: int, dim: int, rotated: int) -> dict[str, int]:
-    """The compile-time constants for this many query heads of this size."""
+def _tile(heads: int, kv_heads: int, dim: int, rotated: int) -> dict[str, int]:
+    """The compile-time constants for this many heads of queries and keys of this size."""
     block_r = triton.next_power_of_2(rotated // 2)
-    block_h = min(triton.next_power_of_2(heads), max(1, TILE_ELEMENTS // block_r))
+    most = max(1, TILE_ELEMENTS // block_r)
     return {
         "HALF": rotated // 2,
         "REST": dim - rotated,
-        "BLOCK_H": block_h,
+        "BLOCK_H": min(triton.next_power_of_2(heads), most),
+        "BLOCK_K": min(triton.next_power_of_2(kv_heads), most),
         "BLOCK_R": block_r,
         "BLOCK_REST": triton.next_power_of_2(max(1, dim - rotated)),
         "num_warps": NUM_WARPS,
@@ -153,9 +155,9 @@ def _tile(heads: int, dim: int, rotated: int) -> dict[str, int]:
 def compile_cases(_target: str) -> list[dict[str, Any]]:
     """What benchmarks/compile_kernels.py compiles: the heads of Llama 1B and 8B and of Pythia."""
     cases = []
-    for heads, dim, rotated in ((32, 64, 64), (32, 128, 128), (16, 64, 16)):
+    for heads, kv_heads, dim, rotated in ((32, 8, 64, 64), (32, 8, 128, 128), (16, 16, 64, 16)):
         for adjoint in (False, True):
-            constexprs = {"ADJOINT": adjoint, **_tile(heads, dim, rotated)}
+            constexprs = {"ADJOINT": adjoint, **_tile(heads, kv_heads, dim, rotated)}
             warps = constexprs.pop("num_warps")
             signature: dict[str, Any] = {}
             for name in _rotary_kernel.arg_names:

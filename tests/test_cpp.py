@@ -108,6 +108,13 @@ def test_every_pass_of_norm_errs_at_most_twice_as_much_as_pytorch(
     check("norm_backward", cpp_norm, eager_norm, (dy, x, weight), saved)
     check("norm_double_backward", cpp_norm, eager_norm, (u, v, w, dy, x, weight), saved)
 
+    results = check("add_norm_forward", cpp_norm, eager_norm, (x, u, weight, bias, 1e-5, center))
+    h = results[1][0]
+    saved = [(*result[2:], False, u.to(result[0].dtype)) for result in results]
+    check("norm_backward", cpp_norm, eager_norm, (dy, h, weight), saved)
+    saved = [result[2:] for result in results]
+    check("norm_double_backward", cpp_norm, eager_norm, (u, v, None, dy, h, weight), saved)
+
 
 @each_dtype
 @pytest.mark.parametrize("shape", [(3, 401), (1, 1), (2, 5, 308), (2, 3, 20000)], ids=str)

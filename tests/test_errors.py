@@ -230,7 +230,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
     assert_untouched(model, before)
     held = [thing for thing in gc.get_objects() if isinstance(thing, Factor)]
     held = [factor for factor in held if id(factor) not in others]
-    assert not any(factor.x_GSI.numel() or factor.pairs for factor in held)
+    assert not any(factor.x_GSI.numel() or factor.uses for factor in held)
 
 
 def test_replaced_forwards_and_hooks_on_the_head_are_refused(

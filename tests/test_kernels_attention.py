@@ -13,6 +13,8 @@ from torch.autograd import grad
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 from gdprompt_fast.kernels import attention as kernels
+from gdprompt_fast.kernels.attention import launch
+from gdprompt_fast.kernels.attention.tiles import Tiles
 from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.attention import attention, visible_keys
 from gdprompt_fast.ops.eager import attention as eager
@@ -133,8 +135,8 @@ def errors(
 def test_errs_at_most_twice_as_much_as_pytorch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, heads, kv_heads, tokens, dim, window, lengths, dtype, tile = CASES[case]
     if tile is not None:
-        cut = kernels.Tiles(*tile, num_warps=4, num_stages=1)
-        monkeypatch.setattr(kernels, "_tiles", lambda *_: cut)
+        cut = Tiles(*tile, num_warps=4, num_stages=1)
+        monkeypatch.setattr(launch, "tiles_of", lambda *_: cut)
     tensors = inputs(batch, heads, kv_heads, tokens, dim, dtype)
     before = {key: t.clone() for key, t in tensors.items()}
     segment_BT = None if lengths is None else segments_of(lengths, batch)
@@ -144,6 +146,34 @@ def test_errs_at_most_twice_as_much_as_pytorch(case: str, monkeypatch: pytest.Mo
             f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
         )
     assert all(torch.equal(tensors[key], t) for key, t in before.items()), "an input was changed"
+
+
+@pytest.mark.parametrize("way", ["one loop", "two sweeps", "copy engine"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_every_way_to_cut_a_kernel_up_is_right(
+    way: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Tiles(
+        *(16, 16, 4, 1),
+        split=way != "one loop",
+        tma=way == "copy engine",
+        sweeps=1 + ("two" in way),
+    )
+    monkeypatch.setattr(launch, "tiles_of", lambda *_: cut)
+    tensors = inputs(1, 4, 2, 45, 16, BF16)
+    for name, error, allowed in errors(tensors, visible_keys(tensors["q"], window)):
+        assert error <= 2 * allowed + FLOOR[BF16], f"{name}: error {error:.2e}, {allowed:.2e}"
+
+
+def test_a_negative_scale_is_one() -> None:
+    tensors = inputs(1, 2, 1, 20, 16, FP32)
+    ours, gold = (
+        run(module, {n: t.to(dtype) for n, t in tensors.items()}, -0.4, None)
+        for module, dtype in ((kernels, FP32), (eager, torch.float64))
+    )
+    for name, outputs in ours.items():
+        for value, truth in zip(outputs, gold[name], strict=True):
+            assert relative_error(value, truth) < 1e-5, name
 
 
 def test_output_is_laid_out_as_the_model_reads_it() -> None:

@@ -20,7 +20,7 @@ from gdprompt_fast.ops.eager import norm as eager_norm
 from gdprompt_fast.ops.eager import rotary as eager_rotary
 from gdprompt_fast.ops.eager import swiglu as eager_swiglu
 from gdprompt_fast.ops.gelu import gelu
-from gdprompt_fast.ops.norm import norm
+from gdprompt_fast.ops.norm import add_norm, norm
 from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.swiglu import swiglu
 
@@ -84,7 +84,16 @@ def rows(B: int, D: int, dtype: torch.dtype, expanded: bool) -> Tensor:
     return (1 + 0.3 * torch.randn(B, D + 3)).to(dtype)[:, :D]
 
 
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of tokens to a program of a norm."""
+    for launches in kernel_norm.LAUNCHES.values():
+        for most, launch in launches.items():
+            monkeypatch.setitem(launches, most, launch._replace(programs=4))
+
+
 @each_dtype
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("expanded", [True, False], ids=["one-weight-row", "row-of-each-example"])
 @pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
 @pytest.mark.parametrize(
@@ -95,10 +104,7 @@ def test_every_pass_of_norm_errs_at_most_twice_as_much_as_eager(
     center: bool,
     expanded: bool,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernel_norm, "SUMMING_PROGRAMS", 4)  # several blocks to a program
-    monkeypatch.setattr(kernel_norm, "TILE_ELEMENTS", 512)
     B, D = shape[0], shape[-1]
     x = (torch.randn(shape) * 2 + 0.5).to(dtype)
     dy, u = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -125,6 +131,41 @@ def test_every_pass_of_norm_errs_at_most_twice_as_much_as_eager(
         kernel_norm.norm_double_backward(*double, *fast[1:]),
         eager_norm.norm_double_backward(*double, *plain[1:]),
         eager_norm.norm_double_backward(*widen(double), *gold[1:]),
+    )
+
+
+@each_dtype
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("shape", [(2, 1, 41), (3, 5, 401), (1, 130, 32)], ids=str)
+def test_every_pass_of_norm_after_a_sum_errs_at_most_twice_as_much_as_eager(
+    shape: tuple[int, ...], with_bias: bool, dtype: torch.dtype
+) -> None:
+    B, D = shape[0], shape[-1]
+    x, residual, dh, dy, u = (torch.randn(shape).to(dtype) for _ in range(5))
+    weight, v, w = (rows(B, D, dtype, expanded=False) for _ in range(3))
+
+    forward = (x, residual, weight, w if with_bias else None, 1e-5, with_bias)
+    gold = eager_norm.add_norm_forward(*widen(forward))
+    plain = eager_norm.add_norm_forward(*forward)
+    fast = kernel_norm.add_norm_forward(*forward)
+    assert_at_most_twice_eager("h y mean rstd", fast, plain, gold)
+    assert torch.equal(fast[0], plain[0])
+
+    backward = (dy, plain[0], weight)
+    assert_at_most_twice_eager(
+        "dx dweight dbias",
+        kernel_norm.norm_backward(*backward, *fast[2:], with_bias, dh),
+        eager_norm.norm_backward(*backward, *plain[2:], with_bias, dh),
+        eager_norm.norm_backward(*widen(backward), *gold[2:], with_bias, dh.double()),
+    )
+
+    double = (u, v, w if with_bias else None, *backward)
+    assert_at_most_twice_eager(
+        "cot_dy cot_x cot_weight",
+        kernel_norm.norm_double_backward(*double, *fast[2:]),
+        eager_norm.norm_double_backward(*double, *plain[2:]),
+        eager_norm.norm_double_backward(*widen(double), *gold[2:]),
     )
 
 
@@ -309,11 +350,23 @@ def derivatives(op: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
         (lambda x, w: norm(x, w, None, eps=1e-5, center=False), [(3, 5, 41), (3, 41)]),
         (lambda x, w: norm(x, w.expand(3, 8), None, eps=1e-5, center=False), [(3, 2, 4, 8), (8,)]),
         (lambda x, w, b: norm(x, w, b, eps=1e-5, center=True), [(3, 5, 41), (3, 41), (3, 41)]),
+        (
+            lambda x, r, w: sum(add_norm(x, r, w, None, eps=1e-5, center=False)),
+            [(3, 5, 41), (3, 5, 41), (3, 41)],
+        ),
         (swiglu, [(3, 5, 41), (3, 5, 41)]),
         (gelu, [(3, 5, 41)]),
         (lambda x: gelu(x, "tanh"), [(3, 5, 41)]),
     ],
-    ids=["rms_norm", "rms_norm-of-heads-one-weight", "layer_norm", "swiglu", "gelu", "gelu-tanh"],
+    ids=[
+        "rms_norm",
+        "rms_norm-of-heads-one-weight",
+        "layer_norm",
+        "add_norm",
+        "swiglu",
+        "gelu",
+        "gelu-tanh",
+    ],
 )
 def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
     op: Callable[..., Tensor], shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
@@ -326,7 +379,7 @@ def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
         plain = getattr(module, name)
 
         def watched(*args: Any) -> Any:
-            used.add(name.partition("_")[2])
+            used.add(name.removeprefix("add_").partition("_")[2])
             return plain(*args)
 
         monkeypatch.setattr(module, name, watched)
@@ -335,6 +388,7 @@ def test_first_and_second_derivatives_through_the_kernels_equal_fp64(
         watch(kernel_norm, f"norm_{pass_}")
         watch(kernel_swiglu, f"swiglu_{pass_}")
         watch(kernel_gelu, f"gelu_{pass_}")
+    watch(kernel_norm, "add_norm_forward")
     with backend.use_backend("triton"):
         values = derivatives(op, *inputs)
     assert used == {"forward", "backward", "double_backward"}

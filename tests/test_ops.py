@@ -25,7 +25,7 @@ from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.handle import depend_on, weight_handle
 from gdprompt_fast.ops.linear import InnerLinear, inner_linear
 from gdprompt_fast.ops.lora import lora_materialise, lora_product
-from gdprompt_fast.ops.norm import norm
+from gdprompt_fast.ops.norm import add_norm, norm
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.rotary import rotary
@@ -79,6 +79,32 @@ def test_norm_equals_pytorch_and_is_twice_differentiable(
 def test_norm_without_bias_is_twice_differentiable() -> None:
     inputs = leaf(2, 3, 5), leaf(2, 5)
     assert gradgradcheck(lambda x, w: norm(x, w, None, eps=1e-3, center=False), inputs)
+
+
+@pytest.mark.usefixtures("on_each_backend")
+@pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
+def test_add_norm_equals_a_sum_and_its_norm_and_is_twice_differentiable(center: bool) -> None:
+    x, residual, *rows = leaf(2, 3, 5), leaf(2, 3, 5), leaf(2, 5), leaf(2, 5)
+    inputs = x, residual, *rows[: 1 + center]
+
+    def op(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return add_norm(x, residual, weight, bias, eps=1e-3, center=center)
+
+    h, y = op(*inputs)
+    torch.testing.assert_close(h, x + residual)
+    weight, bias = inputs[2], inputs[3] if center else None
+    torch.testing.assert_close(y, norm(x + residual, weight, bias, eps=1e-3, center=center))
+    for used in (lambda *t: op(*t), lambda *t: op(*t)[0], lambda *t: op(*t)[1]):
+        assert gradcheck(used, inputs)
+        assert gradgradcheck(used, inputs)
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    x = torch.zeros(2, 3, 5)
+    with pytest.raises(ValueError, match=r"residual: expected torch.float32 \[2, 3, 5\] as x"):
+        add_norm(x, x[:, :1], torch.ones(2, 5), None, eps=1e-3, center=False)
 
 
 @pytest.mark.usefixtures("on_each_backend")

@@ -110,12 +110,14 @@ def dropped_bias(patch: Patch) -> None:
 
 
 def nothing_pulled(patch: Patch) -> None:
-    patch.setattr(linear.InnerLinear, "pull", lambda self, factor: (None, None))
+    patch.setattr(linear.InnerLinear, "factor_cotangents", lambda self, factor, e: (None, e))
 
 
 def half_pulled(patch: Patch) -> None:
-    own = linear.InnerLinear.pull
-    patch.setattr(linear.InnerLinear, "pull", lambda self, factor: (None, own(self, factor)[1]))
+    own = linear.InnerLinear.factor_cotangents
+    patch.setattr(
+        linear.InnerLinear, "factor_cotangents", lambda self, *args: (None, own(self, *args)[1])
+    )
 
 
 ZERO = torch.zeros_like
@@ -187,8 +189,8 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
         lambda patch: patch.setattr(
             attach,
             "VocabularySite",
-            lambda head, tokens, inner, state, own=attach.VocabularySite: own(
-                head, tokens, False, state
+            lambda head, tokens, inner, *rest, own=attach.VocabularySite: own(
+                head, tokens, False, *rest
             ),
         ),
     ),

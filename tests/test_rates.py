@@ -18,9 +18,9 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.vocabulary import GoldTarget
 from gdprompt_fast.reference.compare import without_upcasts
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.masks import attention_by
 from gdprompt_fast.update.site import StepState

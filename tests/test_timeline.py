@@ -21,8 +21,8 @@ Event = tuple[str, str]
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """(what happens, the layer's weight) of every linear layer, in order."""
     seen: list[Event] = []
-    record, push, pull = InnerLinear.record, InnerLinear.push, InnerLinear.pull
-    take = WeightGradient.take
+    record, add_use = InnerLinear.record, InnerLinear.add_use
+    cotangents, take = InnerLinear.factor_cotangents, WeightGradient.take
 
     def place(tensor: torch.Tensor) -> str:
         return str(tensor.data_ptr())
@@ -33,24 +33,24 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
         seen.append(("record", place(layer.weight_OI)))
         return factor
 
-    def pushed(
-        layer: InnerLinear, u: Any, f: Any, level: int, double_backward: bool = False
+    def used(
+        layer: InnerLinear, u: Any, f: Any, level: int, *matches: Any, double_backward: bool = False
     ) -> None:
         what = "double backward" if double_backward else f"last backward, level {level}"
         seen.append((what, place(layer.weight_OI)))
-        push(layer, u, f, level, double_backward)
+        add_use(layer, u, f, level, *matches, double_backward=double_backward)
 
-    def pulled(layer: InnerLinear, factor: Any) -> Any:
-        seen.append((f"factor with {len(factor.pairs)} pair", place(layer.weight_OI)))
-        return pull(layer, factor)
+    def formed(layer: InnerLinear, factor: Any, direct: Any) -> Any:
+        seen.append((f"factor with {len(factor.uses)} use", place(layer.weight_OI)))
+        return cotangents(layer, factor, direct)
 
     def taken(gradient: WeightGradient) -> Any:
         seen.append(("take", place(gradient._parameter)))
         return take(gradient)
 
     monkeypatch.setattr(InnerLinear, "record", recorded)
-    monkeypatch.setattr(InnerLinear, "push", pushed)
-    monkeypatch.setattr(InnerLinear, "pull", pulled)
+    monkeypatch.setattr(InnerLinear, "add_use", used)
+    monkeypatch.setattr(InnerLinear, "factor_cotangents", formed)
     monkeypatch.setattr(WeightGradient, "take", taken)
     return seen
 
@@ -72,7 +72,7 @@ def test_a_step_runs_in_the_order_of_its_page(
     assert phases == [
         "record",
         "last backward, level 1",
-        *["double backward", "factor with 1 pair"] * len(weights),
+        *["double backward", "factor with 1 use"] * len(weights),
         "last backward, level 0",
         "take",
     ]

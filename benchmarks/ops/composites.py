@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdprompt_fast.ops.gradient import WeightGradient
-from gdprompt_fast.ops.linear import Factor, InnerLinear
+from gdprompt_fast.ops.linear import Factor, InnerLinear, Use
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
@@ -54,8 +54,8 @@ def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple
         return (layer.product(x, grouped, 1),)
 
     def pull() -> tuple[Tensor, ...]:
-        factor.pairs.append((u, f, True))
-        x_cot, e_cot = layer.pull(factor)
+        factor.uses.append(Use(u, f, True, None, None))
+        x_cot, e_cot = layer.factor_cotangents(factor)
         assert x_cot is not None and e_cot is not None
         return x_cot, e_cot
 

@@ -41,10 +41,10 @@ def outputs(way: str, tensors: tuple[Tensor, ...], inner_lr: float) -> tuple[Ten
         update = e_context[0].double().T @ x_context[0].double()
         adapted = (weight.double() - inner_lr * update).to(weight.dtype)
         return x_query @ adapted.T, x_query.double() @ (adapted.double() - weight.double()).T
-    match = x_query @ x_context.transpose(1, 2)
-    y = updated_product(x_query, weight, None, match, e_context, -inner_lr)
+    match = (x_query @ x_context.transpose(1, 2)).mul_(-inner_lr)
+    y = updated_product(x_query, weight, None, match, e_context)
     nothing = torch.zeros_like(weight)
-    return y, updated_product(x_query, nothing, None, match, e_context, -inner_lr).double()
+    return y, updated_product(x_query, nothing, None, match, e_context).double()
 
 
 def measure(dtype: torch.dtype, inner_lr: float) -> dict[str, Any]:

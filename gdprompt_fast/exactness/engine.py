@@ -79,6 +79,7 @@ def logits_at_adapted(model: nn.Module, step: StepArguments) -> Iterator[RowLogi
             take_inner_steps(engine, contexts_of(batch), step.inner_steps, failures)
             queries = batch.layout.queries
             hidden = engine.hidden_states(batch.query_ids, queries, step.inner_steps).detach()
+            failures.take(state.flags)
     failures.check()
     yield from _logits(engine, hidden, batch.query_ids, batch.query_mask, batch.query_group)
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,28 @@ class CudaGraph:
 
     def record(self, work: Callable[[], None]) -> None:
         options = dict(pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with _no_garbage_collection(), torch.cuda.graph(self._graph, **options):
+        random_numbers = _random_numbers(self._stream.device)
+        with _no_garbage_collection(), random_numbers, torch.cuda.graph(self._graph, **options):
             work()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def _random_numbers(device: torch.device) -> Iterator[None]:
+    """After a capture that failed, random numbers can be drawn as before: what is left of their
+    generator believes that it is still captured.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        fresh = torch.Generator(device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
 
 
 @contextmanager
@@ -81,6 +98,16 @@ def tensors_of(inputs: Mappable) -> list[Tensor]:
     return found
 
 
+class Done(NamedTuple):
+    """What a piece of work gives: numbers, then flags, and the error that each flag stands for."""
+
+    tensors: list[Tensor]
+    errors: list[Exception]
+
+
+Unit = Callable[[Any], Done]  # a piece of work; adds to ``.grad``
+
+
 @dataclass
 class _Recorded:
     """A graph, the memory that its inputs and outputs live in, and the parameters whose gradients
@@ -89,16 +116,14 @@ class _Recorded:
 
     graph: Graph
     inputs: list[Tensor]
-    outputs: Sequence[Tensor]
+    done: Done
     reached: list[nn.Parameter]
 
-    def __call__(self, inputs: Mappable) -> list[Tensor]:
+    def __call__(self, inputs: Mappable) -> Done:
         torch._foreach_copy_(self.inputs, tensors_of(inputs))
         self.graph.replay()
-        return [output.clone() for output in self.outputs]  # the next replay writes there
-
-
-Unit = Callable[[Any], Sequence[Tensor]]  # adds to ``.grad``
+        copies = [tensor.clone() for tensor in self.done.tensors]  # the next replay writes there
+        return Done(copies, self.done.errors)
 
 
 class Graphs:
@@ -114,37 +139,46 @@ class Graphs:
         self._seen: set[Any] = set()
         self._refused: dict[Any, str] = {}
         self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._own: dict[nn.Parameter, int] = {}  # references that are ours
         self._validity: Any = None
-        if device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def new_graph(self) -> Graph:
+        assert self._stream is not None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         return CudaGraph(self._pool, self._stream)
 
     def begin(self, validity: Any) -> None:
         """Before a step: drops what was recorded when the model was another."""
         free = [p for p, buffer in self._buffers.items() if p.grad is not buffer]
-        if validity != self._validity or any(_is_kept(self._buffers, p) for p in free):
+        kept = any(_references(self._buffers, p) > self._own[p] for p in free)
+        if validity != self._validity or kept:
             self.clear()
         self._validity = validity
 
     def clear(self) -> None:
         """Drops the graphs and the buffers; one that is a ``.grad`` stays that, as any tensor."""
-        for each in (self._recorded, self._seen, self._refused, self._buffers):
+        for each in (self._recorded, self._seen, self._refused, self._buffers, self._own):
             each.clear()
+        self._pool = None  # it went with the last graph
 
     def run(
         self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]
-    ) -> tuple[Sequence[Tensor], str]:
-        """The outputs of ``unit(inputs)``, and why they are not those of a replay: an empty string
+    ) -> tuple[Done, str]:
+        """The result of ``unit(inputs)``, and why they are not those of a replay: an empty string
         if they are.
         """
         if key not in self._recorded and key not in self._refused:
             if key not in self._seen:
                 self._seen.add(key)
                 return unit(inputs), "the first step of a shape warms kernels up"
-            self._record(key, unit, inputs, trained)
+            try:
+                self._record(key, unit, inputs, trained)
+            except torch.OutOfMemoryError:
+                self.clear()
+                self._refused[key] = "there is no memory for a graph beside what is in use"
         if key in self._refused:
             return unit(inputs), self._refused[key]
         self._recorded.move_to_end(key)
@@ -155,29 +189,31 @@ class Graphs:
     def _record(self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
         while len(self._recorded) >= MOST_GRAPHS:
             self._recorded.popitem(last=False)
-        static, outputs = inputs.map(torch.clone), list[Tensor]()
+        self._add_buffers(trained)
+        before = {p: _references(self._buffers, p) for p in trained}
+        written = {p: self._buffers[p]._version for p in trained}
+        static, done = inputs.map(torch.clone), list[Done]()
+        graph = self.new_graph()
         with _gradients_kept(trained):
+            for parameter in trained:
+                parameter.grad = self._buffers[parameter]
             try:
-                buffers = {p: self._buffer(p) for p in trained}
-                for parameter, buffer in buffers.items():
-                    parameter.grad = buffer
-                written = {p: buffer._version for p, buffer in buffers.items()}
-                graph = self.new_graph()
-                graph.record(lambda: outputs.extend(unit(static)))
+                graph.record(lambda: done.append(unit(static)))
             except torch.OutOfMemoryError:
-                self.clear()
-                self._refused[key] = "there is no memory for a graph beside what is in use"
-                return
+                raise
             except RuntimeError as error:
                 self._refused[key] = f"it could not be captured: {error}"
                 return
-        reached = [p for p in trained if buffers[p]._version != written[p]]
-        self._recorded[key] = _Recorded(graph, tensors_of(static), outputs, reached)
+        reached = [p for p in trained if self._buffers[p]._version != written[p]]
+        self._recorded[key] = _Recorded(graph, tensors_of(static), done[0], reached)
+        for parameter in trained:
+            self._own[parameter] += _references(self._buffers, parameter) - before[parameter]
 
-    def _buffer(self, parameter: nn.Parameter) -> Tensor:
-        if parameter not in self._buffers:
-            self._buffers[parameter] = torch.zeros_like(parameter)
-        return self._buffers[parameter]
+    def _add_buffers(self, trained: Sequence[nn.Parameter]) -> None:
+        for parameter in trained:
+            if parameter not in self._buffers:
+                self._buffers[parameter] = torch.zeros_like(parameter)
+                self._own[parameter] = _references(self._buffers, parameter)
 
     def _take_over(self, reached: Sequence[nn.Parameter]) -> None:
         """Makes the buffers the gradients of the parameters."""
@@ -204,15 +240,10 @@ def _gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _references(held: dict[Any, Tensor], key: Any) -> tuple[int, int]:
-    """How many hold a tensor of ``held``, and its memory."""
-    count = torch._C._storage_Use_Count
-    return sys.getrefcount(held[key]), count(held[key].untyped_storage()._cdata)
-
-
-def _is_kept(held: dict[Any, Tensor], key: Any) -> bool:
-    """Whether anybody else holds a tensor of ``held``, or a view of it."""
-    return _references(held, key) > _references({key: torch.empty(1)}, key)
+def _references(held: dict[Any, Tensor], key: Any) -> int:
+    """How many hold a tensor of ``held``, or a view of it."""
+    count: int = torch._C._storage_Use_Count(held[key].untyped_storage()._cdata)
+    return sys.getrefcount(held[key]) + count
 
 
 _graphs: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()

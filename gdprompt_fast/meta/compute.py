@@ -13,7 +13,7 @@ from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..update.attach import AdaptedModel
 from ..update.site import StepState
-from .capture import Graphs
+from .capture import Done, Graphs, Unit
 from .config import MetaStepConfig, MetaStepOutput
 from .failures import Failures, clean_after_error
 from .inner import contexts_of, take_inner_steps
@@ -28,7 +28,6 @@ class PartInputs(NamedTuple):
     part: Part
     numbers: Numbers
     lm_on_contexts: bool
-    losses: int = 3
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PartInputs:
         return self._replace(part=self.part.map(change), numbers=self.numbers.map(change))
@@ -44,7 +43,6 @@ class LMInputs(NamedTuple):
 
     rows: LMBatch
     numbers: Numbers
-    losses: int = 1
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LMInputs:
         return self._replace(rows=self.rows.map(change), numbers=self.numbers.map(change))
@@ -53,9 +51,6 @@ class LMInputs(NamedTuple):
     def key(self) -> Any:
         """Equal where the same work is to be done."""
         return "lm", tuple(self.rows.ids.shape), len(self.rows.position_P), self.numbers.key
-
-
-Unit = Callable[[Any], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -108,13 +103,13 @@ class MetaStep:
 
         def run(unit: Unit, inputs: PartInputs | LMInputs) -> Sequence[Tensor]:
             if graphs is None:
-                outputs = unit(inputs)
+                done = unit(inputs)
             else:
-                outputs, why = graphs.run(inputs.key, unit, inputs, self.trained)
+                done, why = graphs.run(inputs.key, unit, inputs, self.trained)
                 reasons.append(why)
-            losses, flags = outputs[: inputs.losses], outputs[inputs.losses :]
-            failures.add(self.watched[: len(flags)], flags)
-            return losses
+            losses = len(done.tensors) - len(done.errors)
+            failures.add(done.errors, done.tensors[losses:])
+            return done.tensors[:losses]
 
         autocast = torch.autocast(device.type, enabled=False)  # sites cast themselves
         backend, clean = use_backend(self.backend), clean_after_error(self.model)
@@ -136,18 +131,12 @@ class MetaStep:
             failures=failures,
         )
 
-    @property
-    def watched(self) -> list[str]:
-        """What a part looks at, in this order."""
-        steps = range(1, self.config.inner_steps + 1)
-        return [*(f"inner loss at inner step {k}" for k in steps), "teacher"]
-
-    def backward(self, inputs: PartInputs) -> list[Tensor]:
+    def backward(self, inputs: PartInputs) -> Done:
         """Adds the meta-gradient of some groups to ``.grad``.
 
         Returns:
             Their shares of the query loss and of the contexts' L_LM, and the sum of their inner
-            losses, detached; then the flags of what was looked at.
+            losses, detached; then the flags of what could be an error.
         """
         part, numbers, steps = inputs.part, inputs.numbers, self.config.inner_steps
         failures = Failures(part.batch.context_ids.device)
@@ -165,17 +154,19 @@ class MetaStep:
             )
             options = steps, self.config.outer_reduction, numbers.query_count
             query = query_loss(adapted, part.batch, part.teacher, *options)
+            failures.take(state.flags)
             lm = nll_C.sum() / numbers.lm_count
             (query + numbers.lm_weight * lm if keep_graph else query).backward()
             adapted.release()
-        return [query.detach(), lm.detach(), inner_loss, *failures.flags]
+        losses = query.detach(), lm.detach(), inner_loss
+        return Done([*losses, *failures.flags], failures.errors)
 
-    def lm_backward(self, inputs: LMInputs) -> list[Tensor]:
+    def lm_backward(self, inputs: LMInputs) -> Done:
         """Adds λ times the gradient of L_LM on some rows to ``.grad``; their share of L_LM."""
         numbers = inputs.numbers
         weight = numbers.lm_weight if self.has_lm else None
         options = numbers.lm_count, weight, self.dtype, self.config.recompute
-        return [lm_backward(self.model, inputs.rows, *options)]
+        return Done([lm_backward(self.model, inputs.rows, *options)], [])
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:

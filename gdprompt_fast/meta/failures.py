@@ -22,34 +22,36 @@ class Failures:
     is untouched.
 
     Attributes:
-        flags: a bool [] for each thing looked at, up if it was not finite.
+        errors, flags: what was looked at, and for each a bool [], up if it is an error.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.at_once = device.type == "cpu" and not _on_the_device
+        self._at_once = device.type == "cpu" and not _on_the_device
+        self.errors: list[Exception] = []
         self.flags: list[Tensor] = []
-        self._names: list[str] = []
-
-    def watch(self, name: str, values: Tensor) -> None:
-        """That values are finite."""
-        bad = (~torch.isfinite(values)).any()
-        if self.at_once and bad:
-            raise _not_finite(name)
-        self.add([name], [bad])
 
     def watch_inner_loss(
         self, loss_C: Tensor, step: int, first_group: int, group_C: Tensor
     ) -> None:
         """That the contexts' shares of their groups' inner losses at an inner step are finite."""
-        if self.at_once:
+        if self._at_once:
             check_inner_loss(loss_C, step, first_group, group_C)
-        self.watch(f"inner loss at inner step {step + 1}", loss_C)
+        error = f"inner loss: expected finite numbers, got others at inner step {step + 1}"
+        self.add([FloatingPointError(error)], [(~torch.isfinite(loss_C)).any()])
 
-    def add(self, names: Sequence[str], flags: Sequence[Tensor]) -> None:
-        """What others have looked at."""
-        self._names += names
+    def take(self, flagged: list[tuple[Exception, Tensor]]) -> None:
+        """What the layers of a step have noted since the last time."""
+        for error, failed in flagged:
+            self.add([error], [failed])
+        flagged.clear()
+
+    def add(self, errors: Sequence[Exception], flags: Sequence[Tensor]) -> None:
+        """What it would mean if a flag is up."""
+        self.errors += errors
         self.flags += flags
+        if self._at_once:
+            self.check()
 
     @property
     def found_inf(self) -> Tensor:
@@ -63,10 +65,11 @@ class Failures:
 
         Raises:
             FloatingPointError: naming the first thing that was not finite.
+            ValueError: if the model gave its rows other positions than the engine takes.
         """
-        for name, up in zip(self._names, self.flags, strict=True):
+        for error, up in zip(self.errors, self.flags, strict=True):
             if up:
-                raise _not_finite(name)
+                raise type(error)(*error.args)
 
 
 class _Pending:
@@ -103,10 +106,6 @@ def raise_pending(model: nn.Module) -> None:
     rest = [each for each in waiting if not each.check()]
     if rest:
         _pending[model] = rest
-
-
-def _not_finite(name: str) -> FloatingPointError:
-    return FloatingPointError(f"{name}: expected finite numbers, got NaN or infinite ones")
 
 
 @contextmanager

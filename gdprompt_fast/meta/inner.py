@@ -169,6 +169,7 @@ def inner_step(
         adapted = AdaptedModel(model, inner, state)
         with adapted.differentiable():
             take_inner_steps(adapted, contexts, inner_steps, failures)
+            failures.take(state.flags)
     failures.check()
     adapted.detach(level=inner_steps)
     return InnerUpdate(adapted)

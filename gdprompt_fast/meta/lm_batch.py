@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import check_tokens, describe
 from ..errors import UserError
+from ..layout import rung
 from ..rows import GroupedRows
 
 
@@ -66,6 +68,20 @@ class LMBatch:
             setattr(changed, name, change(getattr(self, name)))
         changed.predictions, changed.rows = self.predictions.map(change), self.rows.map(change)
         return changed
+
+    def on_ladder(self) -> LMBatch:
+        """The rows padded, with what counts for nothing, to sizes of a short ladder."""
+        tokens, count = rung(self.ids.shape[1]), rung(len(self.position_P))
+        wider, more = tokens - self.ids.shape[1], count - len(self.position_P)
+        padded = copy.copy(self)
+        padded.ids, padded.mask = F.pad(self.ids, (0, wider)), F.pad(self.mask, (0, wider))
+        row_P = self.position_P // self.ids.shape[1]
+        padded.position_P = F.pad(self.position_P + row_P * wider, (0, more))
+        padded.weight_P = F.pad(self.weight_P, (0, more))
+        group_P = torch.zeros(count, dtype=torch.long)
+        device = self.ids.device
+        padded.predictions = GroupedRows(group_P, 1).map(lambda tensor: tensor.to(device))
+        return padded
 
     def to(self, device: torch.device | str) -> LMBatch:
         """The same rows on ``device``; nothing is checked or worked out again."""

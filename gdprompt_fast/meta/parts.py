@@ -156,6 +156,11 @@ def _chunks(batch: MetaBatch, size: int) -> Iterator[list[int]]:
         yield answering[start : start + size]
 
 
-def lm_parts_of(lm_batch: LMBatch, groups: int, micro_groups: int | None) -> Iterator[LMBatch]:
-    """The rows of an L_LM batch, in as many parts as the groups."""
-    return lm_batch.chunks(1 if micro_groups is None else -(-groups // micro_groups))
+def lm_parts_of(
+    lm_batch: LMBatch | None, groups: int, micro_groups: int | None, ladder: bool
+) -> list[LMBatch]:
+    """The rows of an L_LM batch, if there is one, in as many parts as the groups."""
+    if lm_batch is None:
+        return []
+    parts = lm_batch.chunks(1 if micro_groups is None else -(-groups // micro_groups))
+    return [part.on_ladder() if ladder else part for part in parts]

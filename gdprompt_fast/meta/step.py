@@ -144,8 +144,9 @@ def fast_meta_step(
     if not why:
         resting_on = now, surroundings(model, device), step.kind
         graphs = graphs_of(model, device, resting_on)
-    parts = list(parts_of(batch, teacher, config.micro_groups, ladder=graphs is not None))
-    lm_parts = [] if rows is None else list(lm_parts_of(rows, batch.groups, config.micro_groups))
+    micro_groups, ladder = config.micro_groups, graphs is not None
+    parts = parts_of(batch, teacher, micro_groups, ladder)
+    lm_parts = lm_parts_of(rows, batch.groups, micro_groups, ladder)
     out = step.run(parts, lm_parts, numbers, graphs, why)
     pend(model, out.failures)
     return out

@@ -15,7 +15,6 @@ from torch.autograd import Function
 from ..rows import GroupedRows
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
-from .handle import handle_like
 from .phase import Phase
 from .rate import Rate
 
@@ -143,7 +142,7 @@ class _InnerEmbedding(Function):
         else:
             differentiable_no_further("inner_embedding", "once outside an inner step")
             table.push(ids, table.without_padding(e, ids), rows, level)
-            dhandle = handle_like(handle)
+            dhandle = None
         return dhandle, None, None, None, None
 
 
@@ -158,15 +157,16 @@ class _InnerEmbeddingBackward(Function):
         rows: GroupedRows,
         level: int,
     ) -> Tensor:
-        ctx.table, ctx.rows, ctx.ids, ctx.handle = table, rows, ids, handle.detach()
+        ctx.table, ctx.rows, ctx.ids = table, rows, ids
         ctx.factor = table.record(ids, table.without_padding(e, ids), rows, level)
-        return e.new_empty(0)
+        ctx.set_materialize_grads(False)
+        return handle.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
+    def backward(ctx: Any, _: None) -> Any:
         differentiable_no_further("inner_embedding", "twice")
         cot_e = ctx.table.pull(ctx.factor)
         if cot_e is not None:
             cot_e = ctx.rows.tokens_from_groups(cot_e, tuple(ctx.ids.shape[1:]))
             cot_e = ctx.table.without_padding(cot_e, ctx.ids)
-        return cot_e, handle_like(ctx.handle), None, None, None, None
+        return cot_e, None, None, None, None, None

@@ -83,5 +83,15 @@ class WeightGradient:
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:  # mixed precision
+    elif sums_wide(total):
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
         total.add_(left @ right)
+
+
+def sums_wide(total: Tensor) -> bool:
+    """Whether a product of half precision can be summed in fp32 inside, as cuBLAS can: no
+    temporary, and less rounding.
+    """
+    wide = total.is_cuda and total.dtype == torch.float32
+    return wide and hasattr(torch.ops.aten.addmm, "dtype_out")

@@ -1,4 +1,8 @@
-"""Handles: tensors without elements that stand for weights in autograd (docs/autograd.md)."""
+"""Handles: tensors without elements that stand for weights in autograd (docs/autograd.md).
+
+They carry edges. Their gradient is None in the last backward, where only the order counts; it is a
+handle too in an inner backward, which is differentiated again.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,6 @@ class GradientSum(Protocol):
     def take(self) -> Tensor | None:
         """What autograd is to be given of it; None for nothing."""
         ...
-
-
-def handle_like(handle: Tensor) -> Tensor:
-    """The gradient of a handle: it has no elements either."""
-    return handle.new_empty(0)
 
 
 def weight_handle(*parameters: tuple[Tensor, GradientSum | None]) -> Tensor:
@@ -39,10 +38,11 @@ class _WeightHandle(Function):
     @staticmethod
     def forward(ctx: Any, gradients: list[GradientSum], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
         return parameters[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
+    def backward(ctx: Any, _: Tensor | None) -> Any:
         return None, *(gradient.take() for gradient in ctx.gradients)
 
 
@@ -56,8 +56,9 @@ def depend_on(handle: Tensor, gradient: Tensor) -> Tensor:
 class _DependOn(Function):
     @staticmethod
     def forward(ctx: Any, handle: Tensor, gradient: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return handle.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, empty: Tensor) -> Any:
-        return empty, empty
+    def backward(ctx: Any, _: Tensor | None) -> Any:
+        return None, None

@@ -18,7 +18,8 @@ kept until the cotangents of X and E, −η (E Fᵀ) U and −η (X Uᵀ + 1) F,
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,25 +29,36 @@ from ..rows import GroupedRows
 from .backend import implementation
 from .gradient import WeightGradient
 from .guard import differentiable_no_further, used_twice
-from .handle import handle_like
 from .phase import Phase
 from .rate import Rate
+
+Matches = list[Tensor | None]  # of every factor; None where another product was cheaper
+
+
+class Use(NamedTuple):
+    """A use of W' at U with cotangents F of its outputs, and what its own passes have made of
+    them with a factor (X, E).
+    """
+
+    u_GMI: Tensor
+    f_GMO: Tensor
+    bias: bool  # whether it included the bias
+    match_GMS: Tensor | None  # −η (U Xᵀ + 1)
+    cot_match_GMS: Tensor | None  # −η F Eᵀ
 
 
 class Factor:
     """The inner gradient Eᵀ X of every group at one inner step, and the uses of the weights it
     made.
-
-    ``pairs`` holds (U, F, whether the use included the bias).
     """
 
     def __init__(self, x_GSI: Tensor, e_GSO: Tensor) -> None:
         self.x_GSI, self.e_GSO = x_GSI, e_GSO
-        self.pairs: list[tuple[Tensor, Tensor, bool]] = []
+        self.uses: list[Use] = []
 
     def release(self) -> None:
         """Frees the factor after its last use, while the layer lives on."""
-        self.pairs.clear()
+        self.uses.clear()
         self.x_GSI = self.e_GSO = self.x_GSI.new_empty(0)
 
 
@@ -82,24 +94,35 @@ class InnerLinear:
         self.weight_gradient, self.bias_gradient = weight_gradient, bias_gradient
         self.factors: list[Factor] = []
 
-    def product(self, x: Tensor, rows: GroupedRows, level: int, bias: bool = True) -> Tensor:
-        """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors."""
+    def product(
+        self,
+        x: Tensor,
+        rows: GroupedRows,
+        level: int,
+        bias: bool = True,
+        matches: Matches | None = None,
+    ) -> Tensor:
+        """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors; adds the
+        −η (x X_kᵀ + 1) to ``matches``.
+        """
         bias_O = self.bias_O if bias else None
         factors = [(f.x_GSI, f.e_GSO) for f in self.factors[:level]]
         if not factors:
             return torch.nn.functional.linear(x, self.weight_OI, bias_O)
         x_GMI = rows.tokens_to_groups(x)
         ones = self.inner_bias and bias
-        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, factors, ones)
+        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, factors, ones, matches)
         return rows.tokens_from_groups(y_GMO, tuple(x.shape[1:-1]))
 
-    def transposed_product(self, e: Tensor, rows: GroupedRows, level: int) -> Tensor:
-        """x̄ = e W − η Σ_k (e E_kᵀ) X_k."""
+    def transposed_product(
+        self, e: Tensor, rows: GroupedRows, level: int, matches: Matches | None = None
+    ) -> Tensor:
+        """x̄ = e W − η Σ_k (e E_kᵀ) X_k; adds the −η e E_kᵀ to ``matches``."""
         factors = [(f.e_GSO, f.x_GSI) for f in self.factors[:level]]
         if not (self.inner_weight and factors):
             return e @ self.weight_OI
         e_GMO = rows.tokens_to_groups(e)
-        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, factors, False)
+        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, factors, False, matches)
         return rows.tokens_from_groups(dx_GMI, tuple(e.shape[1:-1]))
 
     def record(self, x: Tensor, e: Tensor, rows: GroupedRows, level: int) -> Factor:
@@ -114,7 +137,15 @@ class InnerLinear:
             self.factors.append(factor)
         return factor
 
-    def push(self, u_GMI: Tensor, f_GMO: Tensor, level: int, double_backward: bool = False) -> None:
+    def add_use(
+        self,
+        u_GMI: Tensor,
+        f_GMO: Tensor,
+        level: int,
+        matches: Matches,
+        cot_matches: Matches,
+        double_backward: bool = False,
+    ) -> None:
         """Adds Fᵀ U to the cotangent of the weight at ``level``; and F's sum to that of the bias,
         which a double backward does not meet.
         """
@@ -125,8 +156,10 @@ class InnerLinear:
                 )
                 self.rate.add_gradient(match_GMS, f_GMO @ factor.e_GSO.transpose(1, 2))
         factors = self.factors[:level] if self.phase.second_order else []
-        for factor in factors:
-            factor.pairs.append((u_GMI, f_GMO, not double_backward))
+        for factor, match, cot_match in zip_longest(
+            factors, matches[: len(factors)], cot_matches[: len(factors)]
+        ):
+            factor.uses.append(Use(u_GMI, f_GMO, not double_backward, match, cot_match))
         f_NO = f_GMO.flatten(0, 1)
         if self.weight_gradient is not None:
             # A use of θ' is kept for its factors anyway: it waits for the double backward there.
@@ -135,20 +168,47 @@ class InnerLinear:
         if self.bias_gradient is not None and not double_backward:
             self.bias_gradient.add(f_NO.sum(0))
 
-    def pull(self, factor: Factor) -> tuple[Tensor | None, Tensor | None]:
-        """Cotangents (X̄, Ē) of a factor from the uses of the weights it made; frees them."""
+    def factor_cotangents(
+        self, factor: Factor, e_cot: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Cotangents (X̄, Ē) of a factor from the uses of the weights it made; frees them.
+
+        Ē is added to ``e_cot``, in place, if there is one.
+        """
         x_cot: Tensor | None = None
-        e_cot: Tensor | None = None
-        for u_GMI, f_GMO, bias in factor.pairs:
-            if e_cot is None:
-                e_cot = torch.zeros_like(factor.e_GSO)
-            self._add_update(e_cot, factor.x_GSI, u_GMI, f_GMO, self.inner_bias and bias)
+        for use in factor.uses:
+            u, f, ones = use.u_GMI, use.f_GMO, self.inner_bias and use.bias
+            e_cot = self._add_transposed(e_cot, use.match_GMS, factor.x_GSI, u, f, ones)
             if self.inner_weight:
-                if x_cot is None:
-                    x_cot = torch.zeros_like(factor.x_GSI)
-                self._add_update(x_cot, factor.e_GSO, f_GMO, u_GMI, False)
-        factor.pairs.clear()
+                x_cot = self._add_transposed(x_cot, use.cot_match_GMS, factor.e_GSO, f, u, False)
+        factor.uses.clear()
         return x_cot, e_cot
+
+    def _add_transposed(
+        self,
+        total: Tensor | None,
+        match_GMS: Tensor | None,
+        key_GSI: Tensor,
+        x_GMI: Tensor,
+        value_GMO: Tensor,
+        ones: bool,
+    ) -> Tensor:
+        """total − η (Key xᵀ + ones) Value, in place if there is a total; with −η (x Keyᵀ + ones) if
+        it is there already.
+        """
+        if match_GMS is None and not self._forms_update(key_GSI, x_GMI, value_GMO):
+            match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
+        if match_GMS is None:
+            if total is None:
+                total = value_GMO.new_zeros(*key_GSI.shape[:2], value_GMO.shape[2])
+            self._add_update(total, key_GSI, x_GMI, value_GMO, ones)
+            return total
+        transposed_GSM = match_GMS.transpose(1, 2)
+        return (
+            transposed_GSM @ value_GMO
+            if total is None
+            else total.baddbmm_(transposed_GSM, value_GMO)
+        )
 
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
@@ -164,8 +224,10 @@ class InnerLinear:
         bias_O: Tensor | None,
         factors: list[tuple[Tensor, Tensor]],
         ones: bool,
+        matches: Matches | None,
     ) -> Tensor:
         """x Wᵀ + b − η Σ (x Keyᵀ + ones) Value over factors (Key, Value); [G, M, O]."""
+        matches = [] if matches is None else matches
         (key_GSI, value_GSO), *rest = factors
         y_GMO: Tensor
         if self._forms_update(x_GMI, key_GSI, value_GSO):
@@ -173,24 +235,27 @@ class InnerLinear:
         else:
             match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
             y_GMO = implementation("linear", x_GMI).updated_product(
-                x_GMI, weight_OI, bias_O, match_GMS, value_GSO, 1.0
+                x_GMI, weight_OI, bias_O, match_GMS, value_GSO
             )
+            matches.append(match_GMS)
         for key_GSI, value_GSO in rest:
-            self._add_update(y_GMO, x_GMI, key_GSI, value_GSO, ones)
+            matches.append(self._add_update(y_GMO, x_GMI, key_GSI, value_GSO, ones))
         return y_GMO
 
     def _add_update(
         self, y_GMO: Tensor, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor, ones: bool
-    ) -> None:
-        """y −= η (x Keyᵀ + ones) Value, in place."""
+    ) -> Tensor | None:
+        """y −= η (x Keyᵀ + ones) Value, in place; returns −η (x Keyᵀ + ones) if it was formed."""
         if not self._forms_update(x_GMI, key_GSI, value_GSO):
-            y_GMO.baddbmm_(self.rate.scale_(self._match(x_GMI, key_GSI, ones)), value_GSO)
-            return
+            match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
+            y_GMO.baddbmm_(match_GMS, value_GSO)
+            return match_GMS
         x_GMI = self.rate.scaled(x_GMI)
         for y_MO, x_MI, key_SI, value_SO in zip(y_GMO, x_GMI, key_GSI, value_GSO, strict=True):
             y_MO.addmm_(x_MI, key_SI.T @ value_SO)
         if ones:
             y_GMO.add_(self.rate.scale_(value_GSO.sum(1, keepdim=True)))
+        return None
 
     def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor) -> bool:
         """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""
@@ -232,23 +297,28 @@ class _InnerLinear(Function):
         rows: GroupedRows,
         level: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, handle)
+        matches: Matches | None = [] if layer.phase.second_order else None
+        y = layer.product(x, rows, level, matches=matches)
+        ctx.save_for_backward(x, handle, *(matches or ()))
         ctx.use = layer, rows, level
-        return layer.product(x, rows, level)
+        return y
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> Any:
         layer, rows, level = ctx.use
-        x, handle = ctx.saved_tensors
+        x, handle, *matches = ctx.saved_tensors
         if layer.phase.inner_backward:
             dx, dhandle = _InnerLinearBackward.apply(
                 e, x, handle, *ctx.use, ctx.needs_input_grad[0]
             )
             return dx if ctx.needs_input_grad[0] else None, dhandle, None, None, None
         differentiable_no_further("inner_linear", "once outside an inner step")
-        layer.push(rows.tokens_to_groups(x), rows.tokens_to_groups(e), level)
-        dx = layer.transposed_product(e, rows, level) if ctx.needs_input_grad[0] else None
-        return dx, handle_like(handle), None, None, None
+        cot_matches: Matches = []
+        needs_dx = ctx.needs_input_grad[0]
+        dx = layer.transposed_product(e, rows, level, cot_matches) if needs_dx else None
+        use = rows.tokens_to_groups(x), rows.tokens_to_groups(e)
+        layer.add_use(*use, level, matches, cot_matches)
+        return dx, None, None, None, None
 
 
 class _InnerLinearBackward(Function):
@@ -266,26 +336,28 @@ class _InnerLinearBackward(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.use = layer, rows, level
         ctx.tokens = tuple(x.shape[1:-1])
-        ctx.needs_dx, ctx.handle = needs_dx, handle.detach()
+        ctx.needs_dx = needs_dx
         ctx.factor = layer.record(x, e, rows, level)
         dx = layer.transposed_product(e, rows, level) if needs_dx else e.new_empty(0)
-        return dx, e.new_empty(0)
+        ctx.set_materialize_grads(False)
+        return dx, handle.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, cot_dx: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, cot_dx: Tensor | None, _: None) -> Any:
         differentiable_no_further("inner_linear", "twice")
         layer, rows, level = ctx.use
         factor, ctx.factor = ctx.factor, None
-        cot_e, cot_x = None, None
-        if ctx.needs_dx:
+        direct_GSO = None
+        if ctx.needs_dx and cot_dx is not None:
+            matches: Matches = []
             u_GMI = rows.tokens_to_groups(cot_dx)
-            layer.push(u_GMI, factor.e_GSO, level, double_backward=True)
-            cot_e = layer.product(cot_dx, rows, level, bias=False)
-        x_GSI, e_GSO = layer.pull(factor)
-        if e_GSO is not None:
-            from_factor = rows.tokens_from_groups(e_GSO, ctx.tokens)
-            cot_e = from_factor if cot_e is None else cot_e.add_(from_factor)
-        if x_GSI is not None:
-            cot_x = rows.tokens_from_groups(x_GSI, ctx.tokens)
+            direct = layer.product(cot_dx, rows, level, bias=False, matches=matches)
+            direct_GSO = rows.tokens_to_groups(direct)
+            layer.add_use(u_GMI, factor.e_GSO, level, matches, [], double_backward=True)
+        x_GSI, e_GSO = layer.factor_cotangents(factor, direct_GSO)
+        cot_e, cot_x = (
+            None if cot is None else rows.tokens_from_groups(cot, ctx.tokens)
+            for cot in (e_GSO, x_GSI)
+        )
         factor.release()
-        return cot_e, cot_x, handle_like(ctx.handle), None, None, None, None
+        return cot_e, cot_x, None, None, None, None, None

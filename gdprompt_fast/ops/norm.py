@@ -26,6 +26,37 @@ def norm(
     return _Norm.apply(x, weight_BD, bias_BD, eps, center)
 
 
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight_BD: Tensor,
+    bias_BD: Tensor | None,
+    *,
+    eps: float,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual and y = norm(h), in one pass; twice differentiable.
+
+    The backward adds the cotangent of h to that of y in the same pass too.
+
+    Args:
+        x, residual: [B, …, D], of one dtype.
+        weight_BD, bias_BD, eps, center: as of :func:`norm`.
+
+    Returns:
+        h, y.
+
+    Raises:
+        ValueError: if x and the residual differ in shape or dtype.
+    """
+    if (x.shape, x.dtype) != (residual.shape, residual.dtype):
+        raise ValueError(
+            f"residual: expected {x.dtype} {list(x.shape)} as x, "
+            f"got {residual.dtype} {list(residual.shape)}"
+        )
+    return _AddNorm.apply(x, residual, weight_BD, bias_BD, eps, center)
+
+
 class _Norm(Function):
     @staticmethod
     def forward(
@@ -33,30 +64,65 @@ class _Norm(Function):
     ) -> Tensor:
         y, mean, rstd = implementation("norm", x).norm_forward(x, weight, bias, eps, center)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.with_bias = bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx, dweight, dbias = _NormBackward.apply(dy, *ctx.saved_tensors)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None
+        dx, dweight, dbias = _NormBackward.apply(dy, *ctx.saved_tensors, ctx.with_bias, None)
+        return dx, dweight, dbias, None, None
+
+
+class _AddNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        center: bool,
+    ) -> tuple[Tensor, Tensor]:
+        passes = implementation("norm", x)
+        h, y, mean, rstd = passes.add_norm_forward(x, residual, weight, bias, eps, center)
+        ctx.save_for_backward(h, weight, mean, rstd)
+        ctx.with_bias = bias is not None
+        ctx.set_materialize_grads(False)
+        return h, y
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> Any:
+        if dy is None:
+            return dh, dh, None, None, None, None
+        dx, dweight, dbias = _NormBackward.apply(dy, *ctx.saved_tensors, ctx.with_bias, dh)
+        return dx, dx, dweight, dbias, None, None
 
 
 class _NormBackward(Function):
-    # dx = r (g − x̂ mean(g ∘ x̂) − mean(g)), g = dy ∘ γ;  dγ = Σ_t dy ∘ x̂;  dβ = Σ_t dy
+    # dx = r (g − x̂ mean(g ∘ x̂) − mean(g)) + dh, g = dy ∘ γ;  dγ = Σ_t dy ∘ x̂;  dβ = Σ_t dy
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor,
+        with_bias: bool,
+        dh: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(dy, x, weight, mean, rstd)
-        return implementation("norm", x).norm_backward(dy, x, weight, mean, rstd)
+        ctx.adds_dh = dh is not None
+        return implementation("norm", x).norm_backward(dy, x, weight, mean, rstd, with_bias, dh)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, v: Tensor, w: Tensor) -> Any:
+    def backward(ctx: Any, u: Tensor, v: Tensor, w: Tensor | None) -> Any:
         # With P g = r (g − x̂ mean(g ∘ x̂) − mean(g)), which is symmetric:
-        #   cot dy = (P u) ∘ γ + v ∘ x̂ + w;   cot γ = Σ_t (P u) ∘ dy
-        #   cot x  = P (v ∘ dy − r mean(g ∘ x̂) u − r mean(u ∘ x̂) g) − r x̂ mean(u ∘ dx)
+        #   cot dy = (P u) ∘ γ + v ∘ x̂ + w;   cot γ = Σ_t (P u) ∘ dy;   cot dh = u
+        #   cot x  = P (v ∘ dy − r mean(g ∘ x̂) u − r mean(u ∘ x̂) g) − r x̂ mean(u ∘ dx),
+        # where dx is without dh
         differentiable_no_further("norm", "twice")
         saved = ctx.saved_tensors
         cotangents = implementation("norm", u).norm_double_backward(u, v, w, *saved)
-        return *cotangents, None, None
+        return *cotangents, None, None, None, u if ctx.adds_dh else None

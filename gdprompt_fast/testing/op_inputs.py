@@ -46,7 +46,7 @@ def linear_passes(draw: Draw, shape: Shape) -> Passes:
     weight = draw(inputs, outputs).T if shape.get("transposed") else draw(outputs, inputs)
     bias = draw(outputs) if shape.get("bias") else None
     match, factor = draw(groups, rows, context), draw(groups, context, outputs)
-    return {"updated_product": (x, weight, bias, match, factor, -0.3)}
+    return {"updated_product": (x, weight, bias, match, factor)}
 
 
 def lora_passes(draw: Draw, shape: Shape) -> Passes:
@@ -75,8 +75,8 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": backward,
-        "norm_double_backward": (u, v, w, *backward),
+        "norm_backward": (*backward, center),
+        "norm_double_backward": (u, v, w if center else None, *backward),
     }
 
 

@@ -21,7 +21,7 @@ from . import norm  # noqa: F401
 from .embedding import EmbeddingSite
 from .linear import LinearSite
 from .lora import LowRankSite
-from .masks import ATTENTION, attention_by, engine_attention
+from .masks import ATTENTION, attention_by, engine_attention, positions_in_order
 from .recompute import recomputed
 from .site import Site, StepState, find_rule
 from .substitutes import substitute_for
@@ -153,8 +153,12 @@ class AdaptedModel:
         """Final hidden states [B, T, D] at θ after ``level`` inner steps."""
         self.state.rows, self.state.level = rows, level
         inputs = dict(input_ids=ids_BT, use_cache=False, return_dict=True)
-        with _nothing_recomputed():
+        with _nothing_recomputed(), positions_in_order(self._check_positions):
             return self.backbone(**inputs).last_hidden_state
+
+    def _check_positions(self, position_BT: Tensor) -> None:
+        error = "model: expected a row's positions to count up by one, got others"
+        self.state.flag(UserError(error), (position_BT.diff(dim=1) != 1).any())
 
     def inner_step(self, loss: Tensor, retain_graph: bool) -> None:
         """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -162,6 +162,20 @@ def attention_by(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for config, own in before:
             config._attn_implementation = own
+
+
+@contextmanager
+def positions_in_order(check: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, transformers takes every row for one text, whose positions [B, T] ``check`` gets.
+
+    It would look for texts packed into a row, and wait for what it finds.
+    """
+    module: Any = masking_utils
+    find, module.find_packed_sequence_indices = module.find_packed_sequence_indices, check
+    try:
+        yield
+    finally:
+        module.find_packed_sequence_indices = find
 
 
 def _configs(inner: nn.Module) -> list[Any]:

@@ -27,6 +27,7 @@ class StepState:
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
+        flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
     """
@@ -38,7 +39,12 @@ class StepState:
     rates: Mapping[str, Tensor] | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
+    flags: list[tuple[Exception, Tensor]] = field(init=False, default_factory=list)
     _rates: dict[str | None, Rate] = field(init=False, default_factory=dict)
+
+    def flag(self, error: Exception, failed: Tensor) -> None:
+        """Notes what ``failed``, a bool on the device, would mean: nothing waits for it here."""
+        self.flags.append((error, failed))
 
     def rate(self, layer: str, like: Tensor) -> Rate:
         """η of a layer, on the device of its weight ``like``."""
@@ -138,6 +144,9 @@ class MaterialisedSite(Site):
             return None
         index, rows = self.names.index(name), self.state.rows
         tensor = self.tensors[index]
+        if index < self.moving and rows.in_order:  # no gather, whose backward would sort
+            shape = rows.groups, rows.per_group, *tensor.shape[1:]
+            return tensor[:, None].expand(shape).flatten(0, 1)
         if index < self.moving:
             return tensor[rows.group_B]
         return tensor.expand(len(rows), *tensor.shape)

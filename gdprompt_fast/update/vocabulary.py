@@ -54,9 +54,12 @@ class VocabularySite(FactoredSite):
 
     def response_loss(self, hidden_RD: Tensor, target: Target, rows: GroupedRows) -> Tensor:
         """KL(target ‖ student) of every response token, [R]."""
-        return response_loss(
+        loss_R = response_loss(
             hidden_RD, target, self.handle, self.vocabulary, rows, self.state.level
         )
+        if (failure := target.failure()) is not None:
+            self.state.flag(*failure)
+        return loss_R
 
     @torch.no_grad()
     def logits(self, hidden_BTD: Tensor) -> Tensor:

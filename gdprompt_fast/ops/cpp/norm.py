@@ -22,28 +22,46 @@ def norm_forward(
     return y, mean, rstd
 
 
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """h = x + residual, and y, μ and r of h."""
+    h = x + residual
+    return h, *norm_forward(h, weight_BD, bias_BD, eps, center)
+
+
 def norm_backward(
-    dy: Tensor, x: Tensor, weight_BD: Tensor, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dγ [B, D] and dβ [B, D]."""
+    dy: Tensor,
+    x: Tensor,
+    weight_BD: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    with_bias: bool = True,
+    dh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
     dy, x = dy.contiguous(), x.contiguous()
     dx, dweight, dbias = torch.empty_like(x), _partials(x), _partials(x)
     _ops.norm_backward(dy, x, _rows(weight_BD, x), mean, rstd, dx, dweight, dbias)
-    return dx, dweight.sum(1).to(weight_BD.dtype), dbias.sum(1).to(weight_BD.dtype)
+    if dh is not None:
+        dx += dh
+    dtype = weight_BD.dtype
+    return dx, dweight.sum(1).to(dtype), dbias.sum(1).to(dtype) if with_bias else None
 
 
 def norm_double_backward(
     u: Tensor,
     v_BD: Tensor,
-    w_BD: Tensor,
+    w_BD: Tensor | None,
     dy: Tensor,
     x: Tensor,
     weight_BD: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and dβ (w)."""
+    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
     u, dy, x = u.contiguous(), dy.contiguous(), x.contiguous()
+    w_BD = torch.zeros_like(v_BD) if w_BD is None else w_BD
     v, w, weight = (_rows(t, x) for t in (v_BD, w_BD, weight_BD))
     cot_dy, cot_x, cot_weight = torch.empty_like(x), torch.empty_like(x), _partials(x)
     _ops.norm_double_backward(u, v, w, dy, x, weight, mean, rstd, cot_dy, cot_x, cot_weight)

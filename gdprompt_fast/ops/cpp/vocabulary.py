@@ -66,12 +66,17 @@ def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor, lse_GN: Tensor, ids_GN: Tensor, columns: int | Tensor, dtype: torch.dtype
+    z_GNv: Tensor,
+    lse_GN: Tensor,
+    ids_GN: Tensor,
+    columns: int | Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − onehot(id)."""
+    """e^(z − lse) − onehot(id), in ``out`` if given."""
     if not isinstance(columns, int):
-        return eager.softmax_minus_one_hot(z_GNv, lse_GN, ids_GN, columns, dtype)
-    p = torch.empty(z_GNv.shape, dtype=dtype)
+        return eager.softmax_minus_one_hot(z_GNv, lse_GN, ids_GN, columns, dtype, out)
+    p = torch.empty(z_GNv.shape, dtype=dtype) if out is None else out
     _ops.softmax_minus_one_hot(_rows(z_GNv), lse_GN.contiguous(), ids_GN.contiguous(), columns, p)
     return p
 
@@ -82,10 +87,11 @@ def softmax_difference(
     teacher_z_GNv: Tensor,
     teacher_lse_GN: Tensor,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse)."""
+    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
     z, teacher_z = _same_dtype(z_GNv, teacher_z_GNv)
-    f = torch.empty(z.shape, dtype=dtype)
+    f = torch.empty(z.shape, dtype=dtype) if out is None else out
     _ops.softmax_difference(z, lse_GN.contiguous(), teacher_z, teacher_lse_GN.contiguous(), f)
     return f
 
@@ -97,11 +103,12 @@ def logit_cotangent(
     b_GNv: Tensor,
     ids_GN: Tensor,
     columns: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype."""
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
     if not isinstance(columns, int):
-        return eager.logit_cotangent(b_bar_GNv, center_GN, weight_GN, b_GNv, ids_GN, columns)
-    z_bar = torch.empty(b_GNv.shape, dtype=b_GNv.dtype)
+        return eager.logit_cotangent(b_bar_GNv, center_GN, weight_GN, b_GNv, ids_GN, columns, out)
+    z_bar = torch.empty(b_GNv.shape, dtype=b_GNv.dtype) if out is None else out
     statistics = center_GN.contiguous(), weight_GN.contiguous()
     ids = ids_GN.contiguous()
     _ops.logit_cotangent(_rows(b_bar_GNv), *statistics, _rows(b_GNv), ids, columns, z_bar)

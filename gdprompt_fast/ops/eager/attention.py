@@ -103,16 +103,15 @@ class _Block:
         scale: float,
         visible: tuple[Tensor, Tensor] | None,
     ) -> None:
-        first_key_BT = None if visible is None else visible[0]
-        first = 0 if first_key_BT is None else int(first_key_BT[:, queries.start].min())
-        self.queries, self.keys = slice(queries.start, queries.stop), slice(first, queries.stop)
+        # Which of these keys a window or a segment hides is on the device, and not waited for.
+        self.queries, self.keys = slice(queries.start, queries.stop), slice(0, queries.stop)
         self.scale, self.heads, self.size = scale, k.shape[1], len(queries)
         self.q, self.k = self.rows(q), self.cols(k)
         position = torch.arange(queries.stop, device=q.device)
         query, key = position[self.queries, None], position[self.keys]
         hidden = key > query
-        if first_key_BT is not None:
-            hidden = hidden | (key < first_key_BT[:, None, None, self.queries, None])
+        if visible is not None:
+            hidden = hidden | (key < visible[0][:, None, None, self.queries, None])
         # [b, S], or [B, 1, 1, b, S]; adding it is several times quicker than filling by a mask
         self.mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
 

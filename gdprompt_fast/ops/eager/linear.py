@@ -12,8 +12,7 @@ def updated_product(
     bias_O: Tensor | None,
     match_GMS: Tensor,
     factor_GSO: Tensor,
-    scale: float,
 ) -> Tensor:
-    """y = x Wᵀ + b + scale · match · E of every group, [G, M, O]."""
+    """y = x Wᵀ + b + match · E of every group, [G, M, O]."""
     y = torch.nn.functional.linear(x_GMI, weight_OI, bias_O)
-    return y.baddbmm_(match_GMS, factor_GSO, alpha=scale)
+    return y.baddbmm_(match_GMS, factor_GSO)

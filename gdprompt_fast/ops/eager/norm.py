@@ -20,27 +20,44 @@ def norm_forward(
     return y.to(x.dtype), mean, rstd
 
 
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """h = x + residual, and y, μ and r of h."""
+    h = x + residual
+    return h, *norm_forward(h, weight_BD, bias_BD, eps, center)
+
+
 def norm_backward(
-    dy: Tensor, x: Tensor, weight_BD: Tensor, mean: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dγ [B, D] and dβ [B, D]."""
+    dy: Tensor,
+    x: Tensor,
+    weight_BD: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    with_bias: bool = True,
+    dh: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
     xhat, wide_dy = _standardise(x, mean, rstd), _wide(dy)
     dx = _project(wide_dy * _per_row(weight_BD, x), xhat, rstd, mean is not None)
-    dweight, dbias = _sum_tokens(wide_dy * xhat), _sum_tokens(wide_dy)
-    return dx.to(x.dtype), dweight.to(weight_BD.dtype), dbias.to(weight_BD.dtype)
+    if dh is not None:
+        dx += dh
+    dweight = _sum_tokens(wide_dy * xhat).to(weight_BD.dtype)
+    dbias = _sum_tokens(wide_dy).to(weight_BD.dtype) if with_bias else None
+    return dx.to(x.dtype), dweight, dbias
 
 
 def norm_double_backward(
     u: Tensor,
     v_BD: Tensor,
-    w_BD: Tensor,
+    w_BD: Tensor | None,
     dy: Tensor,
     x: Tensor,
     weight_BD: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and dβ (w)."""
+    """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
     center = mean is not None
     xhat, dy, u, gamma = _standardise(x, mean, rstd), _wide(dy), _wide(u), _per_row(weight_BD, x)
     g = dy * gamma
@@ -52,7 +69,9 @@ def norm_double_backward(
     cot_xhat -= rstd * (u * xhat).mean(-1, keepdim=True) * g
     cot_x = _project(cot_xhat, xhat, rstd, center)
     cot_x -= rstd * xhat * (u * dx).mean(-1, keepdim=True)
-    cot_dy = pu.mul_(gamma).add_(_per_row(v_BD, x) * xhat).add_(_per_row(w_BD, x))
+    cot_dy = pu.mul_(gamma).add_(_per_row(v_BD, x) * xhat)
+    if w_BD is not None:
+        cot_dy += _per_row(w_BD, x)
     return cot_dy.to(x.dtype), cot_x.to(x.dtype), cot_weight.to(weight_BD.dtype)
 
 

@@ -73,16 +73,21 @@ def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor, lse_GN: Tensor, ids_GN: Tensor, columns: int | Tensor, dtype: torch.dtype
+    z_GNv: Tensor,
+    lse_GN: Tensor,
+    ids_GN: Tensor,
+    columns: int | Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − onehot(id)."""
+    """e^(z − lse) − onehot(id), in ``out`` if given."""
     p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, p.shape[2])
         p.scatter_add_(2, column, -here.to(p.dtype))
     else:
         p.sub_(_matches(ids_GN, columns).to(p.dtype))
-    return p.to(dtype)
+    return _in(out, p, dtype)
 
 
 def softmax_difference(
@@ -91,10 +96,12 @@ def softmax_difference(
     teacher_z_GNv: Tensor,
     teacher_lse_GN: Tensor,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse)."""
+    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
     p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
-    return p.sub_((teacher_z_GNv.to(p.dtype) - teacher_lse_GN[..., None]).exp_()).to(dtype)
+    p.sub_((teacher_z_GNv.to(p.dtype) - teacher_lse_GN[..., None]).exp_())
+    return _in(out, p, dtype)
 
 
 def logit_cotangent(
@@ -104,15 +111,22 @@ def logit_cotangent(
     b_GNv: Tensor,
     ids_GN: Tensor,
     columns: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype."""
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
     x = _wide(b_bar_GNv).sub_((center_GN - weight_GN)[..., None])
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, x.shape[2])
         at_id = torch.where(here, x.gather(2, column) - weight_GN[..., None], 0.0)
-        return x.mul_(b_GNv).scatter_add_(2, column, at_id).to(b_GNv.dtype)
-    at_id = _matches(ids_GN, columns) * (x - weight_GN[..., None])
-    return x.mul_(b_GNv).add_(at_id).to(b_GNv.dtype)
+        x.mul_(b_GNv).scatter_add_(2, column, at_id)
+    else:
+        at_id = _matches(ids_GN, columns) * (x - weight_GN[..., None])
+        x.mul_(b_GNv).add_(at_id)
+    return _in(out, x, b_GNv.dtype)
+
+
+def _in(out: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if out is None else out.copy_(t)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..blocks import block_ranges
 # CPU it should fit the cache; on a GPU it should be wide, as what happens once a block to the sums
 # [all tokens, hidden] costs the more the fewer columns share it.
 TILE_ELEMENTS = 1 << 21
-CUDA_TILE_ELEMENTS = 1 << 24
+CUDA_TILE_ELEMENTS = 1 << 25
 ALIGNMENT = 128  # of wide blocks: matrix units like whole tiles
 
 
@@ -28,11 +28,28 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def add_product_(x_GNv: Tensor, a_GNS: Tensor, b_GSv: Tensor) -> Tensor:
-    """x += a b; an fp32 x keeps what is small beside it."""
-    if x_GNv.dtype == b_GSv.dtype:
-        return x_GNv.baddbmm_(a_GNS, b_GSv)
-    return x_GNv.add_(a_GNS @ b_GSv)
+def adds_in_wide(t: Tensor) -> bool:
+    """Whether the library of matrix products adds those of ``t`` up in fp32 without rounding."""
+    return t.is_cuda and torch.version.hip is None and t.dtype in (torch.bfloat16, torch.float16)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices or batches of them, in fp32 or fp64."""
+    if adds_in_wide(b):
+        product = torch.ops.aten.bmm if a.dim() == 3 else torch.ops.aten.mm
+        return product.dtype(a, b, torch.float32)
+    return wide(a @ b)
+
+
+def add_product_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x += a b, of matrices or batches of them; an fp32 x keeps what is small beside it."""
+    if x.dtype == b.dtype:
+        add = torch.Tensor.baddbmm_ if x.dim() == 3 else torch.Tensor.addmm_
+        return add(x, a, b)
+    if adds_in_wide(b):
+        product = torch.ops.aten.baddbmm if x.dim() == 3 else torch.ops.aten.addmm
+        return product.dtype_out(x, a, b, x.dtype, out=x)
+    return x.add_(a @ b)
 
 
 class Block:
@@ -44,8 +61,8 @@ class Block:
 
     columns: int | Tensor  # the first of contiguous ones, or their ids [G, v]
 
-    def project(self, h_GND: Tensor, weight_VD: Tensor) -> Tensor:
-        """h Wᵀ at these columns, [G, N, v]."""
+    def project(self, h_GND: Tensor, weight_VD: Tensor, in_wide: bool = False) -> Tensor:
+        """h Wᵀ at these columns, [G, N, v], in h's dtype, or in fp32 or fp64."""
         raise NotImplementedError
 
     def select(self, x_GNV: Tensor) -> Tensor:
@@ -63,13 +80,18 @@ class Slice(Block):
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop, self.columns = start, stop, start
 
-    def project(self, h_GND: Tensor, weight_VD: Tensor) -> Tensor:
-        weight = weight_VD[self.start : self.stop].to(h_GND.dtype)
-        return (h_GND.flatten(0, 1) @ weight.T).view(*h_GND.shape[:2], -1)
+    def project(self, h_GND: Tensor, weight_VD: Tensor, in_wide: bool = False) -> Tensor:
+        product = wide_product if in_wide else torch.matmul
+        z_Nv = product(h_GND.flatten(0, 1), self.rows_of(weight_VD).to(h_GND.dtype).T)
+        return z_Nv.view(*h_GND.shape[:2], -1)
+
+    def rows_of(self, weight_VD: Tensor) -> Tensor:
+        """The rows of W for these columns, [v, D]."""
+        return weight_VD[self.start : self.stop]
 
     def expand(self, x_GNv: Tensor, weight_VD: Tensor) -> Tensor:
         """x W over these columns, [G, N, D]: this block's share of a product with all of W."""
-        return (x_GNv.flatten(0, 1) @ weight_VD[self.start : self.stop]).view(*x_GNv.shape[:2], -1)
+        return (x_GNv.flatten(0, 1) @ self.rows_of(weight_VD)).view(*x_GNv.shape[:2], -1)
 
     def select(self, x_GNV: Tensor) -> Tensor:
         return x_GNV[..., self.start : self.stop]
@@ -94,8 +116,9 @@ class Columns(Block):
         """The rows of W for these columns, [G, v, D]."""
         return weight_VD[self._valid_Gv]
 
-    def project(self, h_GND: Tensor, weight_VD: Tensor) -> Tensor:
-        return h_GND @ self.rows_of(weight_VD).to(h_GND.dtype).transpose(1, 2)
+    def project(self, h_GND: Tensor, weight_VD: Tensor, in_wide: bool = False) -> Tensor:
+        product = wide_product if in_wide else torch.matmul
+        return product(h_GND, self.rows_of(weight_VD).to(h_GND.dtype).transpose(1, 2))
 
     def select(self, x_GNV: Tensor) -> Tensor:
         return x_GNV.gather(2, self._valid_Gv[:, None, :].expand(-1, x_GNV.shape[1], -1))

@@ -13,7 +13,6 @@ from torch.autograd import Function
 from ...rows import GroupedRows
 from ..embedding import drop_padding
 from ..guard import differentiable_no_further, used_twice
-from ..handle import handle_like
 from .block import wide
 from .passes import (
     adjoint_pass,
@@ -81,7 +80,7 @@ class _ContextLoss(Function):
         rows = vocabulary.contexts
         vocabulary.steps[level].nll_weight_GS = rows.to_groups(token_weight).flatten(1)
         dhidden = rows.tokens_from_groups(adjoint_pass(vocabulary, level), weight.shape[1:])
-        return dhidden, handle_like(handle), None, None, None
+        return dhidden, None, None, None, None
 
 
 class _ContextLossBackward(Function):
@@ -95,14 +94,13 @@ class _ContextLossBackward(Function):
         level: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.use = vocabulary, level
-        ctx.anchor, ctx.handle = anchor.detach(), handle.detach()
         rows, step = vocabulary.contexts, vocabulary.steps[level]
         assert rows is not None
         step.weight_GS = rows.to_groups(token_weight).flatten(1)
         dhidden = rows.tokens_from_groups(
             state_gradient(vocabulary, step, level), token_weight.shape[1:]
         )
-        return dhidden, anchor.new_empty(0)
+        return dhidden, handle.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, cot_dhidden: Tensor, _: Tensor) -> Any:
@@ -111,7 +109,7 @@ class _ContextLossBackward(Function):
         step = vocabulary.steps[level]
         direction = vocabulary.contexts.tokens_to_groups(cot_dhidden)
         step.direction_GSD = (wide(direction) * step.weight_GS[..., None]).to(direction.dtype)
-        return handle_like(ctx.anchor), handle_like(ctx.handle), None, None, None
+        return None, None, None, None, None
 
 
 def response_loss(
@@ -143,7 +141,6 @@ class _ResponseLoss(Function):
         level: int,
     ) -> Tensor:
         response = response_pass(vocabulary, rows.to_groups(hidden.detach()), target, level)
-        ctx.save_for_backward(handle)
         ctx.use = response, vocabulary, rows, level
         return rows.from_groups(response.loss_GM)
 
@@ -162,8 +159,7 @@ class _ResponseLoss(Function):
             response_weight_pass(vocabulary, response, level)
         dh = (wide(response.dh_GMD) * weight_GM1).to(response.dh_GMD.dtype)
         ctx.use = None
-        (handle,) = ctx.saved_tensors
-        return rows.from_groups(dh), handle_like(handle), None, None, None, None
+        return rows.from_groups(dh), None, None, None, None, None
 
 
 def tied_lookup(
@@ -205,7 +201,7 @@ class _TiedLookup(Function):
         if vocabulary.terms(level):
             ids_GM = rows.to_groups(ids, fill=-1).flatten(1)
             vocabulary.add_lookup(Lookup(ids_GM, rows.tokens_to_groups(u)), level)
-        return handle_like(handle), None, None, None, None
+        return None, None, None, None, None
 
 
 class _TiedLookupBackward(Function):
@@ -214,21 +210,21 @@ class _TiedLookupBackward(Function):
         ctx: Any, e: Tensor, handle: Tensor, ids: Tensor, vocabulary: Vocabulary, level: int
     ) -> Tensor:
         ctx.vocabulary, ctx.ids = vocabulary, ids
-        ctx.handle = handle.detach()
         if vocabulary.inner:
             assert vocabulary.contexts is not None
             e = drop_padding(e.detach(), ids, vocabulary.padding_idx)
             if vocabulary.steps[level].lookup_GSD is not None:
                 raise used_twice("the tied embedding")
             vocabulary.steps[level].lookup_GSD = vocabulary.contexts.tokens_to_groups(e)
-        return e.new_empty(0)
+        ctx.set_materialize_grads(False)
+        return handle.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
+    def backward(ctx: Any, _: None) -> Any:
         differentiable_no_further("tied_lookup", "twice")
         cot_e = None
         if ctx.vocabulary.inner:
             cot_GSD = lookup_cotangent(ctx.vocabulary).to(ctx.vocabulary.weight_VD.dtype)
             cot_e = ctx.vocabulary.contexts.tokens_from_groups(cot_GSD, ctx.ids.shape[1:])
             cot_e = drop_padding(cot_e, ctx.ids, ctx.vocabulary.padding_idx)
-        return cot_e, handle_like(ctx.handle), None, None, None
+        return cot_e, None, None, None, None

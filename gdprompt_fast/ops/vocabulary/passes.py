@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import Block, Columns, column_blocks, wide
+from .block import Block, Columns, Slice, add_product_, column_blocks, wide, wide_product
 from .online import OnlineSums
-from .state import Adjoint, HeadStep, Projection, Use, Vocabulary
+from .state import Adjoint, HeadStep, Projection, Room, Use, Vocabulary
 from .target import GoldTarget, Target
 
 
@@ -56,10 +56,16 @@ class Difference:
     lse_GM: Tensor
     target: Target
 
-    def tile(self, vocabulary: Vocabulary, block: Block, b_GSv: dict[int, Tensor]) -> Tensor:
+    def tile(
+        self,
+        vocabulary: Vocabulary,
+        block: Block,
+        b_GSv: dict[int, Tensor],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """[G, M, v], in the weight's dtype."""
         z = vocabulary.logits(block, self.rows, b_GSv)
-        return self.target.tile(block, z, self.lse_GM, vocabulary.weight_VD.dtype)
+        return self.target.tile(block, z, self.lse_GM, vocabulary.weight_VD.dtype, out)
 
 
 @dataclass
@@ -99,7 +105,8 @@ def response_weight_pass(vocabulary: Vocabulary, response: Response, level: int)
     terms = range(vocabulary.terms(level))
     for block in vocabulary.blocks(_tokens(vocabulary, response.use.u_GMD, bool(terms))):
         f_GMv = response.f.tile(vocabulary, block, vocabulary.differences(block, terms))
-        vocabulary.add_weight_gradient(block, f_GMv, response.use.u_GMD)
+        u_GMD = response.use.u_GMD
+        vocabulary.add_weight_gradient(block, f_GMv.flatten(0, 1), u_GMD.flatten(0, 1))
 
 
 def _tokens(vocabulary: Vocabulary, h_GMD: Tensor, with_contexts: bool) -> int:
@@ -121,7 +128,9 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
     if vocabulary.inner:
         for use in vocabulary.uses:
             assert use.f_context_GMS is not None
-            match = vocabulary.rate.scale_(a_GSD @ wide(use.u_GMD).transpose(1, 2))
+            # [G, M, S] in memory: M may be any number, and matrix units load rows of 16 bytes
+            match_GMS = vocabulary.rate.scale_(wide(use.u_GMD) @ a_GSD.transpose(1, 2))
+            match = match_GMS.transpose(1, 2)
             f_p = use.f_b_GMS[level] + vocabulary.at_next(use.f_context_GMS)
             center += (match * f_p.transpose(1, 2)).sum(-1)
             use_match.append(match.to(use.u_GMD.dtype))
@@ -132,31 +141,60 @@ def begin_adjoint(vocabulary: Vocabulary, step: HeadStep, level: int) -> None:
     step.adjoint = Adjoint(vocabulary.project(direction, level), use_match, lookup_match, center)
 
 
+class OuterProduct:
+    """Fᵀ U of an inner step's double backward: the cotangents F written below each other, so that
+    one product with their rows U reads and writes the gradient once.
+    """
+
+    def __init__(
+        self, h_GSD: Tensor, direction_GSD: Tensor | None, u_GMD: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self._rows = h_GSD, direction_GSD, u_GMD
+        self._dtype = dtype
+        self._u_ND = torch.cat([rows.flatten(0, 1) for rows in self._rows if rows is not None])
+
+    def room(self, block: Slice) -> Room:
+        """Where the parts of F belong in a block."""
+        width = block.stop - block.start
+        self._f_Nv = self._u_ND.new_empty(len(self._u_ND), width, dtype=self._dtype)
+        sizes = [0 if rows is None else len(rows) * rows.shape[1] for rows in self._rows]
+        parts = [
+            part.view(*rows.shape[:2], width) if rows is not None else None
+            for rows, part in zip(self._rows, self._f_Nv.split(sizes), strict=True)
+        ]
+        return Room(*parts)
+
+    def add_to(self, vocabulary: Vocabulary, block: Slice) -> None:
+        """The head's gradient += Fᵀ U at the rows of the block, whose room has been filled."""
+        vocabulary.add_weight_gradient(block, self._f_Nv, self._u_ND)
+
+
 def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
     """The cotangent of the context's states at ``level``, [G, S, D]; adds this step's share, and
     the response's on the way to the last step, to the head's outer gradient.
     """
     step = vocabulary.steps[level]
-    last = level == len(vocabulary.steps) - 1
     if step.direction_GSD is not None:
         begin_adjoint(vocabulary, step, level)
     terms = range(vocabulary.terms(level))
     h = step.states.h_GND
+    last = level == len(vocabulary.steps) - 1
+    outer = None
+    if vocabulary.gradient is not None:
+        u_GMD = vocabulary.uses[0].u_GMD if last and vocabulary.uses else None
+        outer = OuterProduct(h, step.direction_GSD, u_GMD, vocabulary.weight_VD.dtype)
     sums: dict[str, Tensor] = {}
     for block in vocabulary.blocks(h.shape[0] * h.shape[1]):
-        tile = vocabulary.tile(block, level)
+        tile = vocabulary.tile(block, level, outer.room(block) if outer is not None else None)
         z_cot, b = tile.z_cot_GSv, tile.b_GSv[level]
         assert z_cot is not None
-        _add(sums, "W", block.expand(z_cot, vocabulary.weight_VD))
+        _add_product(sums, "W", z_cot.flatten(0, 1), block.rows_of(vocabulary.weight_VD))
         for k in terms:
             b_T = tile.b_GSv[k].transpose(1, 2)
-            _add(sums, f"z{k}", z_cot @ b_T)
-            _add(sums, f"b{k}", b @ b_T)
-        vocabulary.add_weight_gradient(block, z_cot, h)
-        if step.direction_GSD is not None:
-            vocabulary.add_weight_gradient(block, b, step.direction_GSD)
-        if last and vocabulary.uses:
-            vocabulary.add_weight_gradient(block, tile.f_GMv[0], vocabulary.uses[0].u_GMD)
+            _add_product(sums, f"z{k}", z_cot, b_T)
+            _add_product(sums, f"b{k}", b, b_T)
+        if outer is not None:
+            outer.add_to(vocabulary, block)
     z_b, z_context = [sums[f"z{k}"] for k in terms], None
     if terms:
         assert vocabulary.context_ids_GS is not None
@@ -164,7 +202,7 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
         assert tile.z_cot_GSv is not None
         z_context, b_context = wide(tile.z_cot_GSv), wide(tile.b_GSv[level])
         b_b = [sums[f"b{k}"] for k in terms]
-    h_cot = vocabulary.complete_product(sums["W"], z_b, z_context, level)
+    h_cot = vocabulary.complete_product(sums["W"].view(h.shape), z_b, z_context, level)
     if step.adjoint is not None:
         h_cot = h_cot + _factor_cotangent(vocabulary, step, level)
     if terms:
@@ -174,11 +212,11 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
     return h_cot.to(h.dtype)
 
 
-def _add(sums: dict[str, Tensor], name: str, share: Tensor) -> None:
+def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
     if name in sums:
-        sums[name].add_(share)
+        add_product_(sums[name], a, b)
     else:
-        sums[name] = wide(share)
+        sums[name] = wide_product(a, b)
 
 
 def _factor_cotangent(vocabulary: Vocabulary, step: HeadStep, level: int) -> Tensor:

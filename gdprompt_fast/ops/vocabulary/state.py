@@ -108,6 +108,16 @@ class Tile(NamedTuple):
     z_cot_GSv: Tensor | None  # cotangent of the logits of the step asked for
 
 
+class Room(NamedTuple):
+    """Where parts of a tile are to be written, if it matters: the cotangent of the logits and B of
+    the step asked for, and F of the response.
+    """
+
+    z_cot_GSv: Tensor | None = None
+    b_GSv: Tensor | None = None
+    f_GMv: Tensor | None = None
+
+
 @dataclass
 class Vocabulary:
     """The head's weight, the inner steps on it and the uses of its levels.
@@ -131,7 +141,7 @@ class Vocabulary:
     uses: list[Use] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     # F of the response in a block, of which it gets B_k
-    response: Callable[[Vocabulary, Block, dict[int, Tensor]], Tensor] | None = None
+    response: Callable[[Vocabulary, Block, dict[int, Tensor], Tensor | None], Tensor] | None = None
     contexts: GroupedRows | None = None
     context_ids_GS: Tensor | None = None
     next_ids_GS: Tensor | None = None
@@ -165,9 +175,8 @@ class Vocabulary:
 
     def logits(self, block: Block, rows: Projection, b_GSv: dict[int, Tensor]) -> Tensor:
         """Rows times W'ᵀ at the columns of a block, [G, N, v]; in fp32 or fp64 if W' is not W."""
-        z = block.project(rows.h_GND, self.weight_VD)
-        if rows.match_GNS or rows.lookup_match_GNS is not None:
-            z = wide(z)
+        updated = bool(rows.match_GNS) or rows.lookup_match_GNS is not None
+        z = block.project(rows.h_GND, self.weight_VD, in_wide=updated)
         for k, match_GNS in enumerate(rows.match_GNS):
             add_product_(z, match_GNS, b_GSv[k])
         if rows.lookup_match_GNS is not None:
@@ -175,48 +184,66 @@ class Vocabulary:
             block.add_at_(z, self.context_ids_GS, rows.lookup_match_GNS)
         return z
 
-    def differences(self, block: Block, steps: range) -> dict[int, Tensor]:
-        """B_k of the given inner steps in a block, in the weight's dtype."""
+    def differences(
+        self, block: Block, steps: range, out: dict[int, Tensor | None] | None = None
+    ) -> dict[int, Tensor]:
+        """B_k of the given inner steps in a block, in the weight's dtype, ``out[k]`` if given."""
         b: dict[int, Tensor] = {}
         for k in steps:
             step = self.steps[k]
             z = self.logits(block, step.states, b)
             passes, dtype = implementation("vocabulary", z), self.weight_VD.dtype
+            room = None if out is None else out.get(k)
             b[k] = passes.softmax_minus_one_hot(
-                z, step.lse_GS, self.next_ids_GS, block.columns, dtype
+                z, step.lse_GS, self.next_ids_GS, block.columns, dtype, room
             )
         return b
 
-    def tile(self, block: Block, down_to: int) -> Tile:
+    def tile(self, block: Block, down_to: int, room: Room | None = None) -> Tile:
         """B and F of all steps and uses, made in the order of the double backward, ending with the
         cotangent of the logits of step ``down_to``.
         """
-        last = len(self.steps)
-        b = self.differences(block, range(last) if self.inner else range(down_to, down_to + 1))
+        last, room = len(self.steps), room or Room()
+        steps = range(last) if self.inner else range(down_to, down_to + 1)
+        b = self.differences(block, steps, {down_to: room.b_GSv})
         f: list[Tensor] = []
         if self.response is not None and self.uses:
-            f.append(self.response(self, block, b))
+            f.append(self.response(self, block, b, room.f_GMv))
         z_cot: Tensor | None = None
-        for k in reversed(range(down_to, last if self.inner else down_to + 1)):
-            z_cot = self._logit_cotangent(block, self.steps[k], b, f, k)
+        for k in reversed(range(down_to, steps.stop)):
+            out = room.z_cot_GSv if k == down_to else None
+            z_cot = self._logit_cotangent(block, self.steps[k], b, f, k, out)
             f += [z_cot, b[k]]
         return Tile(b, f, z_cot)
 
     def _logit_cotangent(
-        self, block: Block, step: HeadStep, b: dict[int, Tensor], f: list[Tensor], k: int
+        self,
+        block: Block,
+        step: HeadStep,
+        b: dict[int, Tensor],
+        f: list[Tensor],
+        k: int,
+        out: Tensor | None,
     ) -> Tensor:
         """P ∘ (B̄ − rowsum(P ∘ B̄)), plus the share of the NLL itself; B̄ = (w ∘ Ḋ) W'ᵀ − η Σ (A
         Uᵀ) F.
         """
         if step.adjoint is None:
-            return (b[k] * step.nll_weight_GS[..., None]).to(b[k].dtype)
+            z_cot = (b[k] * step.nll_weight_GS[..., None]).to(b[k].dtype)
+            return z_cot if out is None else out.copy_(z_cot)
         b_bar = self.logits(block, step.adjoint.direction, b)
         for match_GSM, f_GMv in zip(step.adjoint.use_match_GSM, f, strict=False):
             add_product_(b_bar, match_GSM, f_GMv)
         for ids_GM, match_GSM in step.adjoint.lookup_match:
             block.add_at_(b_bar, ids_GM, match_GSM)
         return implementation("vocabulary", b_bar).logit_cotangent(
-            b_bar, step.adjoint.center_GS, step.nll_weight_GS, b[k], self.next_ids_GS, block.columns
+            b_bar,
+            step.adjoint.center_GS,
+            step.nll_weight_GS,
+            b[k],
+            self.next_ids_GS,
+            block.columns,
+            out,
         )
 
     def gather(self, ids_GN: Tensor, terms: range) -> list[Tensor]:
@@ -286,12 +313,10 @@ class Vocabulary:
             match_GMS = u_GMD @ wide(sum_GSD).transpose(1, 2)
             self.rate.add_gradient(match_GMS, use.f_context_GMS)
 
-    def add_weight_gradient(self, block: Slice, f_GNv: Tensor, u_GND: Tensor) -> None:
+    def add_weight_gradient(self, block: Slice, f_Nv: Tensor, u_ND: Tensor) -> None:
         """+= Fᵀ U at the rows of a block."""
         if self.gradient is not None:
-            u_ND = u_GND.flatten(0, 1)
-            f_Nv = f_GNv.flatten(0, 1).to(u_ND.dtype)
-            self.gradient.add_product_to_rows(block.start, block.stop, f_Nv, u_ND)
+            self.gradient.add_product_to_rows(block.start, block.stop, f_Nv.to(u_ND.dtype), u_ND)
 
     def blocks(self, tokens: int) -> list[Slice]:
         return list(slices(len(self.weight_VD), tokens, self.weight_VD.device))

@@ -28,6 +28,10 @@ class Target(Protocol):
         """KL(T ‖ P) of every row after the last tile, [G, N]."""
         ...
 
+    def failure(self) -> tuple[Exception, Tensor] | None:
+        """After :meth:`loss`, an error and a bool on the device that says whether it is one."""
+        ...
+
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
@@ -36,8 +40,15 @@ class Target(Protocol):
         """
         ...
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
-        """P − T in a block, after :meth:`loss`; [G, N, v]."""
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """P − T in a block, after :meth:`loss`; [G, N, v], in ``out`` if given."""
         ...
 
 
@@ -56,14 +67,24 @@ class GoldTarget:
     def loss(self, online: OnlineSums) -> Tensor:
         return online.lse_GR - online.value_GN
 
+    def failure(self) -> None:
+        return None
+
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
         return [p - t for p, t in zip(online.means(), gather(self._ids_GN), strict=True)]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
-        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype)
+        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype, out)
 
 
 class TeacherTarget:
@@ -78,9 +99,15 @@ class TeacherTarget:
     rows_per_token = 2
 
     def __init__(
-        self, logits_GNV: Tensor | None, hidden_GND: Tensor | None, head_VD: Tensor | None
+        self,
+        logits_GNV: Tensor | None,
+        hidden_GND: Tensor | None,
+        head_VD: Tensor | None,
     ) -> None:
-        self._logits_GNV, self._hidden_GND, self._head_VD = logits_GNV, hidden_GND, head_VD
+        self._logits_GNV, self._hidden_GND = logits_GNV, hidden_GND
+        if hidden_GND is not None and head_VD is not None:
+            head_VD = head_VD.to(hidden_GND.dtype)  # once: every block of every pass reads it
+        self._head_VD = head_VD
         self._lse_GN: Tensor | None = None  # known after the loss
 
     def exponentials(self, online: OnlineSums, block: Slice, z_GNv: Tensor) -> Tensor:
@@ -88,27 +115,31 @@ class TeacherTarget:
         return online.exponentials(passes.online_kl, z_GNv, self._logits(block))
 
     def loss(self, online: OnlineSums) -> Tensor:
-        """
-        Raises:
-            FloatingPointError: if the teacher's logits are not numbers.
-        """
         student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
-        if not torch.isfinite(self._lse_GN).all():
-            raise FloatingPointError(
-                "teacher: expected finite predictions, got NaN or infinite ones"
-            )
         _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
         return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
+
+    def failure(self) -> tuple[Exception, Tensor]:
+        assert self._lse_GN is not None
+        error = "teacher: expected finite predictions, got NaN or infinite ones"
+        return FloatingPointError(error), ~torch.isfinite(self._lse_GN).all()
 
     def difference(
         self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
     ) -> list[Tensor]:
         return [p - t for p, t in (mean.chunk(2, dim=1) for mean in online.means())]
 
-    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        block: Block,
+        z_GNv: Tensor,
+        lse_GN: Tensor,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
         teacher_z_GNv = self._logits(block)
-        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype)
+        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype, out)
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:

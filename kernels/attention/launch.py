@@ -1,0 +1,171 @@
+"""How an attention kernel is started, and compiled without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backward import attention_backward_key_kernel, attention_backward_query_kernel
+from .double_backward import (
+    attention_double_backward_key_kernel,
+    attention_double_backward_query_kernel,
+)
+from .forward import attention_forward_kernel
+from .tiles import Tiles, target_of, tiles_of
+
+Visible = tuple[Tensor, Tensor] | None
+
+
+class Kernel(NamedTuple):
+    """A kernel, whether its programs are blocks of keys, and its inputs, in its own order."""
+
+    function: Any
+    by_key: bool
+    by_query_inputs: tuple[str, ...]  # [B, H, T, D]
+    by_key_inputs: tuple[str, ...]  # [B, K, T, D]
+
+
+STATISTICS = "lse", "delta", "sigma", "tau"  # [B, H, T], fp32
+COTANGENTS = "cot_dk", "cot_dv", "k", "v"
+KERNELS = {
+    "forward": Kernel(attention_forward_kernel, False, ("q",), ("k", "v")),
+    "backward_query": Kernel(
+        attention_backward_query_kernel, False, ("do", "q", "out"), ("k", "v")
+    ),
+    "backward_key": Kernel(attention_backward_key_kernel, True, ("do", "q"), ("k", "v")),
+    "double_backward_query": Kernel(
+        attention_double_backward_query_kernel, False, ("cot_dq", "do", "q", "out"), COTANGENTS
+    ),
+    "double_backward_key": Kernel(
+        attention_double_backward_key_kernel, True, ("cot_dq", "do", "q"), COTANGENTS
+    ),
+}
+
+
+def launch_kernel(
+    name: str,
+    inputs: dict[str, Tensor],
+    outputs: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
+    scale: float,
+    visible: Visible,
+) -> None:
+    """Runs a kernel on [B, H or K, T, D] tensors and the row statistics [B, H, T]."""
+    kernel = KERNELS[name]
+    batch, heads, tokens, dim = inputs["q"].shape
+    kv_heads = inputs["k"].shape[1]
+    if outputs[0].numel() == 0:
+        return
+    tiles = tiles_of(name, dim, tokens, inputs["q"].dtype, target_of(inputs["q"].device))
+    block_d = max(16, triton.next_power_of_2(dim))
+    arguments = [_input(inputs[n], tiles, tiles.queries, block_d) for n in kernel.by_query_inputs]
+    arguments += [_input(inputs[n], tiles, tiles.keys, block_d) for n in kernel.by_key_inputs]
+    arguments += [_strided(t) for t in outputs]
+    if kernel.by_key:
+        arguments += [_input(row, tiles, tiles.queries) for row in rows]
+    else:  # each is read once, or written
+        arguments += [_strided(row) for row in rows]
+    bounds: tuple[Tensor | None, ...] = visible or (None, None)
+    if kernel.by_key:
+        grid = (batch * kv_heads, triton.cdiv(tokens, tiles.keys))
+    else:
+        grid = (batch * heads, triton.cdiv(tokens, tiles.queries))
+        bounds = bounds[:1]
+    with torch.cuda.device_of(inputs["q"]):
+        kernel.function[grid](
+            *arguments,
+            *bounds,
+            heads,
+            heads // kv_heads,
+            tokens,
+            scale,
+            **_constants(kernel, tiles, dim, visible is not None),
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+
+
+def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
+    """A descriptor for the copy engine, if all of it begins at multiples of 16 bytes."""
+    aligned = t.data_ptr() % 16 == 0 and all(
+        n * t.element_size() % 16 == 0 for n in t.stride()[:-1]
+    )
+    if tiles.tma and aligned:
+        return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
+    return _strided(t)
+
+
+def _strided(t: Tensor) -> tuple[Any, ...]:
+    return (t, *t.stride()[:-1])
+
+
+def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
+    constants = {
+        "D": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.keys,
+        "BOUNDED": bounded,
+        "SPLIT": tiles.split,
+        "SWEEPS": tiles.sweeps,
+    }
+    return {name: constants[name] for name in kernel.function.arg_names if name in constants}
+
+
+def compile_cases(target: str) -> list[dict[str, Any]]:
+    """Every kernel as it runs in bf16, to compile without a GPU.
+
+    ``target`` is sm_80, sm_90, sm_100 or gfx942, each with its own tiles.
+
+    ``aligned`` names the arguments (of a tuple: every element) that are divisible by 16.
+    """
+    long = [(64, 8192, False), (80, 8192, False), (96, 8192, False), (128, 8192, False)]
+    bounded = [(64, 8192, True), (128, 8192, True)]
+    short = [(64, 256, False), (128, 256, False), (64, 256, True)]
+    cases, seen = [], set()
+    for name in KERNELS:
+        for dim, tokens, is_bounded in [*long, *bounded, *short]:
+            tiles = tiles_of(name, dim, tokens, torch.bfloat16, target)
+            case = (name, dim, is_bounded, tiles)
+            if case not in seen:
+                seen.add(case)
+                cases.append(compile_case(*case))
+    return cases
+
+
+def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, Any]:
+    """A kernel with some tiles, as ``compile_cases`` has them."""
+    kernel = KERNELS[name]
+    constants = _constants(kernel, tiles, dim, bounded)
+    block_d = constants["BLOCK_D"]
+    blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
+    blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}
+    if kernel.by_key:
+        blocks |= {argument: [1, 1, tiles.queries] for argument in STATISTICS}
+    scalars = {"H": "i32", "G": "i32", "T": "i32", "scale": "fp32"}
+    signature: dict[str, Any] = {}
+    for argument in kernel.function.arg_names:
+        row = argument in STATISTICS
+        if argument.endswith("_ptr"):
+            signature[argument] = "*i32"
+        elif argument in scalars:
+            signature[argument] = scalars[argument]
+        elif argument in blocks and tiles.tma:
+            signature[argument] = f"tensordesc<{'fp32' if row else 'bf16'}{blocks[argument]}>"
+        elif argument not in constants:
+            signature[argument] = ("*fp32", "i32", "i32") if row else ("*bf16", "i32", "i32", "i32")
+    extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
+    pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
+    return {
+        "name": f"{kernel.function.fn.__name__} D={dim}{extras}",
+        "kernel": kernel.function,
+        "signature": signature,
+        "constexprs": constants,
+        "aligned": pointers,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
