@@ -4,7 +4,7 @@ A kernel is an op that PyTorch dispatches and that is neither a view nor an allo
 of a Triton kernel. Nothing is timed, and a GPU is not needed: for Triton the shapes are those of
 Llama 3.2 1B, on tensors without values, and launches are stubs.
 
-    python -m benchmarks.studies.op_counts            # a block in fp32 in C++, a step in bf16 in Triton
+    python -m benchmarks.studies.op_counts            # a block in fp32 in C++, a step in Triton
     python -m benchmarks.studies.op_counts --by-name  # which ops they are
 """
 
