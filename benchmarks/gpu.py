@@ -9,8 +9,8 @@
 First, in many processes beside each other, what is not timed: every pass of every kernel in
 ``gdprompt_fast.ops.backend.KERNELS`` passes the gate (its error against fp64 at most twice that of
 the plain pass plus a floor), so does the step on a tiny model, short commands run, and what the
-timed steps need is compiled. Then, one by one: the ceilings that the times are ratios of, whole steps,
-the times of the passes. What did not pass its gate is not timed.
+timed steps need is compiled. Then, one by one: the ceilings that the times are ratios of, whole
+steps, the times of the passes. What did not pass its gate is not timed.
 
 A row is appended as it comes. Out of memory, out of time, crashed and failed are rows too.
 """
@@ -85,7 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = start_method(
         "cuda"
     )  # spawned on a CPU too: Triton's interpreter wants a fresh import
-    run = Run(arguments.results, common, lambda: Worker(context, prepare=bench.prepare), end)
+    run = Run(
+        arguments.results,
+        common,
+        lambda: Worker(context, prepare=bench.prepare),
+        end,
+        bench.job_limit_s,
+    )
     rows = run.do(jobs, arguments.processes)
     print(report(rows))
     return int(not all(row["status"].startswith(EXPECTED) for row in rows))

@@ -31,7 +31,7 @@ FLOORS = {
     "ground": ("errors", "rows", "layout", "batch", "artifacts", "config", "presets"),
     "models": ("models",),
     "ops": ("ops", "kernels"),
-    "layers": ("update",),
+    "layers": ("update", "testing"),
     "engine": ("meta", "reference", "exactness"),
     "public names": (DOOR,),
     "data and models from files": ("data", "loading", "teacher"),

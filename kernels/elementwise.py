@@ -34,21 +34,3 @@ def launch(
             *dense, *out, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **constants
         )
     return out
-
-
-def compile_case(kernel: Any, variant: str = "", **constants: Any) -> dict[str, Any]:
-    """A kernel as :func:`launch` runs it in bf16, for benchmarks/compile_kernels.py."""
-    constexprs = {"BLOCK": BLOCK, **constants}
-    return {
-        "name": kernel.fn.__name__.strip("_").removesuffix("_kernel") + variant,
-        "kernel": kernel,
-        "signature": {
-            name: "*bf16" if name.endswith("_ptr") else "i32"
-            for name in kernel.arg_names
-            if name not in constexprs
-        },
-        "constexprs": constexprs,
-        "aligned": ["n"],
-        "num_warps": NUM_WARPS,
-        "num_stages": 3,
-    }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import compile_case, flat, launch
+from .elementwise import flat, launch
 
 K = tl.constexpr(0.7978845608028654)  # √(2/π); the tanh form's u = K (x + C x³)
 C = tl.constexpr(0.044715)
@@ -115,13 +113,3 @@ def gelu_double_backward(
         _gelu_double_backward_kernel, 2, a, dy, x, like=x, TANH=approximate == "tanh"
     )
     return cot_dy, cot_x
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: both forms of every pass."""
-    kernels = _gelu_forward_kernel, _gelu_backward_kernel, _gelu_double_backward_kernel
-    return [
-        compile_case(kernel, f" {form}", TANH=form == "tanh")
-        for kernel in kernels
-        for form in ("exact", "tanh")
-    ]

@@ -7,7 +7,7 @@ matrix units take.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -186,41 +186,3 @@ def _product_blocks(T: int, I: int, O: int) -> dict[str, int]:
 
 def _materialise_blocks(I: int, O: int) -> dict[str, int]:
     return dict(BLOCK_O=_block(O, 64), BLOCK_I=_block(I, 64), BLOCK_S=64)
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: the adapter of Llama 3.2 1B's up-projection, A
-    [r, 2048] and B [8192, r], in bf16 and fp32.
-    """
-    cases = []
-    for rank in (1, 16):
-        for matrix, I, O in ((f"A rank {rank}", 2048, rank), (f"B rank {rank}", rank, 8192)):
-            for dtype in ("bf16", "fp32"):
-                for kernel, blocks in (
-                    (_lora_product_kernel, _product_blocks(256, I, O)),
-                    (_lora_materialise_kernel, _materialise_blocks(I, O)),
-                ):
-                    cases.append(_compile_case(kernel, matrix, I, O, dtype, blocks))
-    return cases
-
-
-def _compile_case(
-    kernel: Any, matrix: str, I: int, O: int, dtype: str, blocks: dict[str, int]
-) -> dict[str, Any]:
-    types = dict.fromkeys(("x_ptr", "w_ptr", "e_ptr", "y_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("own_ptr", "after_ptr"), "*fp32")
-    types |= dict.fromkeys(("group_ptr", "order_ptr", "offset_ptr"), "*i64") | {"scale": "fp32"}
-    # as in a launch: integers of 1 are constants, and fp32 needs no W
-    sizes = dict(I=I, O=O, stride_wo=I, stride_wi=1, stride_g=I * O, stride_o=I, stride_i=1)
-    constexprs = blocks | {name: 1 for name, size in sizes.items() if size == 1}
-    if dtype == "fp32":
-        constexprs["w_ptr"] = None
-    names = kernel.arg_names
-    return {
-        "name": f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {matrix} {dtype}",
-        "kernel": kernel,
-        "signature": {n: types.get(n, "i32") for n in names if n not in constexprs},
-        "constexprs": {n: value for n, value in constexprs.items() if n in names},
-        "aligned": [n for n, size in sizes.items() if size % 16 == 0 and n in names],
-        **LAUNCH,
-    }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import compile_case, flat, launch
+from .elementwise import flat, launch
 
 
 @triton.jit
@@ -101,9 +99,3 @@ def swiglu_double_backward(
         _swiglu_double_backward_kernel, 3, a, b, dy, gate, up, like=gate
     )
     return cot_dy, cot_gate, cot_up
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles."""
-    kernels = _swiglu_forward_kernel, _swiglu_backward_kernel, _swiglu_double_backward_kernel
-    return [compile_case(kernel) for kernel in kernels]

@@ -17,6 +17,11 @@ class Bench:
         return torch.device("cpu" if self.tiny else "cuda")
 
     @property
+    def job_limit_s(self) -> float:
+        """Of a job that does not hang; the interpreter is slow."""
+        return 600 if self.tiny else 120
+
+    @property
     def timed_status(self) -> str:
         return "interpreter" if self.tiny else "measured"
 

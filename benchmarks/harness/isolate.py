@@ -23,6 +23,7 @@ import torch
 from .rows import Row
 
 Work = Callable[..., Row]
+START_LIMIT_S = 300
 Item = TypeVar("Item")
 PRELOADED = ["transformers.models.llama.modeling_llama", "peft", "gdprompt_fast"]
 
@@ -60,24 +61,27 @@ class Worker:
         self._arguments = memory_limit_bytes, prepare
         self._process: Any = None
         self._connection: Connection | None = None
+        self._ready = False
 
     def run(self, limit_s: float, function: Work, *arguments: Any) -> Row:
         """What the function returns, or a status that says why it does not."""
         connection = self.start()
-        connection.send((function, arguments))
         try:
-            if not connection.poll(limit_s):
+            if not self._ready:
+                self._ready = connection.poll(START_LIMIT_S) and connection.recv()
+            connection.send((function, arguments))
+            if not self._ready or not connection.poll(limit_s):
                 self.close()
                 return {"status": f"out of time: more than {limit_s:.0f} s"}
             row, usable = connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             self._process.join()
             exit_status = self._process.exitcode
             self.close()
             return {"status": f"crashed: exit status {exit_status}"}
         if not usable:
             self.close()
-        return row  # type: ignore[no-any-return]
+        return row
 
     def start(self) -> Connection:
         """The process, on its way to being ready; a call is served when it is."""
@@ -97,6 +101,7 @@ class Worker:
             self._process.kill()
             self._process.join()
         self._process = self._connection = None
+        self._ready = False
 
     def __enter__(self) -> Worker:
         return self
@@ -118,6 +123,7 @@ def _serve(
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     if prepare is not None:
         prepare()
+    connection.send(True)  # ready: what a call may take counts from here
     gc.freeze()  # a collection need not look at the libraries again
     while True:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,6 @@ from tqdm import tqdm
 from .isolate import Pool, Work, Worker
 from .rows import Row, append, row_of
 
-CASE_LIMIT_S = 120  # a job that takes longer hangs
 GRACE_S = 10  # that a job may take beyond the budget
 RETRIED = ("out of memory", "crashed")  # may be for what ran beside it
 GOOD = ("measured", "passed", "warmed", "interpreter")
@@ -66,15 +66,22 @@ class Run:
         common: columns of every row.
         new_worker: makes a process for jobs.
         end: on :func:`time.time`'s clock; no job begins later.
+        job_limit_s: a job that takes longer hangs.
 
     Attributes:
         rows: those of this run so far.
     """
 
     def __init__(
-        self, results: Path, common: Row, new_worker: Callable[[], Worker], end: float
+        self,
+        results: Path,
+        common: Row,
+        new_worker: Callable[[], Worker],
+        end: float,
+        job_limit_s: float,
     ) -> None:
-        self.results, self.common, self.new_worker, self.end = results, common, new_worker, end
+        self.results, self.common, self.new_worker = results, common, new_worker
+        self.end, self.job_limit_s = end, job_limit_s
         self.rows: list[Row] = []
 
     def do(self, jobs: Sequence[Job], processes: int) -> list[Row]:
@@ -82,8 +89,9 @@ class Run:
         beside = [each for each in jobs if not each.worker]
         in_turn = [each for each in jobs if each.worker]
         workers = {each.worker: self.new_worker() for each in in_turn}
-        for worker in workers.values():  # they get ready meanwhile
-            worker.start()
+        if len(workers) < (os.cpu_count() or 1):
+            for worker in workers.values():  # they get ready meanwhile
+                worker.start()
         progress = tqdm(total=len(jobs), unit="row", mininterval=1.0)
         for each, row in self._side_by_side(beside, processes):
             self._record(each, row, progress)
@@ -116,7 +124,7 @@ class Run:
         if failed := self.failed_gates(each.gates):
             where = f"{failed[0]['pass']}, {failed[0]['case']} {failed[0]['dtype']}"
             return {"status": f"not timed: gate on {where} not passed"}
-        return worker.run(min(CASE_LIMIT_S, left + GRACE_S), each.run)
+        return worker.run(min(self.job_limit_s, left + GRACE_S), each.run)
 
     def failed_gates(self, gates: Sequence[Gate]) -> list[Row]:
         return [
@@ -124,7 +132,7 @@ class Run:
             for row in self.rows
             if row["kind"] == "gate"
             and (row["op"], row["pass"]) in gates
-            and not row["status"].startswith(("passed", "not available"))
+            and not row["status"].startswith("passed")
         ]
 
     def _record(self, each: Job, outcome: Row, progress: Any) -> None:
@@ -148,4 +156,4 @@ class Run:
         """Milliseconds of the ordinary step of the same case; a row may be that step itself."""
         same = [r for r in [*self.rows, row] if r["op"] == "step" and r["case"] == row["case"]]
         times = [r["median_ms"] for r in same if r["provider"] == "ordinary" and r["median_ms"]]
-        return times[0] if times else None
+        return times[-1] if times else None

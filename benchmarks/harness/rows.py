@@ -25,7 +25,7 @@ WHAT = (
     *("section", "kind", "op", "pass", "provider", "backend", "sweep", "case", "dtype", "status"),
     *("shapes", "examples", "context_tokens", "query_tokens", "response_tokens"),
     *("parameters", "layers", "hidden", "vocabulary", "rank", "inner_params"),
-    *("captured", "seconds", "memory_limit_bytes"),
+    *("captured", "why_eager", "seconds", "memory_limit_bytes"),
 )
 GATE = ("error", "eager_error", "allowed_error")
 TIME = (

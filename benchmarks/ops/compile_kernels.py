@@ -1,13 +1,11 @@
 """Compiles every Triton kernel for GPUs that need not be there, and shows the registers, shared
 memory, spills and matrix instructions of each.
 
-    python benchmarks/compile_kernels.py                    # all targets, writes results/
-    python benchmarks/compile_kernels.py --targets sm_90 --modules norm
+    python -m benchmarks.ops.compile_kernels                    # all targets, writes results/
+    python -m benchmarks.ops.compile_kernels --targets sm_90 --modules norm
 
-A module of kernels/ takes part through ``compile_cases(target)``: dicts of name, kernel, signature
-(type strings, or tuples of them), constexprs, num_warps, num_stages and, if any, aligned: names of
-the arguments that are multiples of 16, as pointers always are. Exits with 1 if a kernel fails to
-compile, or spills or overflows the shared memory on sm_90.
+What is compiled of a module of kernels/ stands in ``compile_cases.py``. Exits with 1 if a kernel
+fails to compile, or spills or overflows the shared memory on sm_90.
 """
 
 from __future__ import annotations
@@ -18,13 +16,12 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it replac
 
 import argparse
 import importlib
-import json
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,11 @@ from triton.compiler import ASTSource
 
 import gdprompt_fast.kernels
 
-RESULTS = Path(__file__).parent / "results" / "compiled_kernels.jsonl"
+from ..harness.rows import RESULTS, replace_rows
+from ..report.tables import markdown
+from .compile_cases import CASES
+
+COMPILED = RESULTS / "compiled_kernels.jsonl"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -62,10 +63,15 @@ def cases(
     if unknown:
         raise SystemExit(f"--modules: expected some of {found}, got {sorted(unknown)}")
     for name in modules or found:
-        module = importlib.import_module(f"gdprompt_fast.kernels.{name}")
-        if hasattr(module, "compile_cases"):
+        if (cases_of := compile_cases_of(name)) is not None:
             for target in targets:
-                yield from ((name, case, target) for case in module.compile_cases(target))
+                yield from ((name, case, target) for case in cases_of(target))
+
+
+def compile_cases_of(name: str) -> Callable[[str], list[dict[str, Any]]] | None:
+    """None of a module that only others use."""
+    module = importlib.import_module(f"gdprompt_fast.kernels.{name}")
+    return CASES.get(name) or getattr(module, "compile_cases", None)
 
 
 def compile_case(case: dict[str, Any], target: GPUTarget) -> Any:
@@ -158,15 +164,14 @@ def problem(row: dict[str, Any]) -> str | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| kernel | target | warps | registers | shared bytes | spilled bytes | matrix |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = []
     for row in rows:
         matrix = ", ".join(f"{row[n]} {n}" for n in MATRIX_INSTRUCTIONS if row.get(n)) or "none"
         measured = [row.get(n, "") for n in ("registers", "shared_bytes", "spill_bytes")]
         shown = ["fails to compile", "", "", ""] if "error" in row else [*measured, matrix]
-        cells = [row["kernel"], row["target"], row["num_warps"], *shown]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([row["kernel"], row["target"], row["num_warps"], *shown])
+    header = ["kernel", "target", "warps", "registers", "shared bytes", "spilled bytes", "matrix"]
+    return markdown(header, lines)
 
 
 def main() -> int:
@@ -175,13 +180,13 @@ def main() -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--modules", nargs="+", help="names in kernels/, all by default")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="replaced, one row a line")
+    parser.add_argument("--results", type=Path, default=COMPILED, help="replaced, one row a line")
     arguments = parser.parse_args()
 
     work = list(cases(arguments.modules, arguments.targets))
     rows = [measure(*item) for item in tqdm(work, desc="kernels", unit="kernel", disable=None)]
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    arguments.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replace_rows(arguments.results, rows)
     print(table(rows))
     failed = not rows
     for row in rows:

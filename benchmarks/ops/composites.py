@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gdprompt_fast.ops.gradient import WeightGradient
-from gdprompt_fast.ops.linear import Factor, InnerLinear
+from gdprompt_fast.ops.linear import Factor, InnerLinear, Use
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
@@ -26,6 +26,11 @@ from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.testing.op_inputs import LINEAR, Draw, Shape, sizes
 
 
+def rate_of(draw: Draw, groups: int, inner_lr: float) -> Rate:
+    """The same η for every group."""
+    return Rate(torch.full_like(draw(groups), inner_lr, dtype=torch.float32))
+
+
 def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """A use of θ' with its match x Xᵀ, and the cotangents of X and E from a use."""
     groups, rows, inputs, outputs, context = sizes(shape, LINEAR)
@@ -35,7 +40,7 @@ def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple
         bias,
         inner_weight=True,
         inner_bias=bias is not None,
-        rate=Rate(torch.full_like(draw(groups), 0.3, dtype=torch.float32)),
+        rate=rate_of(draw, groups, 0.3),
         phase=Phase(second_order=True),
         weight_gradient=None,
         bias_gradient=None,
@@ -49,8 +54,8 @@ def inner_linear_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple
         return (layer.product(x, grouped, 1),)
 
     def pull() -> tuple[Tensor, ...]:
-        factor.pairs.append((u, f, True))
-        x_cot, e_cot = layer.pull(factor)
+        factor.uses.append(Use(u, f, True, None, None))
+        x_cot, e_cot = layer.factor_cotangents(factor)
         assert x_cot is not None and e_cot is not None
         return x_cot, e_cot
 
@@ -77,7 +82,7 @@ def loss_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple[Tensor,
     weight = draw(shape["vocabulary"], hidden) * hidden**-0.5
     weight.grad = torch.zeros_like(weight)
     phase, gradient = Phase(second_order=True), WeightGradient(weight)
-    vocabulary = Vocabulary(weight, None, True, 0.1, phase, gradient)
+    vocabulary = Vocabulary(weight, None, True, rate_of(draw, groups, 0.1), phase, gradient)
     group = torch.arange(groups, device=weight.device)
     ids = torch.arange(groups * rows, device=weight.device) ** 2 % len(weight)
     vocabulary.begin_contexts(ids.view(groups, rows), GroupedRows(group, groups))

@@ -1,7 +1,7 @@
 """The ops in C++ against PyTorch on a CPU: every pass on the shapes of the demo and of the 63 M
 Llama of the other benchmarks, then the whole step.
 
-    python benchmarks/cpp.py
+    python -m benchmarks.ops.cpp
 
 Before a pass is timed, its error against fp64 must be at most twice PyTorch's in the same dtype.
 Appends a row for each pass to benchmarks/results/cpp.jsonl. An op is worth its C++ if it is 1.3
@@ -14,7 +14,7 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -22,118 +22,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case, llama, random_batch, random_model, self_teacher
-from measuring import append, measure_memory, revision
-from torch import Tensor
 
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.models.memory import model_tensors
 from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.vocabulary.block import TILE_ELEMENTS
 from gdprompt_fast.reference.compare import gradients_of, worst_error
+from gdprompt_fast.testing.gates import copied, judge, widened
+from gdprompt_fast.testing.op_inputs import PASSES, Shape, drawer
 
-RESULTS = Path(__file__).parent / "results" / "cpp.jsonl"
+from ..harness.rows import RESULTS, append, revision
+from ..harness.timing import measure_memory
+from ..step.cases import CASES, Case, llama, random_batch, random_model, self_teacher
+
+ROWS = RESULTS / "cpp.jsonl"
+DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = {
     "demo": Case(llama(128, 4, 4, 4, 384, 160), 16, 44, 12),
     "llama-63m": CASES["llama-63m"],
 }
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
 
 def inputs_of(op: str, case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """The inputs of every pass of an op on the contexts of a case."""
     config, B, T = case.config, case.examples, case.context_tokens
-    eager = import_module(f"gdprompt_fast.ops.eager.{op}")
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(dtype)
-
-    def heads(count: int) -> Tensor:
-        return draw(B, T, count, config.head_dim).transpose(1, 2)
-
-    if op == "norm":
-        x, dy, u = (draw(B, T, config.hidden_size) for _ in range(3))
-        weight, v, w = (draw(B, config.hidden_size) for _ in range(3))
-        forward = x, weight, None, 1e-6, False
-        backward = dy, x, weight, *eager.norm_forward(*forward)[1:]
-        return dict(
-            norm_forward=forward, norm_backward=backward, norm_double_backward=(u, v, w, *backward)
-        )
-    if op == "swiglu":
-        gate, up, dy, a, b = (draw(B, T, config.intermediate_size) for _ in range(5))
-        return dict(
-            swiglu_forward=(gate, up),
-            swiglu_backward=(dy, gate, up),
-            swiglu_double_backward=(a, b, dy, gate, up),
-        )
-    if op == "gelu":
-        x, dy, a = (draw(B, T, 4 * config.hidden_size) for _ in range(3))
-        return dict(
-            gelu_forward=(x, "tanh"),
-            gelu_backward=(dy, x, "tanh"),
-            gelu_double_backward=(a, dy, x, "tanh"),
-        )
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if op == "rotary":
-        tables = draw(1, T, D), draw(1, T, D)
-        inputs = heads(H), heads(K), *tables
-        return dict(rotary_forward=inputs, rotary_backward=inputs)
-    if op == "attention":
-        qkv, dots = [(heads(H), heads(K), heads(K)) for _ in range(2)]
-        options = D**-0.5, None
-        saved = draw(B, T, H, D), *qkv, *eager.attention_forward(*qkv, *options), *options
-        return dict(
-            attention_forward=(*qkv, *options),
-            attention_backward=saved,
-            attention_double_backward=(*dots, *saved),
-        )
-    assert op == "vocabulary"
-    columns = min(config.vocab_size, TILE_ELEMENTS // (B * T))
-    z, teacher_z, b_bar = (draw(B, T, columns) for _ in range(3))
-    ids = torch.randint(config.vocab_size, (B, T))
-    top, total, value = (torch.rand(B, T) for _ in range(3))
-    top_R, total_R = torch.cat([top, top], 1), torch.cat([total, total], 1)
-    lse, share = torch.logsumexp(z.float(), -1), draw(B, T, config.hidden_size)
-    b = eager.softmax_minus_one_hot(z, lse, ids, 0, dtype)
-    return dict(
-        online_softmax=(z, ids, 0, top, total, value, dtype),
-        online_kl=(z, teacher_z, top_R, total_R, value, dtype),
-        accumulate_=(share.float(), share, top),
-        softmax_minus_one_hot=(z, lse, ids, 0, dtype),
-        softmax_difference=(z, lse, teacher_z, lse, dtype),
-        logit_cotangent=(b_bar, value, total, b, ids, 0),
+    shapes: dict[str, Shape] = {
+        "norm": dict(examples=B, tokens=T, hidden=config.hidden_size),
+        "swiglu": dict(examples=B, tokens=T, hidden=config.intermediate_size),
+        "gelu": dict(examples=B, tokens=T, hidden=4 * config.hidden_size, tanh=1),
+        "vocabulary": dict(
+            groups=B,
+            rows=T,
+            columns=min(config.vocab_size, TILE_ELEMENTS // (B * T)),
+            hidden=config.hidden_size,
+        ),
+    }
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    heads = dict(heads=config.num_attention_heads, kv_heads=kv_heads)
+    attention: Shape = dict(
+        batch=B, tokens=T, dim=config.hidden_size // config.num_attention_heads, **heads
     )
-
-
-def in_fp64(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value
-
-
-def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A pass may write to its inputs."""
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+    return PASSES[op](drawer(torch.device("cpu"), dtype), shapes.get(op, attention))
 
 
 def check(name: str, cpp: Any, eager: Any, inputs: tuple[Any, ...]) -> float:
     """The gate: no speed is reported for a wrong result. Returns the largest error."""
     fast, plain = (getattr(module, name)(*copied(inputs)) for module in (cpp, eager))
-    gold = getattr(eager, name)(*map(in_fp64, copied(inputs)))
-    results = [(r,) if isinstance(r, Tensor) else r for r in (fast, plain, gold)]
-    worst = 0.0
-    for f, p, g in zip(*results, strict=True):
-        if g is None or not g.norm():
-            continue
-        ours, theirs = (float((t.double() - g).norm() / g.norm()) for t in (f, p))
-        if not ours <= 2 * theirs + FLOOR[p.dtype]:
-            raise SystemExit(f"{name} is wrong: error {ours:.1e}, of PyTorch {theirs:.1e}")
-        worst = max(worst, ours)
-    return worst
+    verdict = judge(fast, plain, getattr(eager, name)(*map(widened, copied(inputs))))
+    if verdict.status != "passed" or verdict.error is None:
+        raise SystemExit(f"{name} is wrong: {verdict}")
+    return verdict.error
 
 
-def least_ms(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+def least_ms(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Milliseconds of each, which take turns: the least, as whatever else runs only adds to it."""
     seconds = [math.inf] * len(runs)
     for _ in range(rounds):
@@ -148,7 +89,7 @@ def rows_of_ops(rounds: int) -> Iterator[dict[str, object]]:
     for case_name, case in SHAPES.items():
         for op in sorted(backend.CPP):
             cpp, eager = (import_module(f"gdprompt_fast.ops.{b}.{op}") for b in ("cpp", "eager"))
-            for dtype in FLOOR:
+            for dtype in DTYPES:
                 for name, inputs in inputs_of(op, case, dtype).items():
                     error = check(name, cpp, eager, inputs)
                     runs = [partial(getattr(module, name), *inputs) for module in (cpp, eager)]
@@ -200,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50, help="of every pass")
     parser.add_argument("--step-rounds", type=int, default=10, help="of the whole step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=ROWS)
     arguments = parser.parse_args()
     if not backend.load_cpp():
         raise SystemExit(f"the C++ ops are not built: {backend.BUILD_CPP}")

@@ -15,6 +15,9 @@ TIMED: dict[str, dict[str, Shape]] = {
         "queries up": UP,
         "queries down": DOWN,
         "queries up, backward": {**DOWN, "transposed": 1},
+        "queries down, backward": {**UP, "transposed": 1},
+        "queries square": {**UP, "outputs": 2048},
+        "queries narrow": {**UP, "outputs": 512},
         "contexts up": {**UP, "rows": 256},
     },
     "attention": {

@@ -1,7 +1,7 @@
 """Draws the sweeps of results/compare.jsonl: time and peak memory, a line per way, log axes.
 
-python benchmarks/figures.py                  # the newest rows of every sweep and device
-python benchmarks/figures.py --run ID         # those of one run
+python -m benchmarks.report.figures                  # the newest rows of every sweep and device
+python -m benchmarks.report.figures --run ID         # those of one run
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from baselines import WAYS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measuring import Row, rows_of
 
-RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
+from ..harness.rows import RESULTS, Row, rows_of
+from ..step.baselines import WAYS
+
+COMPARED = RESULTS / "compare.jsonl"
 
 
 class Axis(NamedTuple):
@@ -98,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=COMPARED)
     parser.add_argument("--run")
     arguments = parser.parse_args()
     rows = [row for row in rows_of(arguments.results, arguments.run) if row["kind"] == "time"]

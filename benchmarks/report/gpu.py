@@ -89,6 +89,8 @@ def summary(rows: list[Row]) -> str:
     gates = [row["status"] == "passed" for row in rows if row["kind"] == "gate"]
     lines.append(f"gates: {sum(gates)} of {len(gates)} passed")
     for row in rows:
+        if row["provider"] and "captured" in row["provider"] and row["why_eager"]:
+            lines.append(f"- {row['provider']}, {row['case']}: not captured: {row['why_eager']}")
         if row["status"] not in GOOD:
             what = (row["pass"], row["case"], row["dtype"], row["provider"], row["kind"])
             lines.append(f"- {', '.join(map(str, what))}: {row['status']}")

@@ -1,21 +1,19 @@
 """Writes the newest measured rows into the tables of docs/measured.md and, shorter, of the README,
 so that no number is typed by hand.
 
-python benchmarks/readme.py
+python -m benchmarks.report.readme
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from baselines import WAYS
-from cases import CASES
-from figures import file_name
-from measuring import ROOT, Row, rows_of
+from ..harness.rows import RESULTS, ROOT, Row, rows_of
+from ..step.baselines import WAYS
+from ..step.cases import CASES
+from .figures import file_name
 
-RESULTS = Path(__file__).parent / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- engine table -->", "<!-- end of engine table -->"
 NAMES = {
@@ -130,15 +128,12 @@ def _devices(rows: list[Row]) -> dict[str, None]:
 
 def pages(rows: list[Row]) -> dict[Path, str]:
     """The pages with a table, as they are with these rows."""
-    return {
-        path: re.sub(
-            f"{BEGIN}.*{END}",
-            lambda _, content=content: f"{BEGIN}\n{content}\n{END}",
-            path.read_text(),
-            flags=re.DOTALL,
-        )
-        for path, content in ((README, short_block(rows)), (PAGE, block(rows)))
-    }
+    found = {}
+    for path, content in ((README, short_block(rows)), (PAGE, block(rows))):
+        before, _, rest = path.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        found[path] = f"{before}{BEGIN}\n{content}\n{END}{after}"
+    return found
 
 
 def main() -> None:

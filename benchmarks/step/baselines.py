@@ -140,7 +140,8 @@ def _hessian_vector_product(task: Task, v: Parameters, example: Example) -> Para
 
     def outer_gradient(primal: Parameters) -> Parameters:
         outer = {name: primal[name] for name in task.outer}
-        loss, backward = vjp(lambda chosen: task.inner_loss({**primal, **chosen}, example), outer)
+        by_outer = vjp(lambda chosen: task.inner_loss({**primal, **chosen}, example), outer)
+        loss, backward = by_outer[:2]
         with torch.no_grad():  # no graph of the backward pass: the derivative is a forward one
             return backward(torch.ones_like(loss))[0]
 
@@ -152,7 +153,11 @@ def _hessian_vector_product(task: Task, v: Parameters, example: Example) -> Para
 def forward_differentiable_silu() -> Iterator[None]:
     """silu's backward has no forward-mode derivative in PyTorch; that of x · sigmoid(x) has."""
     fused = F.silu
-    F.silu = lambda x, inplace=False: x * x.sigmoid()
+
+    def silu(input: Tensor, inplace: bool = False) -> Tensor:
+        return input * input.sigmoid()
+
+    F.silu = silu
     try:
         yield
     finally:

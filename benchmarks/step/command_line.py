@@ -17,10 +17,9 @@ from ..harness.jobs import Job, job
 from ..harness.rows import ROOT, Row
 
 PROGRAM = "import sys; from gdprompt_fast.cli.main import main; sys.exit(main())"
-STEPS, BATCH = 20, 8
+STEPS, BATCH, PASSAGES = 20, 8, 40
 QUESTIONS = 4  # on a passage
 INNER_LR = "0.5"  # the demo's
-LIMIT_S = 110
 ENDS = 5  # steps at either end of the training whose mean losses are compared
 
 
@@ -37,7 +36,7 @@ def data(folder: Path, passages: int) -> Path:
 def arguments(command: str, folder: Path, bench: Bench) -> list[str]:
     from gdprompt_fast.bundled import bundled_folder
 
-    passages = STEPS * BATCH if command == "train" else 4
+    passages = PASSAGES if command == "train" else 4
     common = ["--model", str(bundled_folder()), "--data", str(data(folder, passages))]
     common += ["--device", bench.device.type, "--inner-lr", INNER_LR]
     own = {
@@ -53,14 +52,16 @@ def arguments(command: str, folder: Path, bench: Bench) -> list[str]:
 
 
 def run_command(bench: Bench, command: str) -> Row:
-    """Runs it in a process of its own; of a training the mean of the first and of the last losses."""
+    """In a process of its own; of a training also the means of the first and of the last losses."""
     if importlib.util.find_spec("datasets") is None:
         return {"status": "not available: no module datasets"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         line = [sys.executable, "-c", PROGRAM, *arguments(command, folder, bench)]
         start = time.perf_counter()
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(
+            line, cwd=ROOT, capture_output=True, text=True, timeout=bench.job_limit_s - 5
+        )
         row: Row = dict(exit_code=done.returncode, elapsed_s=time.perf_counter() - start)
         if done.returncode:
             sys.stderr.write(done.stdout[-3000:] + done.stderr[-3000:])
@@ -70,8 +71,7 @@ def run_command(bench: Bench, command: str) -> Row:
 
 
 def losses(folder: Path) -> Row:
-    from gdprompt_fast.training.checkpoint import read_metrics
-    from gdprompt_fast.training.loop import METRICS_FILE
+    from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 
     outer = [each["outer_loss"] for each in read_metrics(folder / "run" / METRICS_FILE)]
     first, last = statistics.mean(outer[:ENDS]), statistics.mean(outer[-ENDS:])

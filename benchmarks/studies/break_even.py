@@ -1,6 +1,6 @@
 """Where the dual form stops paying: applying an update through the context's tokens or forming it.
 
-    python benchmarks/break_even.py     # replaces results/break_even.jsonl
+    python -m benchmarks.studies.break_even     # replaces results/break_even.jsonl
 
 x W'ᵀ of M tokens after a context of S tokens adds −η (x Xᵀ) E, in M S (I + O) multiplications, or
 −η x (Xᵀ E), in (M + S) I O. The engine takes the one with fewer, for every layer and pass. Both are
@@ -9,14 +9,14 @@ timed here in turns; ``ratio`` over 1 says that forming the update is faster.
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 
 import torch
-from measuring import revision, seconds_of
 
-RESULTS = Path(__file__).parent / "results" / "break_even.jsonl"
+from ..harness.rows import RESULTS, replace_rows, revision
+from ..harness.timing import seconds_of
+from ..report.tables import markdown
+
 TOKENS = (64, 128, 256, 512, 1024, 2048)  # of the context and of the query
 WIDTHS = (512, 1024)
 ROUNDS = 15
@@ -47,12 +47,18 @@ def measure(width: int, tokens: int) -> dict[str, float]:
 def main() -> None:
     common = dict(revision=revision(), threads=torch.get_num_threads(), torch=torch.__version__)
     rows = [{**measure(width, tokens), **common} for width in WIDTHS for tokens in TOKENS]
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("| width | tokens of context and query | forming is so many times as fast | by count |")
-    print("|---|---|---|---|")
-    for row in rows:
-        ratios = f"{row['ratio']:.2f} | {row['counted_ratio']:.2f}"
-        print(f"| {row['width']} | {row['tokens']} | {ratios} |")
+    replace_rows(RESULTS / "break_even.jsonl", rows)
+    header = [
+        "width",
+        "tokens of context and query",
+        "forming is so many times as fast",
+        "by count",
+    ]
+    lines = [
+        (row["width"], row["tokens"], f"{row['ratio']:.2f}", f"{row['counted_ratio']:.2f}")
+        for row in rows
+    ]
+    print(markdown(header, lines))
 
 
 if __name__ == "__main__":

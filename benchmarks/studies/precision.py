@@ -1,7 +1,7 @@
 """What half precision leaves of an inner step: a layer's output after it, in dual form and with the
 weights rounded after the update, against fp64.
 
-    python benchmarks/precision.py     # seconds on a CPU; replaces results/precision.jsonl
+    python -m benchmarks.studies.precision     # seconds on a CPU; replaces results/precision.jsonl
 
 The layer is a projection of a 2048-wide Llama at initialisation, its cotangents those of a mean
 over 256 context tokens at a loss of order one. The error that counts is that of the output's
@@ -11,8 +11,6 @@ activation, hides it: that error is the same for both ways, and is shown beside 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,9 @@ from torch import Tensor
 
 from gdprompt_fast.ops.eager.linear import updated_product
 
-RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
+from ..harness.rows import RESULTS, replace_rows
+from ..report.tables import markdown
+
 INNER_RATES = (1e-4, 1e-3, 1e-2)
 WIDTH, CONTEXT, QUERY = 2048, 256, 32
 
@@ -63,15 +63,16 @@ def measure(dtype: torch.dtype, inner_lr: float) -> dict[str, Any]:
 
 def main() -> None:
     rows = [measure(torch.bfloat16, inner_lr) for inner_lr in INNER_RATES]
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("| η | way | error of the change of the output | error of the whole output |")
-    print("|---|---|---|---|")
+    replace_rows(RESULTS / "precision.jsonl", rows)
+    lines = []
     for row in rows:
         for way in ("dual form", "rounded weights"):
             change, whole = (
                 row[f"{e}_error_{way.replace(' ', '_')}"] for e in ("change", "output")
             )
-            print(f"| {row['inner_lr']:g} | {way} | {change:.1%} | {whole:.2%} |")
+            lines.append((f"{row['inner_lr']:g}", way, f"{change:.1%}", f"{whole:.2%}"))
+    header = ["η", "way", "error of the change of the output", "error of the whole output"]
+    print(markdown(header, lines))
 
 
 if __name__ == "__main__":

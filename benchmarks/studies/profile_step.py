@@ -1,6 +1,6 @@
 """Where the time and the bytes of a meta step go, by op.
 
-    python benchmarks/profile_step.py     # replaces results/profile.jsonl
+    python -m benchmarks.studies.profile_step     # replaces results/profile.jsonl
 
 The model is a Llama of 63 M parameters, the batch 8 x (64 + 16) tokens, on the CPU, with the ops in
 PyTorch (before) and in C++ (after).
@@ -12,48 +12,53 @@ allocated in all, not what is alive at once.
 from __future__ import annotations
 
 import functools
-import json
+import importlib
+import pkgutil
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, random_batch, random_model, self_teacher
-from measuring import revision
+from torch.autograd import Function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from gdprompt_fast import fast_meta_step
+from gdprompt_fast import fast_meta_step, ops
+
+from ..harness.rows import RESULTS, replace_rows, revision
+from ..report.tables import markdown
+from ..step.cases import CASES, random_batch, random_model, self_teacher
 
 BACKENDS = ("torch", "cpp")
-RESULTS = Path(__file__).parent / "results" / "profile.jsonl"
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"}
 PRODUCTS |= {"aten::baddbmm"}
-OPS = {
-    "_InnerLinear": "linear",
-    "_ContextLoss": "vocabulary",
-    "_ResponseLoss": "vocabulary",
-    "_TiedLookup": "vocabulary",
-    "_InnerEmbedding": "embedding",
-    "_LoraProduct": "lora",
-    "_LoraMaterialise": "lora",
-    "_Attention": "attention",
-    "_Norm": "norm",
-    "_SwiGLU": "swiglu",
-    "_Gelu": "gelu",
-    "_Rotary": "rotary",
-}
 
 
-def op_of(event: FunctionEvent) -> str:
+def functions() -> dict[str, str]:
+    """The op of every autograd function in ``gdprompt_fast.ops``, by name without "Backward"."""
+    found = {}
+    for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if ".cpp" in module.name or ".eager" in module.name:
+            continue
+        op = module.name.removeprefix(f"{ops.__name__}.").split(".")[0]
+        for name, member in vars(importlib.import_module(module.name)).items():
+            if isinstance(member, type) and issubclass(member, Function) and member is not Function:
+                found[_forward_name(name)] = op
+    return found
+
+
+def _forward_name(name: str) -> str:
+    while name.endswith("Backward"):
+        name = name.removesuffix("Backward")
+    return name
+
+
+def op_of(event: FunctionEvent, ops_by_name: dict[str, str]) -> str:
     """Our op around an event; "model" for what transformers and autograd do between them."""
     at: FunctionEvent | None = event
     while at is not None:
         name = at.name.removeprefix("autograd::engine::evaluate_function: ")
-        while name.endswith("Backward"):
-            name = name.removesuffix("Backward")
-        if name in OPS:
-            return OPS[name]
+        if (op := ops_by_name.get(_forward_name(name))) is not None:
+            return op
         at = at.cpu_parent
     return "model"
 
@@ -62,10 +67,11 @@ def measure(step: Any) -> list[dict[str, Any]]:
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
+    known = functions()
     totals: dict[str, dict[str, float]] = defaultdict(lambda: dict(products=0, rest=0, bytes=0))
     for event in profiled.events():
         kind = "products" if event.name in PRODUCTS else "rest"
-        total = totals[op_of(event)]
+        total = totals[op_of(event, known)]
         total[kind] += event.self_cpu_time_total
         total["bytes"] += max(0, event.self_cpu_memory_usage)
     whole = sum(t["products"] + t["rest"] for t in totals.values())
@@ -98,14 +104,18 @@ def main() -> None:
             functools.partial(fast_meta_step, model, batch, teacher=teacher, backend=backend)
         )
     ]
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("| backend | op | time | of it matrix products | allocated |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['backend']} | {row['op']} | {row['ms']:,.0f} ms, {row['share']:.1%} | "
-            f"{row['share_products']:.1%} | {row['allocated_bytes'] / 1e6:,.0f} MB |"
+    replace_rows(RESULTS / "profile.jsonl", rows)
+    lines = [
+        (
+            row["backend"],
+            row["op"],
+            f"{row['ms']:,.0f} ms, {row['share']:.1%}",
+            f"{row['share_products']:.1%}",
+            f"{row['allocated_bytes'] / 1e6:,.0f} MB",
         )
+        for row in rows
+    ]
+    print(markdown(["backend", "op", "time", "of it matrix products", "allocated"], lines))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "torch", "cpp", "triton")
 KERNELS = frozenset(
     {"attention", "gelu", "linear", "lora", "norm", "rotary", "swiglu", "vocabulary"}
 )
-# The ops in C++: those it is 1.3 times as fast at as PyTorch, on some shape of benchmarks/cpp.py.
+# The ops in C++: those it is 1.3 times as fast as PyTorch on some shape of benchmarks/ops/cpp.py.
 CPP = frozenset({"attention", "gelu", "norm", "rotary", "swiglu", "vocabulary"})
 DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),

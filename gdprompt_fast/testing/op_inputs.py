@@ -75,8 +75,8 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": backward,
-        "norm_double_backward": (u, v, w, *backward),
+        "norm_backward": (*backward, center),
+        "norm_double_backward": (u, v, w if center else None, *backward),
     }
 
 

@@ -1,11 +1,9 @@
-"""The ways of benchmarks/baselines.py: the exact ones have the reference's gradient."""
+"""The ways of benchmarks/step/baselines.py: the exact ones have the reference's gradient."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +12,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.step import baselines, cases
 from gdprompt_fast import MetaBatch, TeacherTargets, reference_meta_step
 from gdprompt_fast.models.memory import peak_bytes_over_model
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts, worst_error
-from helpers.paths import BENCHMARKS
 
 INNER_LR = 0.05
-
-
-def script(name: str) -> Any:
-    """A benchmark as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-baselines = script("baselines")
 
 
 def teacher_of(model: nn.Module, batch: MetaBatch) -> TeacherTargets:
@@ -109,7 +95,6 @@ def test_no_way_makes_a_gradient_of_a_frozen_weight(task: Any) -> None:
 
 
 def test_sequential_ways_hold_one_adapted_copy_and_the_others_all() -> None:
-    cases = script("cases")
     case = cases.Case(cases.llama(64, 2, 4, 2, 192, 512), 6, 4, 6)
     model = cases.random_model(case, torch.device("cpu"), torch.float32)
     batch = cases.random_batch(case, torch.device("cpu"))

@@ -1,13 +1,13 @@
-"""benchmarks/compare.py, figures.py and readme.py: every row that is owed is there and is shown."""
+"""benchmarks/compare.py and report/: every row that is owed is there and is shown."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.paths import BENCHMARKS
+from benchmarks import compare
+from benchmarks.harness import isolate
+from benchmarks.harness import rows as harness_rows
+from benchmarks.report import figures, readme
+from benchmarks.step import baselines, cases, measuring
 
 WAYS = ("ordinary", "fast", "sequential")
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """``script(name)``: a benchmark as a module; processes that it starts find it too."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
-
-
-@pytest.fixture
-def compare(script: Callable[[str], Any]) -> Any:
-    return script("compare")
 
 
 def measured(sweep: str, case: str, way: str, **row: Any) -> dict[str, Any]:
@@ -44,7 +36,7 @@ def measured(sweep: str, case: str, way: str, **row: Any) -> dict[str, Any]:
 
 
 def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
-    compare: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     results = tmp_path / "compare.jsonl"
     command = ["--tiny", "--case", "tiny", "--sweep", "examples", "--ways", *WAYS]
@@ -53,9 +45,7 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in results.read_text().splitlines()]
 
-    fields = {*compare.EMPTY, "run", "dtype", "device", "threads", "seconds", "memory_limit_bytes"}
-    fields |= {"revision", "dirty"}
-    fields |= {"torch", "transformers", "triton", "peft", "gdprompt_fast"}
+    fields = harness_rows.EMPTY.keys()
     gates = [row for row in rows if row["kind"] == "gate"]
     timed = [row for row in rows if row["kind"] == "time"]
     assert [row["provider"] for row in gates] == ["fast", "sequential"]
@@ -63,7 +53,7 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     assert [(r["case"], r["provider"]) for r in timed] == [(c, w) for c in cases for w in WAYS]
     for row in gates:
         assert (row.keys(), row["status"]) == (fields, "passed")
-        assert 0 < row["error"] <= compare.ALLOWED_ERROR
+        assert 0 < row["error"] <= measuring.ALLOWED_ERROR
     for row in timed:
         assert (row.keys(), row["status"]) == (fields, "measured")
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
@@ -83,12 +73,13 @@ def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
     assert len(results.read_text().splitlines()) == 2 * len(rows)
 
 
-def test_what_ends_a_process_becomes_a_status(compare: Any) -> None:
-    context = compare.start_method("cpu")
+def test_what_ends_a_process_becomes_a_status() -> None:
+    context = isolate.start_method("cpu")
     limit = 4_000_000_000
 
     def status(limit_s: float, memory: int, function: Any, *arguments: Any) -> str:
-        return compare.in_a_process(context, limit_s, memory, function, *arguments)["status"]
+        with isolate.Worker(context, memory) as worker:
+            return worker.run(limit_s, function, *arguments)["status"]
 
     assert status(60, 0, os._exit, 7) == "crashed: exit status 7"
     assert status(2, 0, time.sleep, 60) == "out of time: more than 2 s"
@@ -97,7 +88,6 @@ def test_what_ends_a_process_becomes_a_status(compare: Any) -> None:
 
 
 def run_sweep(
-    compare: Any,
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     outcomes: Any,
@@ -105,25 +95,25 @@ def run_sweep(
 ) -> Any:
     """The statuses of a sweep whose measurements come to ``outcomes(way, examples)``."""
 
-    def in_a_process(*arguments: Any) -> dict[str, Any]:
+    def run(_: Any, *arguments: Any) -> dict[str, Any]:
         *_, kind, case, way, _ = arguments
         return {"status": gates(way)} if kind == "gate" else outcomes(way, case.examples)
 
-    monkeypatch.setattr(compare, "in_a_process", in_a_process)
+    monkeypatch.setattr(isolate.Worker, "run", run)
     monkeypatch.setattr(compare, "points", lambda *_: [case(n) for n in (1, 2, 4)])
-    case = lambda n: compare.replace(compare.TINY, examples=n)  # noqa: E731
+    case = lambda n: replace(cases.TINY, examples=n)  # noqa: E731
     arguments = argparse.Namespace(
         case=[], sweep=["examples"], ways=WAYS, tiny=True, device="cpu", results=path
     )
     arguments.run, arguments.limit, arguments.step_limit = "r", 1.0, 10.0
-    settings = compare.Settings("cpu", "float32", 1, 0, 0, True)
+    settings = measuring.Settings("cpu", "float32", 1, 0, 0, True)
     compare.run(list(compare.plan(arguments)), arguments, settings, {"run": "r"})
-    rows = compare.rows_of(path, "r")
+    rows = harness_rows.rows_of(path, "r")
     return {(r["provider"], r["case"]): r["status"] for r in rows if r["kind"] == "time"}
 
 
 def test_a_way_stops_behind_a_point_that_fails_or_takes_too_long(
-    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def outcomes(way: str, examples: int) -> dict[str, Any]:
         if (way, examples) == ("sequential", 2):
@@ -131,7 +121,7 @@ def test_a_way_stops_behind_a_point_that_fails_or_takes_too_long(
         slow = (way, examples) == ("fast", 1)
         return {"status": "measured", "median_ms": 12_000 if slow else 1}
 
-    status = run_sweep(compare, tmp_path / "r.jsonl", monkeypatch, outcomes)
+    status = run_sweep(tmp_path / "r.jsonl", monkeypatch, outcomes)
     assert status["sequential", "examples 2"] == "out of memory"
     assert status["sequential", "examples 4"] == "not run: out of memory at examples 2"
     assert status["fast", "examples 1"] == "measured"
@@ -141,50 +131,47 @@ def test_a_way_stops_behind_a_point_that_fails_or_takes_too_long(
 
 
 def test_what_came_to_no_result_is_tried_again(
-    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "r.jsonl"
     slow = lambda *_: {"status": "out of time: more than 1 s"}  # noqa: E731
-    assert run_sweep(compare, path, monkeypatch, slow)["fast", "examples 2"].startswith("not run")
+    assert run_sweep(path, monkeypatch, slow)["fast", "examples 2"].startswith("not run")
     quick = lambda *_: {"status": "measured", "median_ms": 1}  # noqa: E731
-    assert set(run_sweep(compare, path, monkeypatch, quick).values()) == {"measured"}
+    assert set(run_sweep(path, monkeypatch, quick).values()) == {"measured"}
     lines = len(path.read_text().splitlines())
-    run_sweep(compare, path, monkeypatch, quick)
+    run_sweep(path, monkeypatch, quick)
     assert len(path.read_text().splitlines()) == lines
 
 
 def test_a_way_with_a_wrong_gradient_is_not_timed(
-    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = compare.Settings("cpu", "float32", 1, 0, 0, True)
-    monkeypatch.setitem(compare.WAYS, "sequential", compare.WAYS["sequential first-order"])
-    row = compare.gate(compare.TINY, "sequential", settings)
-    assert row["error"] > 10 * compare.ALLOWED_ERROR
+    settings = measuring.Settings("cpu", "float32", 1, 0, 0, True)
+    monkeypatch.setitem(baselines.WAYS, "sequential", baselines.WAYS["sequential first-order"])
+    row = measuring.gate(cases.TINY, "sequential", settings)
+    assert row["error"] > 10 * measuring.ALLOWED_ERROR
     assert row["status"].startswith("failed: wrong in model.")
 
     gates = {"sequential": row["status"]}
     measured = lambda *_: {"status": "measured", "median_ms": 1}  # noqa: E731
     status = run_sweep(
-        compare, tmp_path / "r.jsonl", monkeypatch, measured, lambda way: gates.get(way, "passed")
+        tmp_path / "r.jsonl", monkeypatch, measured, lambda way: gates.get(way, "passed")
     )
     assert status["sequential", "examples 1"] == "not run: gate not passed"
     assert status["fast", "examples 4"] == "measured"
 
 
-def test_the_flops_of_an_ordinary_step_are_those_of_its_products(compare: Any) -> None:
-    config = importlib.import_module("cases").llama(128, 2, 4, 2, 256, 256)
-    case = compare.Case(config, examples=3, context_tokens=16, query_tokens=8)
-    task = compare.task_of(case, torch.device("cpu"), torch.float32)
+def test_the_flops_of_an_ordinary_step_are_those_of_its_products() -> None:
+    config = cases.llama(128, 2, 4, 2, 256, 256)
+    case = cases.Case(config, examples=3, context_tokens=16, query_tokens=8)
+    task = measuring.task_of(case, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
-        compare.ordinary(task)
-    expected = compare.step_flops(case, "ordinary", task)
+        baselines.ordinary(task)
+    expected = measuring.flops_of(case, "ordinary", task)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
 
 
-def test_figures_show_what_was_measured_and_what_ran_out_of_memory(
-    script: Callable[[str], Any], tmp_path: Path
-) -> None:
-    figures = script("figures")
+def test_figures_show_what_was_measured_and_what_ran_out_of_memory(tmp_path: Path) -> None:
     rows = [measured("size", f"size {p}", way, parameters=p) for p in (1e6, 4e6) for way in WAYS]
     rows.append(measured("size", "size 9", "vmap", parameters=4e6, status="out of memory"))
     rows.append(measured("size", "size 9", "vmap", parameters=9e6, status="not run: …"))
@@ -198,8 +185,7 @@ def test_figures_show_what_was_measured_and_what_ran_out_of_memory(
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
-def test_the_readme_shows_the_newest_rows_of_every_way(script: Callable[[str], Any]) -> None:
-    readme = script("readme")
+def test_the_readme_shows_the_newest_rows_of_every_way() -> None:
     rows = [
         measured("", "llama-63m", "fast", median_ms=9e9),
         measured("", "llama-63m", "fast", median_ms=5000, peak_bytes=8e6),
@@ -218,13 +204,12 @@ def test_the_readme_shows_the_newest_rows_of_every_way(script: Callable[[str], A
     assert "ran with backend torch" in text
 
 
-def test_the_pages_show_the_committed_rows(script: Callable[[str], Any]) -> None:
-    readme = script("readme")
-    for path, text in readme.pages(readme.rows_of(readme.RESULTS / "compare.jsonl")).items():
+def test_the_pages_show_the_committed_rows() -> None:
+    for path, text in readme.pages(harness_rows.rows_of(readme.RESULTS / "compare.jsonl")).items():
         assert readme.BEGIN in text and "**`fast_meta_step`**" in text
-        assert path.read_text() == text, f"run benchmarks/readme.py: {path} shows other rows"
+        assert path.read_text() == text, f"run benchmarks.report.readme: {path} shows other rows"
 
 
-def test_every_way_has_a_name_in_the_readme_and_a_colour(script: Callable[[str], Any]) -> None:
-    ways = set(script("baselines").WAYS)
-    assert set(script("readme").NAMES) == set(script("figures").COLOURS) == ways
+def test_every_way_has_a_name_in_the_readme_and_a_colour() -> None:
+    ways = set(baselines.WAYS)
+    assert set(readme.NAMES) == set(figures.COLOURS) == ways

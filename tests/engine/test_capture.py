@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tape import on_tapes
 from torch import Tensor, nn
 
 from gdprompt_fast import LMBatch, MetaBatch, TeacherTargets, fast_meta_step
 from gdprompt_fast.meta import capture
 from gdprompt_fast.meta.failures import found_on_the_device
+from helpers.tape import on_tapes
 
 Build = Callable[..., Any]
 

@@ -24,7 +24,7 @@ from gdprompt_fast.ops.norm import add_norm, norm
 from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.swiglu import swiglu
 from helpers.passes import assert_at_most_twice_eager, relative_error, widen
-from helpers.paths import BENCHMARKS
+from helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from gdprompt_fast.kernels import gelu as kernel_gelu
@@ -33,7 +33,6 @@ from gdprompt_fast.kernels import rotary as kernel_rotary
 from gdprompt_fast.kernels import swiglu as kernel_swiglu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCRIPT = BENCHMARKS / "compile_kernels.py"
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -378,7 +377,8 @@ def test_first_and_second_derivatives_through_rotary_equal_fp64() -> None:
 
 def test_every_kernel_compiles_for_sm_90_without_a_spill(tmp_path: Path) -> None:
     results = tmp_path / "compiled_kernels.jsonl"
-    command = [sys.executable, str(SCRIPT), "--targets", "sm_90", "--results", str(results)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.ops.compile_kernels", "--targets", "sm_90"]
+    command += ["--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results.read_text().count('"target": "sm_90"') > 0

@@ -4,8 +4,8 @@ A kernel is an op that PyTorch dispatches and that is neither a view nor an allo
 of a Triton kernel. Nothing is timed, and a GPU is not needed: for Triton the shapes are those of
 Llama 3.2 1B, on tensors without values, and launches are stubs.
 
-    python benchmarks/op_counts.py            # a block in fp32 in C++, a step in bf16 in Triton
-    python benchmarks/op_counts.py --by-name  # which ops they are
+    python -m benchmarks.studies.op_counts            # a block in fp32 in C++, a step in Triton
+    python -m benchmarks.studies.op_counts --by-name  # which ops they are
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops import gradient
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.rows import GroupedRows
 from gdprompt_fast.ops.vocabulary import TeacherTarget, block
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.site import StepState
 
