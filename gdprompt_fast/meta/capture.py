@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models.architecture import causal_lm
 from ..models.intact import is_intact
+from ..models.walk import modules_of, parameters_of
 from .config import MetaStepConfig
 
 MOST_GRAPHS = 12  # of a model; the one that was not used for longest goes first
@@ -269,10 +270,10 @@ def why_eager(model: nn.Module, config: MetaStepConfig, device: torch.device) ->
         return "the gradient of inner_lr is not proven in a graph"
     if rotary_type(model) not in PROVEN_ROTARY:
         return "rotary tables that depend on the length are not proven in a graph"
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if not is_intact(module) or type(module).__module__.partition(".")[0] not in PACKAGES:
             return f"Python of {name or type(module).__name__} would not run in a replay"
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return f"a hook on the gradient of {name} would not run in a replay"
         if parameter.requires_grad and not parameter.is_leaf:
@@ -299,7 +300,13 @@ def surroundings(model: nn.Module, device: torch.device) -> Any:
     """
     backends = torch.backends
     return (
-        tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())),
+        tuple(parameter.data_ptr() for _, parameter in parameters_of(model)),
+        tuple(
+            buffer.data_ptr()
+            for _, module in modules_of(model)
+            for buffer in module._buffers.values()
+            if buffer is not None
+        ),
         backends.cuda.matmul.allow_tf32,
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         backends.cudnn.allow_tf32,

@@ -59,12 +59,14 @@ class MetaStep:
 
     Attributes:
         inner: the parameters that the inner step moves, by name.
+        trained: those that get a meta-gradient.
         backend: that runs.
         dtype: of activations and products under mixed precision; None for the weights' own.
     """
 
     model: nn.Module
     inner: dict[str, nn.Parameter]
+    trained: list[nn.Parameter]
     config: MetaStepConfig
     backend: str
     dtype: torch.dtype | None
@@ -80,10 +82,6 @@ class MetaStep:
         """Whether L_LM is part of the outer loss."""
         weight = self.config.lm_weight
         return isinstance(weight, Tensor) or weight > 0
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def run(
         self,

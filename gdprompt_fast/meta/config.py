@@ -19,6 +19,7 @@ from ..models.architecture import (
     compute_dtype,
 )
 from ..models.inner_params import InnerParams, layers_of, select_inner
+from ..models.walk import parameters_of
 from ..ops.backend import resolve_backend
 from .failures import Failures
 from .lm_batch import LMBatch
@@ -211,34 +212,39 @@ def check_step(
     check_row_lengths("context_mask", batch.host.context_mask, model)
     check_row_lengths("query_mask", batch.host.query_mask, model)
     config.check()
-    layers = layers_of(model, select_inner(model, config.inner_params))
-    check_rates(config.inner_lr, layout.shape.groups, layers.values())
+    check_rates(config.inner_lr, layout.shape.groups)
+    if isinstance(config.inner_lr, Mapping):
+        layers = layers_of(model, select_inner(model, config.inner_params))
+        check_layers(config.inner_lr, layers.values())
     check_teacher(config.objective, teacher, layout.tokens, len(embedding), embedding.device)
     check_denominator("query_count", query_count)
     check_denominator("lm_count", lm_count)
     if lm_batch is not None:
         check_id_range("lm_batch", lm_batch.id_range, lm_batch.ids.shape[1], model)
         check_row_lengths("lm_batch", lm_batch.host_mask, model)
-    if not any(p.requires_grad for p in model.parameters()):
+    if not any(p.requires_grad for _, p in parameters_of(model)):
         raise UserError("model: expected at least one parameter with requires_grad, got none")
     return resolve_backend(
         config.backend, embedding.device, compute_dtype(model) or embedding.dtype
     )
 
 
-def check_rates(inner_lr: Rate, groups: int, layers: Iterable[str]) -> None:
-    """A rate for every group, and for every layer that the inner step moves."""
+def check_rates(inner_lr: Rate, groups: int) -> None:
+    """A rate for every group."""
     for rate in inner_lr.values() if isinstance(inner_lr, Mapping) else [inner_lr]:
         if isinstance(rate, Tensor) and rate.dim() and len(rate) != groups:
             raise UserError(
                 f"inner_lr: expected a tensor [] or [{groups}], a rate for every group, got "
                 f"{describe(rate)}"
             )
-    if isinstance(inner_lr, Mapping):
-        wrong = sorted(inner_lr.keys() ^ set(layers))
-        if wrong:
-            given = "one for it" if wrong[0] in inner_lr else "none"
-            raise UserError(
-                "inner_lr: expected a rate for each layer that the inner step moves and no other, "
-                f"got {given}: {wrong[0]}"
-            )
+
+
+def check_layers(inner_lr: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+    """A rate for every layer that the inner step moves."""
+    wrong = sorted(inner_lr.keys() ^ set(layers))
+    if wrong:
+        given = "one for it" if wrong[0] in inner_lr else "none"
+        raise UserError(
+            "inner_lr: expected a rate for each layer that the inner step moves and no other, "
+            f"got {given}: {wrong[0]}"
+        )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.walk import parameters_of
 
 _on_the_device = False
 
@@ -122,7 +123,7 @@ def found_on_the_device() -> Iterator[None]:
 @contextmanager
 def clean_after_error(model: nn.Module) -> Iterator[None]:
     """A failed step leaves no ``.grad`` where there was none."""
-    without_grad = [p for p in model.parameters() if p.grad is None]
+    without_grad = [p for _, p in parameters_of(model) if p.grad is None]
     try:
         with nothing_changed_in_place():
             yield

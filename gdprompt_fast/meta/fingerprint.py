@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.architecture import causal_lm
+from ..models.walk import modules_of, parameters_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
@@ -26,13 +27,15 @@ def fingerprint(model: nn.Module, tokens: int) -> tuple[Any, ...]:
         tokens: of the longest row; what starts only beyond some length is another computation.
     """
     inner: Any = causal_lm(model)
-    modules = tuple(_module(module) for module in model.modules())
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    modules = tuple(_module(module) for _, module in modules_of(model))
+    configs = {
+        id(c): c for _, m in modules_of(model) if (c := getattr(m, "config", None)) is not None
+    }
     device = next(model.parameters()).device.type
     asked = inner.config._attn_implementation
     return (
         modules,
-        tuple((name, p.requires_grad, p.dtype) for name, p in model.named_parameters()),
+        tuple((name, p.requires_grad, p.dtype) for name, p in parameters_of(model)),
         tuple(repr(sorted(vars(config).items(), key=str)) for config in configs.values()),
         tuple(_names(value) for value in vars(sys.modules[type(inner).__module__]).values()),
         _names(ALL_ATTENTION_FUNCTIONS.get(asked, None)),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import MetaBatch
 from ..layout import BatchShape
+from ..models.walk import parameters_of
 from .config import MetaStepConfig, Rate, map_rate
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
@@ -73,7 +74,7 @@ def numbers_of(
 
 def number_dtype(model: nn.Module) -> torch.dtype:
     """Of a step's numbers: fp64 for a model in fp64, else fp32."""
-    weights = {parameter.dtype for parameter in model.parameters()}
+    weights = {parameter.dtype for _, parameter in parameters_of(model)}
     return torch.float64 if torch.float64 in weights else torch.float32
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..batch import MetaBatch
 from ..models.architecture import compute_dtype
 from ..models.inner_params import InnerParams, select_inner
+from ..models.walk import parameters_of, walked
 from .capture import graphs_of, surroundings, why_eager
 from .compute import MetaStep
 from .config import MetaStepConfig, MetaStepOutput, Rate, check_step
@@ -129,21 +130,21 @@ def fast_meta_step(
             capture,
         )
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
-    ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
-    raise_pending(model)
-    torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
-    inner = select_inner(model, config.inner_params)
-    now = fingerprint(model, batch.layout.shape.context_tokens)
+    with walked(model):
+        ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
+        raise_pending(model)
+        torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
+        inner, device = select_inner(model, config.inner_params), batch.context_ids.device
+        now = fingerprint(model, batch.layout.shape.context_tokens)
+        numbers = numbers_of(config, batch, rows, query_count, lm_count, number_dtype(model))
+        trained = [p for _, p in parameters_of(model) if p.requires_grad]
+        step = MetaStep(model, inner, trained, config, ran, compute_dtype(model))
+        why, graphs = why_eager(model, config, device), None
+        if not why:
+            graphs = graphs_of(model, device, (now, surroundings(model, device), step.kind))
     if config.verify == "first":
         texts = batch.context_ids, batch.context_mask
         verify_model(model, *texts, inner, ran, config.recompute, now)
-    numbers = numbers_of(config, batch, rows, query_count, lm_count, number_dtype(model))
-    step = MetaStep(model, inner, config, ran, compute_dtype(model))
-    device = batch.context_ids.device
-    why, graphs = why_eager(model, config, device), None
-    if not why:
-        resting_on = now, surroundings(model, device), step.kind
-        graphs = graphs_of(model, device, resting_on)
     micro_groups, ladder = config.micro_groups, graphs is not None
     parts = parts_of(batch, teacher, micro_groups, ladder)
     lm_parts = lm_parts_of(rows, batch.groups, micro_groups, ladder)

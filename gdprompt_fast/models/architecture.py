@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..errors import UserError
 from .families import FAMILIES, family_of, type_name
 from .intact import autocast_of_forward, check_modules, check_never_run, check_parameters, is_intact
+from .walk import modules_of
 
 SUPPORTED_TUNERS = frozenset({"peft.tuners.lora.model.LoraModel", "peft.tuners.lora.layer.Linear"})
 # What a LoraConfig may set: the rest changes what an adapter computes, or may in a later PEFT.
@@ -50,7 +51,7 @@ def check_adapters(model: nn.Module) -> None:
     Raises:
         UserError: naming the adapter, layer or option that is something else.
     """
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         kind = type_name(module)
         if kind.startswith("peft.tuners.") and kind not in SUPPORTED_TUNERS:
             raise UserError(
@@ -159,7 +160,7 @@ def check_deterministic(model: nn.Module) -> None:
     """The meta-gradient of a step with dropout is not defined: the inner and outer pass would see
     other models.
     """
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         rate = (
             module.p
             if isinstance(module, _DropoutNd)
@@ -225,7 +226,7 @@ def check_model(model: nn.Module) -> None:
             other than plain LoRA, active dropout, gradient checkpointing, autocast to another
             dtype than bfloat16.
     """
-    inner = causal_lm(model)
+    causal_lm(model)
     check_modules(model)
     check_parameters(model)
     check_adapters(model)
@@ -235,7 +236,7 @@ def check_model(model: nn.Module) -> None:
         raise UserError(
             "model: expected no torch.inference_mode around the step, got an active one"
         )
-    if any(vars(module).get("gradient_checkpointing", False) for module in inner.modules()):
+    if any(vars(module).get("gradient_checkpointing", False) for _, module in modules_of(model)):
         raise UserError(
             "model: gradient checkpointing is on; it recomputes with the wrong weights "
             "inside a meta step. "

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from .architecture import causal_lm
+from .walk import modules_of, parameters_of
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
 
@@ -36,7 +37,7 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
             'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, '
             f"got {inner_params!r}"
         )
-    selected = {name: p for name, p in model.named_parameters() if chosen(name, p)}
+    selected = {name: p for name, p in parameters_of(model) if chosen(name, p)}
     if not selected:
         raise UserError(
             f"inner_params: expected to select some parameters, got none with {inner_params!r}"
@@ -55,7 +56,7 @@ def layers_of(model: nn.Module, inner: dict[str, nn.Parameter]) -> dict[str, str
     """The layer of each parameter that the inner step moves, by the parameter's name; a tied
     embedding is one with its head.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in modules_of(model)}
     lm: Any = causal_lm(model)
     head, tokens = lm.get_output_embeddings(), lm.get_input_embeddings()
     layers = {name: name.rpartition(".")[0] for name in inner}

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import UserError
+from .walk import modules_of, parameters_of
 
 _TORCH = Path(torch.__file__).parent
 _HOOKS = {
@@ -107,7 +108,7 @@ def check_modules(model: nn.Module) -> None:
     for kind in _GLOBAL_HOOKS:
         if getattr(torch_modules, kind):
             raise UserError(f"model: expected no hooks of all modules, got torch's {kind}")
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         where = f"{name or 'the model'} ({type(module).__name__})"
         if (hook := hook_in(module, ("_backward_hooks", "_backward_pre_hooks"))) is not None:
             raise UserError(
@@ -129,7 +130,7 @@ def check_parameters(model: nn.Module) -> None:
         UserError: naming the parameter.
     """
     device: torch.device | None = None
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
             raise UserError(
                 "model: expected weights that are plain tensors of a floating dtype, got "
