@@ -86,7 +86,7 @@ class AdaptedModel:
             if "forward" in vars(module):
                 continue
             if module not in forwards:
-                forward = substitute_for(module, self.state.dtype, ours)
+                forward = substitute_for(module, self.state.dtype, ours, self.sites)
                 forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
                 forwards[module] = recomputed(module, self.sites, self.state)
