@@ -167,6 +167,8 @@ class InnerLinear:
                 )
                 self.rate.add_gradient(match_GMS, f_GMO @ factor.e_GSO.transpose(1, 2))
         factors = self.factors[:level] if self.phase.second_order else []
+        if self.phase.recomputing:
+            matches, cot_matches = [], []
         if factors:
             for factor, match, cot_match in zip_longest(factors, matches, cot_matches):
                 factor.uses.append(Use(u_GMI, f_GMO, not double_backward, match, cot_match))

@@ -82,6 +82,7 @@ class AdaptedModel:
             for module, site in self.sites.items()
         }
         ours = engine_attention(self.model)
+        self.state.phase.recomputing = recompute == "block"
         for module in self.model.modules():
             if "forward" in vars(module):
                 continue
