@@ -19,16 +19,15 @@ kept until the cotangents of X and E, −η (E Fᵀ) U and −η (X Uᵀ + 1) F,
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ..rows import GroupedRows
 from .backend import implementation
 from .gradient import WeightGradient
-from .guard import differentiable_no_further, used_twice
+from .guard import used_twice
 from .phase import Phase
 from .rate import Rate
 
@@ -102,8 +101,11 @@ class InnerLinear:
         bias: bool = True,
         matches: Matches | None = None,
     ) -> Tensor:
-        """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors; adds the
-        −η (x X_kᵀ + 1) to ``matches``.
+        """y = x Wᵀ + b − η Σ_k (x X_kᵀ + 1) E_k over the first ``level`` factors.
+
+        Args:
+            matches: the −η (x X_kᵀ + 1), as far as a layer with the same x, X and η has made them;
+                becomes those of this layer.
         """
         bias_O = self.bias_O if bias else None
         factors = [(f.x_GSI, f.e_GSO) for f in self.factors[:level]]
@@ -111,26 +113,35 @@ class InnerLinear:
             return torch.nn.functional.linear(x, self.weight_OI, bias_O)
         x_GMI = rows.tokens_to_groups(x)
         ones = self.inner_bias and bias
-        y_GMO = self._updated_product(x_GMI, self.weight_OI, bias_O, factors, ones, matches)
+        given = [] if matches is None else matches
+        y_GMO, made = self._updated_product(x_GMI, self.weight_OI, bias_O, factors, ones, given)
+        if matches is not None:
+            matches[:] = made
         return rows.tokens_from_groups(y_GMO, tuple(x.shape[1:-1]))
 
     def transposed_product(
-        self, e: Tensor, rows: GroupedRows, level: int, matches: Matches | None = None
-    ) -> Tensor:
-        """x̄ = e W − η Σ_k (e E_kᵀ) X_k; adds the −η e E_kᵀ to ``matches``."""
-        factors = [(f.e_GSO, f.x_GSI) for f in self.factors[:level]]
-        if not (self.inner_weight and factors):
-            return e @ self.weight_OI
-        e_GMO = rows.tokens_to_groups(e)
-        dx_GMI = self._updated_product(e_GMO, self.weight_OI.T, None, factors, False, matches)
-        return rows.tokens_from_groups(dx_GMI, tuple(e.shape[1:-1]))
+        self, e_GMO: Tensor, level: int, total_GMI: Tensor | None = None
+    ) -> tuple[Tensor, Matches]:
+        """x̄ = e W − η Σ_k (e E_kᵀ) X_k, added to ``total_GMI`` in place if there is one; and the
+        −η e E_kᵀ.
+        """
+        factors = [(f.e_GSO, f.x_GSI) for f in self.factors[:level]] if self.inner_weight else []
+        if total_GMI is None and factors:
+            return self._updated_product(e_GMO, self.weight_OI.T, None, factors, False, [])
+        if total_GMI is None:
+            return e_GMO @ self.weight_OI, []
+        total_GMI.flatten(0, 1).addmm_(e_GMO.flatten(0, 1), self.weight_OI)
+        matches = [self._scaled_match(e_GMO, *factor, ones=False) for factor in factors]
+        for factor, match in zip(factors, matches, strict=True):
+            self._add_update(total_GMI, e_GMO, *factor, False, match)
+        return total_GMI, matches
 
-    def record(self, x: Tensor, e: Tensor, rows: GroupedRows, level: int) -> Factor:
+    def record(self, x_GSI: Tensor, e_GSO: Tensor, level: int) -> Factor:
         """Keeps the inner gradient at ``level``; it makes the weights of the next one."""
         moves = self.inner_weight or self.inner_bias
         if self.phase.replaying and moves:
             return self.factors[level]
-        factor = Factor(rows.tokens_to_groups(x.detach()), rows.tokens_to_groups(e.detach()))
+        factor = Factor(x_GSI.detach(), e_GSO.detach())
         if moves:
             if len(self.factors) != level:
                 raise used_twice("a linear layer")
@@ -156,10 +167,11 @@ class InnerLinear:
                 )
                 self.rate.add_gradient(match_GMS, f_GMO @ factor.e_GSO.transpose(1, 2))
         factors = self.factors[:level] if self.phase.second_order else []
-        for factor, match, cot_match in zip_longest(
-            factors, matches[: len(factors)], cot_matches[: len(factors)]
-        ):
-            factor.uses.append(Use(u_GMI, f_GMO, not double_backward, match, cot_match))
+        if self.phase.recomputing:
+            matches, cot_matches = [], []
+        if factors:
+            for factor, match, cot_match in zip_longest(factors, matches, cot_matches):
+                factor.uses.append(Use(u_GMI, f_GMO, not double_backward, match, cot_match))
         f_NO = f_GMO.flatten(0, 1)
         if self.weight_gradient is not None:
             # A use of θ' is kept for its factors anyway: it waits for the double backward there.
@@ -169,13 +181,11 @@ class InnerLinear:
             self.bias_gradient.add(f_NO.sum(0))
 
     def factor_cotangents(
-        self, factor: Factor, e_cot: Tensor | None = None
+        self, factor: Factor, x_cot: Tensor | None = None, e_cot: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Cotangents (X̄, Ē) of a factor from the uses of the weights it made; frees them.
-
-        Ē is added to ``e_cot``, in place, if there is one.
+        """Cotangents (X̄, Ē) of a factor from the uses of the weights it made, added to those given,
+        in place; frees the uses.
         """
-        x_cot: Tensor | None = None
         for use in factor.uses:
             u, f, ones = use.u_GMI, use.f_GMO, self.inner_bias and use.bias
             e_cot = self._add_transposed(e_cot, use.match_GMS, factor.x_GSI, u, f, ones)
@@ -201,7 +211,7 @@ class InnerLinear:
         if match_GMS is None:
             if total is None:
                 total = value_GMO.new_zeros(*key_GSI.shape[:2], value_GMO.shape[2])
-            self._add_update(total, key_GSI, x_GMI, value_GMO, ones)
+            self._add_update(total, key_GSI, x_GMI, value_GMO, ones, None)
             return total
         transposed_GSM = match_GMS.transpose(1, 2)
         return (
@@ -224,38 +234,55 @@ class InnerLinear:
         bias_O: Tensor | None,
         factors: list[tuple[Tensor, Tensor]],
         ones: bool,
-        matches: Matches | None,
-    ) -> Tensor:
-        """x Wᵀ + b − η Σ (x Keyᵀ + ones) Value over factors (Key, Value); [G, M, O]."""
-        matches = [] if matches is None else matches
-        (key_GSI, value_GSO), *rest = factors
+        given: Matches,
+    ) -> tuple[Tensor, Matches]:
+        """x Wᵀ + b − η Σ (x Keyᵀ + ones) Value over factors (Key, Value), [G, M, O]; and the
+        −η (x Keyᵀ + ones), as far as they are not formed already.
+        """
+        matches = [
+            self._scaled_match(x_GMI, *factor, ones) if match is None else match
+            for factor, match in zip(factors, given or [None] * len(factors), strict=True)
+        ]
         y_GMO: Tensor
-        if self._forms_update(x_GMI, key_GSI, value_GSO):
-            y_GMO, rest = torch.nn.functional.linear(x_GMI, weight_OI, bias_O), factors
+        if matches[0] is None:
+            y_GMO, first = torch.nn.functional.linear(x_GMI, weight_OI, bias_O), 0
         else:
-            match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
-            y_GMO = implementation("linear", x_GMI).updated_product(
-                x_GMI, weight_OI, bias_O, match_GMS, value_GSO
+            y_GMO, first = (
+                implementation("linear", x_GMI).updated_product(
+                    x_GMI, weight_OI, bias_O, matches[0], factors[0][1]
+                ),
+                1,
             )
-            matches.append(match_GMS)
-        for key_GSI, value_GSO in rest:
-            matches.append(self._add_update(y_GMO, x_GMI, key_GSI, value_GSO, ones))
-        return y_GMO
+        for factor, match in zip(factors[first:], matches[first:], strict=True):
+            self._add_update(y_GMO, x_GMI, *factor, ones, match)
+        return y_GMO, matches
 
     def _add_update(
-        self, y_GMO: Tensor, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor, ones: bool
-    ) -> Tensor | None:
-        """y −= η (x Keyᵀ + ones) Value, in place; returns −η (x Keyᵀ + ones) if it was formed."""
-        if not self._forms_update(x_GMI, key_GSI, value_GSO):
-            match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
+        self,
+        y_GMO: Tensor,
+        x_GMI: Tensor,
+        key_GSI: Tensor,
+        value_GSO: Tensor,
+        ones: bool,
+        match_GMS: Tensor | None,
+    ) -> None:
+        """y −= η (x Keyᵀ + ones) Value, in place; through Keyᵀ Value if there is no match."""
+        if match_GMS is not None:
             y_GMO.baddbmm_(match_GMS, value_GSO)
-            return match_GMS
+            return
         x_GMI = self.rate.scaled(x_GMI)
         for y_MO, x_MI, key_SI, value_SO in zip(y_GMO, x_GMI, key_GSI, value_GSO, strict=True):
             y_MO.addmm_(x_MI, key_SI.T @ value_SO)
         if ones:
             y_GMO.add_(self.rate.scale_(value_GSO.sum(1, keepdim=True)))
-        return None
+
+    def _scaled_match(
+        self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor, ones: bool
+    ) -> Tensor | None:
+        """−η (x Keyᵀ + ones); None if Keyᵀ Value takes fewer products."""
+        if self._forms_update(x_GMI, key_GSI, value_GSO):
+            return None
+        return self.rate.scale_(self._match(x_GMI, key_GSI, ones))
 
     def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor) -> bool:
         """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""
@@ -270,94 +297,3 @@ class InnerLinear:
             return x_GMI.new_full((len(x_GMI), x_GMI.shape[1], key_GSI.shape[1]), float(ones))
         match = x_GMI @ key_GSI.transpose(1, 2)
         return match.add_(1.0) if ones else match
-
-
-def inner_linear(
-    x: Tensor, handle: Tensor, layer: InnerLinear, rows: GroupedRows, level: int
-) -> Tensor:
-    """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps.
-
-    Its backward during an inner step records the inner gradient and is differentiable once more;
-    its backward afterwards adds to the outer gradients and is not.
-
-    Args:
-        x: [B, …, I].
-        handle: the handle of the weight at ``level``.
-    """
-    return _InnerLinear.apply(x, handle, layer, rows, level)
-
-
-class _InnerLinear(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        handle: Tensor,
-        layer: InnerLinear,
-        rows: GroupedRows,
-        level: int,
-    ) -> Tensor:
-        matches: Matches | None = [] if layer.phase.second_order else None
-        y = layer.product(x, rows, level, matches=matches)
-        ctx.save_for_backward(x, handle, *(matches or ()))
-        ctx.use = layer, rows, level
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, e: Tensor) -> Any:
-        layer, rows, level = ctx.use
-        x, handle, *matches = ctx.saved_tensors
-        if layer.phase.inner_backward:
-            dx, dhandle = _InnerLinearBackward.apply(
-                e, x, handle, *ctx.use, ctx.needs_input_grad[0]
-            )
-            return dx if ctx.needs_input_grad[0] else None, dhandle, None, None, None
-        differentiable_no_further("inner_linear", "once outside an inner step")
-        cot_matches: Matches = []
-        needs_dx = ctx.needs_input_grad[0]
-        dx = layer.transposed_product(e, rows, level, cot_matches) if needs_dx else None
-        use = rows.tokens_to_groups(x), rows.tokens_to_groups(e)
-        layer.add_use(*use, level, matches, cot_matches)
-        return dx, None, None, None, None
-
-
-class _InnerLinearBackward(Function):
-    # x̄ = e W', and the inner gradient eᵀ x, of which only the handle is a tensor.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        e: Tensor,
-        x: Tensor,
-        handle: Tensor,
-        layer: InnerLinear,
-        rows: GroupedRows,
-        level: int,
-        needs_dx: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.use = layer, rows, level
-        ctx.tokens = tuple(x.shape[1:-1])
-        ctx.needs_dx = needs_dx
-        ctx.factor = layer.record(x, e, rows, level)
-        dx = layer.transposed_product(e, rows, level) if needs_dx else e.new_empty(0)
-        ctx.set_materialize_grads(False)
-        return dx, handle.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, cot_dx: Tensor | None, _: None) -> Any:
-        differentiable_no_further("inner_linear", "twice")
-        layer, rows, level = ctx.use
-        factor, ctx.factor = ctx.factor, None
-        direct_GSO = None
-        if ctx.needs_dx and cot_dx is not None:
-            matches: Matches = []
-            u_GMI = rows.tokens_to_groups(cot_dx)
-            direct = layer.product(cot_dx, rows, level, bias=False, matches=matches)
-            direct_GSO = rows.tokens_to_groups(direct)
-            layer.add_use(u_GMI, factor.e_GSO, level, matches, [], double_backward=True)
-        x_GSI, e_GSO = layer.factor_cotangents(factor, direct_GSO)
-        cot_e, cot_x = (
-            None if cot is None else rows.tokens_from_groups(cot, ctx.tokens)
-            for cot in (e_GSO, x_GSI)
-        )
-        factor.release()
-        return cot_e, cot_x, None, None, None, None, None

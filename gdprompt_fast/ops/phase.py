@@ -13,6 +13,7 @@ class Phase:
         second_order: whether the outer gradient goes through the inner step.
         inner_backward: the backward of an inner step is running, which records inner gradients;
             otherwise it is the last one, which adds to ``.grad``.
+        recomputing: memory is dearer than time: what can be made again is not kept.
         replaying: an inner backward runs again, for its graph: its inner gradients are recorded.
     """
 
@@ -20,6 +21,7 @@ class Phase:
         self.second_order = second_order
         self.inner_backward = False
         self.replaying = False
+        self.recomputing = False
 
     @contextmanager
     def inner(self) -> Iterator[None]:

@@ -82,11 +82,12 @@ class AdaptedModel:
             for module, site in self.sites.items()
         }
         ours = engine_attention(self.model)
+        self.state.phase.recomputing = recompute == "block"
         for module in self.model.modules():
             if "forward" in vars(module):
                 continue
             if module not in forwards:
-                forward = substitute_for(module, self.state.dtype, ours)
+                forward = substitute_for(module, self.state.dtype, ours, self.sites)
                 forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
                 forwards[module] = recomputed(module, self.sites, self.state)

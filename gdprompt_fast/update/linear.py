@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..ops.gradient import WeightGradient
 from ..ops.handle import weight_handle
-from ..ops.linear import InnerLinear, inner_linear
+from ..ops.inner_linear import inner_linears
+from ..ops.linear import InnerLinear
 from ..ops.rate import Rate
 from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
 
@@ -46,9 +48,25 @@ class LinearSite(FactoredSite):
         self.layer.release()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        x = self.state.cast(x)
-        return inner_linear(x, self.handle, self.layer, self.state.rows, self.state.level)
+        (y,) = linears([self], inputs[0])
+        return y
+
+
+def linears(sites: Sequence[LinearSite], x: Tensor) -> tuple[Tensor, ...]:
+    """Layers :func:`alike` at the same input."""
+    state, handles = sites[0].state, [site.handle for site in sites]
+    layers = [site.layer for site in sites]
+    return inner_linears(state.cast(x), handles, layers, state.rows, state.level)
+
+
+def alike(sites: Sequence[Site | None]) -> bool:
+    """Whether layers can share the products of an input that they all read."""
+    kinds = {
+        (site.rate, site.layer.inner_weight, site.layer.inner_bias)
+        for site in sites
+        if isinstance(site, LinearSite)
+    }
+    return len(kinds) == 1 and all(isinstance(site, LinearSite) for site in sites)
 
 
 @rule_for("torch.nn.modules.linear.Linear")

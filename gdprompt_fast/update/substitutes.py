@@ -7,7 +7,7 @@ replacement leaves out: elsewhere the model runs its own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
+from .linear import alike, linears
 from .masks import causal_window, check_attention_options
+from .site import Site
 
 Forward = Callable[..., Any]
 
@@ -35,43 +37,58 @@ _GATED_MLPS = {family.named(family.gated_mlp) for family in FAMILIES if family.g
 
 
 def substitute_for(
-    module: Any, dtype: torch.dtype | None, engine_attention: bool = True
+    module: Any,
+    dtype: torch.dtype | None,
+    engine_attention: bool = True,
+    sites: Mapping[nn.Module, Site] | None = None,
 ) -> Forward | None:
     """The forward to use in place of the module's own, if there is a better one.
 
     Args:
         dtype: of the products under mixed precision, or None.
         engine_attention: the masks are the engine's own (``masks.py``).
+        sites: of the model's layers.
     """
     name = type_name(module)
     if not is_shipped(type(module).forward, type(module)):
         return None
     if name in _GATED_MLPS:
-        return _gated_mlp(module)
+        return _gated_mlp(module, sites or {})
     if name in _GELUS:
         return lambda x: gelu(x, _GELUS[name])
     if name in _ATTENTIONS and engine_attention:
-        return _attention(module, _ATTENTIONS[name])
+        return _attention(module, _ATTENTIONS[name], sites or {})
     if name == "peft.tuners.lora.layer.Linear":
         return _lora(module, dtype)
     return None
 
 
-def _gated_mlp(mlp: Any) -> Forward | None:
+def _together(
+    modules: Sequence[nn.Module], sites: Mapping[nn.Module, Site]
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Modules at the same input, as one product of several layers where they are just linear."""
+    own = [sites.get(module) for module in modules]
+    if alike(own) and all(is_intact(module) for module in modules):
+        return lambda x: linears(own, x)  # type: ignore[arg-type]
+    return lambda x: tuple(module(x) for module in modules)
+
+
+def _gated_mlp(mlp: Any, sites: Mapping[nn.Module, Site]) -> Forward | None:
     """down(silu(gate(x)) ∘ up(x)) of an MLP with an activation that is just that."""
     if type_name(mlp.act_fn) not in _SILUS or not is_intact(mlp.act_fn):
         return None
-    return lambda x: mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+    gate_and_up = _together([mlp.gate_proj, mlp.up_proj], sites)
+    return lambda x: mlp.down_proj(swiglu(*gate_and_up(x)))
 
 
-def _attention(module: Any, family: Family) -> Forward | None:
+def _attention(module: Any, family: Family, sites: Mapping[nn.Module, Site]) -> Forward | None:
     """o(softmax attention of rotary(q), rotary(k), v); None where the modeling file would call
     other functions than its own.
     """
     file = sys.modules[type(module).__module__]
     if not all(is_shipped(getattr(file, each), type(module)) for each in family.functions):
         return None
-    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms)
+    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms, sites)
 
     def forward(
         hidden_states: Tensor,
@@ -93,21 +110,23 @@ def _attention(module: Any, family: Family) -> Forward | None:
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def _separate(module: Any, head_norms: bool) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+def _separate(
+    module: Any, head_norms: bool, sites: Mapping[nn.Module, Site]
+) -> tuple[Callable[[Tensor], QKV], nn.Module]:
     """Queries [B, H, T, D], keys and values [B, K, T, D] of a layer each."""
+    products = _together([module.q_proj, module.k_proj, module.v_proj], sites)
 
     def project(x_BTD: Tensor) -> QKV:
         heads = (*x_BTD.shape[:-1], -1, module.head_dim)
-        q, k = module.q_proj(x_BTD).view(heads), module.k_proj(x_BTD).view(heads)
+        q, k, v = (each.view(heads) for each in products(x_BTD))
         if head_norms:
             q, k = module.q_norm(q), module.k_norm(k)
-        v = module.v_proj(x_BTD).view(heads)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     return project, module.o_proj
 
 
-def _fused(module: Any, _: bool) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+def _fused(module: Any, *_: Any) -> tuple[Callable[[Tensor], QKV], nn.Module]:
     """Queries, keys and values [B, H, T, D] of one layer, a head after the other."""
 
     def project(x_BTD: Tensor) -> QKV:

@@ -103,7 +103,7 @@ def dropped_bias(patch: Patch) -> None:
 
 
 def nothing_pulled(patch: Patch) -> None:
-    patch.setattr(linear.InnerLinear, "factor_cotangents", lambda self, factor, e: (None, e))
+    patch.setattr(linear.InnerLinear, "factor_cotangents", lambda self, factor, x, e: (x, e))
 
 
 def half_pulled(patch: Patch) -> None:

@@ -13,7 +13,8 @@ from gdprompt_fast.models.memory import PeakMemory
 from gdprompt_fast.ops.embedding import InnerEmbedding, inner_embedding
 from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.handle import depend_on, weight_handle
-from gdprompt_fast.ops.linear import InnerLinear, inner_linear
+from gdprompt_fast.ops.inner_linear import inner_linear
+from gdprompt_fast.ops.linear import InnerLinear
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.rows import GroupedRows
 from helpers.materialised import (
@@ -98,7 +99,7 @@ def test_the_update_is_applied_in_the_order_of_the_fewest_products(tokens: int) 
     )
     rows = GroupedRows(torch.arange(groups), groups)
     x = torch.randn(groups, tokens, inputs)
-    layer.record(x, torch.randn(groups, tokens, outputs), rows, level=0)
+    layer.record(x, torch.randn(groups, tokens, outputs), level=0)
     shapes = set()
     with PeakMemory([x, layer.weight_OI], on_new=lambda t: shapes.add(tuple(t.shape))):
         layer.product(x, rows, level=1)

@@ -1,0 +1,127 @@
+"""The differentiable product with weights that the inner step moves (ops/linear.py).
+
+Layers that read the same input share its products and sum what they bring for it in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from ..rows import GroupedRows
+from .guard import differentiable_no_further
+from .linear import InnerLinear, Matches
+
+Layers = Sequence[InnerLinear]
+
+
+def inner_linear(
+    x: Tensor, handle: Tensor, layer: InnerLinear, rows: GroupedRows, level: int
+) -> Tensor:
+    """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps.
+
+    Its backward during an inner step records the inner gradient and is differentiable once more;
+    its backward afterwards adds to the outer gradients and is not.
+
+    Args:
+        x: [B, …, I].
+        handle: the handle of the weight at ``level``.
+    """
+    (y,) = inner_linears(x, [handle], [layer], rows, level)
+    return y
+
+
+def inner_linears(
+    x: Tensor, handles: Sequence[Tensor], layers: Layers, rows: GroupedRows, level: int
+) -> tuple[Tensor, ...]:
+    """:func:`inner_linear` of several layers at the same x.
+
+    Args:
+        layers: of one rate, and with the same of weight and bias moved by the inner step.
+    """
+    return _InnerLinears.apply(x, layers, rows, level, *handles)
+
+
+class _InnerLinears(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: Layers, rows: GroupedRows, level: int, *handles: Tensor
+    ) -> tuple[Tensor, ...]:
+        matches, outputs, kept = Matches(), [], list[Tensor | None]()
+        for layer in layers:
+            outputs.append(layer.product(x, rows, level, matches=matches))
+            kept += matches if layer.phase.second_order else []
+        ctx.save_for_backward(x, *handles, *kept)
+        ctx.use = layers, rows, level
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        layers, rows, level = ctx.use
+        x, *saved = ctx.saved_tensors
+        handles, matches = saved[: len(layers)], saved[len(layers) :]
+        needs_dx = ctx.needs_input_grad[0]
+        if layers[0].phase.inner_backward:
+            dx, *dhandles = _InnerLinearsBackward.apply(
+                x, layers, rows, level, needs_dx, *cotangents, *handles
+            )
+            return dx if needs_dx else None, None, None, None, *dhandles
+        differentiable_no_further("inner_linear", "once outside an inner step")
+        dx_GMI: Tensor | None = None
+        x_GMI, each = rows.tokens_to_groups(x), len(matches) // len(layers)
+        for i, (layer, e) in enumerate(zip(layers, cotangents, strict=True)):
+            e_GMO, cot_matches = rows.tokens_to_groups(e), Matches()
+            if needs_dx:
+                dx_GMI, cot_matches = layer.transposed_product(e_GMO, level, dx_GMI)
+            own = matches[i * each : (i + 1) * each]
+            layer.add_use(x_GMI, e_GMO, level, own, cot_matches)
+        dx = None if dx_GMI is None else rows.tokens_from_groups(dx_GMI, tuple(x.shape[1:-1]))
+        return dx, None, None, None, *(None for _ in layers)
+
+
+class _InnerLinearsBackward(Function):
+    # x̄ = Σ e W', and the inner gradients eᵀ x, of which only the handles are tensors.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: Layers,
+        rows: GroupedRows,
+        level: int,
+        needs_dx: bool,
+        *cotangents_and_handles: Tensor,
+    ) -> tuple[Tensor, ...]:
+        cotangents = cotangents_and_handles[: len(layers)]
+        handles = cotangents_and_handles[len(layers) :]
+        ctx.use, ctx.tokens = (layers, rows, level), tuple(x.shape[1:-1])
+        ctx.set_materialize_grads(False)
+        ctx.factors, dx_GMI = [], None
+        x_GSI = rows.tokens_to_groups(x)
+        for layer, e in zip(layers, cotangents, strict=True):
+            e_GSO = rows.tokens_to_groups(e)
+            ctx.factors.append(layer.record(x_GSI, e_GSO, level))
+            if needs_dx:
+                dx_GMI, _ = layer.transposed_product(e_GSO, level, dx_GMI)
+        dx = x.new_empty(0) if dx_GMI is None else rows.tokens_from_groups(dx_GMI, ctx.tokens)
+        return dx, *(handle.new_empty(0) for handle in handles)
+
+    @staticmethod
+    def backward(ctx: Any, cot_dx: Tensor | None, *_: None) -> Any:
+        differentiable_no_further("inner_linear", "twice")
+        layers, rows, level = ctx.use
+        factors, ctx.factors = ctx.factors, []
+        matches, cot_x, cot_es = Matches(), None, []
+        for layer, factor in zip(layers, factors, strict=True):
+            direct_GSO = None
+            if cot_dx is not None:
+                direct = layer.product(cot_dx, rows, level, bias=False, matches=matches)
+                direct_GSO, u_GSI = rows.tokens_to_groups(direct), rows.tokens_to_groups(cot_dx)
+                layer.add_use(u_GSI, factor.e_GSO, level, [*matches], [], double_backward=True)
+            cot_x, cot_e = layer.factor_cotangents(factor, cot_x, direct_GSO)
+            cot_es.append(None if cot_e is None else rows.tokens_from_groups(cot_e, ctx.tokens))
+            factor.release()
+        cot_x = None if cot_x is None else rows.tokens_from_groups(cot_x, ctx.tokens)
+        return cot_x, None, None, None, None, *cot_es, *(None for _ in layers)

@@ -1,0 +1,30 @@
+"""The number of kernels that a step starts does not grow unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def op_counts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import op_counts
+
+    return op_counts
+
+
+@pytest.mark.usefixtures("cpp")
+def test_a_block_in_cpp_starts_few_kernels(op_counts: ModuleType) -> None:
+    counts = op_counts.block_counts()
+    assert counts.total() <= 208, counts.most_common(12)
+
+
+def test_a_step_in_triton_starts_few_kernels(op_counts: ModuleType) -> None:
+    pytest.importorskip("triton")
+    counts = op_counts.launches_1b()
+    assert counts.total() <= 5035, counts.most_common(12)
