@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..rows import GroupedRows
+from .backend import implementation
 from .guard import differentiable_no_further
-from .linear import InnerLinear, Matches
+from .linear import InnerLinear, Matches, forms_update
 
 Layers = Sequence[InnerLinear]
 
@@ -70,15 +71,17 @@ class _InnerLinears(Function):
             )
             return dx if needs_dx else None, None, None, None, *dhandles
         differentiable_no_further("inner_linear", "once outside an inner step")
-        dx_GMI: Tensor | None = None
         x_GMI, each = rows.tokens_to_groups(x), len(matches) // len(layers)
-        for i, (layer, e) in enumerate(zip(layers, cotangents, strict=True)):
-            e_GMO, cot_matches = rows.tokens_to_groups(e), Matches()
-            if needs_dx:
-                dx_GMI, cot_matches = layer.transposed_product(e_GMO, level, dx_GMI)
+        e_GMOs, dx = [rows.tokens_to_groups(e) for e in cotangents], None
+        cot_matches: list[Matches | None] = [[] for _ in layers]
+        if needs_dx:
+            dx_GMI, summed = _transposed_product(layers, e_GMOs, level)
+            dx = rows.tokens_from_groups(dx_GMI, tuple(x.shape[1:-1]))
+            if summed is not None:
+                cot_matches = [summed, *(None for _ in layers[1:])]
+        for i, (layer, e_GMO) in enumerate(zip(layers, e_GMOs, strict=True)):
             own = matches[i * each : (i + 1) * each]
-            layer.add_use(x_GMI, e_GMO, level, own, cot_matches)
-        dx = None if dx_GMI is None else rows.tokens_from_groups(dx_GMI, tuple(x.shape[1:-1]))
+            layer.add_use(x_GMI, e_GMO, level, own, cot_matches[i])
         return dx, None, None, None, *(None for _ in layers)
 
 
@@ -98,14 +101,14 @@ class _InnerLinearsBackward(Function):
         handles = cotangents_and_handles[len(layers) :]
         ctx.use, ctx.tokens = (layers, rows, level), tuple(x.shape[1:-1])
         ctx.set_materialize_grads(False)
-        ctx.factors, dx_GMI = [], None
-        x_GSI = rows.tokens_to_groups(x)
-        for layer, e in zip(layers, cotangents, strict=True):
-            e_GSO = rows.tokens_to_groups(e)
-            ctx.factors.append(layer.record(x_GSI, e_GSO, level))
-            if needs_dx:
-                dx_GMI, _ = layer.transposed_product(e_GSO, level, dx_GMI)
-        dx = x.new_empty(0) if dx_GMI is None else rows.tokens_from_groups(dx_GMI, ctx.tokens)
+        x_GSI, dx = rows.tokens_to_groups(x), x.new_empty(0)
+        e_GSOs = [rows.tokens_to_groups(e) for e in cotangents]
+        ctx.factors = [
+            layer.record(x_GSI, e_GSO, level) for layer, e_GSO in zip(layers, e_GSOs, strict=True)
+        ]
+        if needs_dx:
+            dx_GSI, _ = _transposed_product(layers, e_GSOs, level)
+            dx = rows.tokens_from_groups(dx_GSI, ctx.tokens)
         return dx, *(handle.new_empty(0) for handle in handles)
 
     @staticmethod
@@ -125,3 +128,44 @@ class _InnerLinearsBackward(Function):
             factor.release()
         cot_x = None if cot_x is None else rows.tokens_from_groups(cot_x, ctx.tokens)
         return cot_x, None, None, None, None, *cot_es, *(None for _ in layers)
+
+
+def _transposed_product(
+    layers: Layers, e_GMOs: Sequence[Tensor], level: int
+) -> tuple[Tensor, Matches | None]:
+    """x̄ = Σ e W − η Σ_k (Σ e E_kᵀ) X_k, sums over layers at one input; and the −η Σ e E_kᵀ, None
+    where the E_kᵀ X_k take fewer products.
+    """
+    first, e_GMO = layers[0], e_GMOs[0]
+    factors = first.factors[:level] if first.inner_weight else []
+    matches: list[Tensor] = []
+    if factors:
+        tokens, context, inputs = e_GMO.shape[1], *factors[0].x_GSI.shape[1:]
+        if not forms_update(tokens, context, sum(e.shape[2] for e in e_GMOs), inputs):
+            matches = [_summed_match(layers, e_GMOs, k) for k in range(len(factors))]
+    total_GMI: Tensor
+    if matches:
+        passes = implementation("linear", e_GMO)
+        total_GMI = passes.updated_product(
+            e_GMO, first.weight_OI.T, None, matches[0], factors[0].x_GSI
+        )
+    else:
+        total_GMI = e_GMO @ first.weight_OI
+    for layer, e_GMO in zip(layers[1:], e_GMOs[1:], strict=True):
+        total_GMI.flatten(0, 1).addmm_(e_GMO.flatten(0, 1), layer.weight_OI)
+    for match, factor in zip(matches[1:], factors[1:], strict=False):
+        total_GMI.baddbmm_(match, factor.x_GSI)
+    if not matches:
+        for layer, e_GMO in zip(layers, e_GMOs, strict=True):
+            for factor in layer.factors[: len(factors)]:
+                layer.add_update(total_GMI, e_GMO, factor.e_GSO, factor.x_GSI, False, None)
+    return total_GMI, [*matches] or None
+
+
+def _summed_match(layers: Layers, e_GMOs: Sequence[Tensor], k: int) -> Tensor:
+    """−η Σ e E_kᵀ, [G, M, S]."""
+    keys = [layer.factors[k].e_GSO.transpose(1, 2) for layer in layers]
+    total = e_GMOs[0] @ keys[0]
+    for e_GMO, key in zip(e_GMOs[1:], keys[1:], strict=True):
+        total.baddbmm_(e_GMO, key)
+    return layers[0].rate.scale_(total)

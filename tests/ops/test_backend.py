@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
-from gdprompt_fast.meta.config import check_step
+from gdprompt_fast.meta.config import MetaStepConfig, check_step
 from gdprompt_fast.ops import backend
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 
@@ -227,7 +227,7 @@ def test_the_dtype_of_a_step_under_autocast_is_what_it_computes_in(
 
 def check_backend(model: torch.nn.Module, batch: MetaBatch) -> str:
     """The backend of ``"auto"``, of a step that does not run."""
-    return check_step(model, batch, 0.1, 1, "gold", None, "sum", 0.0, None, False, "auto", "none")
+    return check_step(model, batch, MetaStepConfig(objective="gold"), None, None)
 
 
 def test_the_backend_is_put_back_after_an_error() -> None:
