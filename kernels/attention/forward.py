@@ -8,7 +8,7 @@ import triton.language as tl
 from .blocks import (
     LN_2,
     LOG2_E,
-    dot,
+    add_dot,
     dot_t,
     first_keys,
     key_blocks,
@@ -118,6 +118,6 @@ def _attend(
             p = tl.exp2(s * bits - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(p, 1)
-        acc = dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
+        acc = add_dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
         top = new_top
     return top, total, acc

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..copy_engine import describable
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
@@ -90,11 +91,8 @@ def launch_kernel(
 
 
 def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
-    """A descriptor for the copy engine, if all of it begins at multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(
-        n * t.element_size() % 16 == 0 for n in t.stride()[:-1]
-    )
-    if tiles.tma and aligned:
+    """A descriptor for the copy engine, where it can read the tensor."""
+    if tiles.tma and describable(t):
         return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
     return _strided(t)
 
