@@ -72,11 +72,11 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     center = bool(shape.get("center"))
     bias = draw(examples, hidden) if center else None
     forward = (2 * x + 0.5, weight, bias, 1e-5, center)
-    backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
+    kept = (forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": (*backward, center),
-        "norm_double_backward": (u, v, w if center else None, *backward),
+        "norm_backward": (dy, None, center, *kept),
+        "norm_double_backward": (u, v, w if center else None, dy, *kept),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..copy_engine import describable
+from ..ops.attention import Visible
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
@@ -17,8 +18,6 @@ from .double_backward import (
 )
 from .forward import attention_forward_kernel
 from .tiles import Tiles, target_of, tiles_of
-
-Visible = tuple[Tensor, Tensor] | None
 
 
 class Kernel(NamedTuple):
