@@ -124,6 +124,56 @@ def ceiling_of(op: str) -> str:
     return "matrix" if op in ("linear", "attention") else "copy"
 
 
+def _gate_job(
+    run: Callable[..., Row],
+    bench: Bench,
+    op: str,
+    pass_: str,
+    case: str,
+    shape: Shape,
+    dtype: torch.dtype,
+) -> Job:
+    return job(
+        functools.partial(run, bench, op, pass_, shape, dtype),
+        section="kernel",
+        kind="gate",
+        op=op,
+        pass_=pass_,
+        provider="triton",
+        case=case,
+        shapes=shape,
+        dtype=dtype_name(dtype),
+    )
+
+
+def _time_job(
+    run: Callable[..., Row],
+    bench: Bench,
+    op: str,
+    pass_: str,
+    case: str,
+    shape: Shape,
+    provider: str,
+    gates: list[tuple[str, str]],
+    ceiling: str,
+) -> Job:
+    """Ours are timed if they passed these gates."""
+    return job(
+        functools.partial(run, bench, op, pass_, shape, provider),
+        WORKER,
+        gates if provider == "triton" else [],
+        section="kernel",
+        kind="time",
+        op=op,
+        pass_=pass_,
+        provider=provider,
+        case=case,
+        shapes=shape,
+        dtype="bfloat16",
+        ceiling=ceiling,
+    )
+
+
 def _pass_gates(bench: Bench) -> Iterator[Job]:
     """Attention first: it takes the longest to compile."""
     for op in sorted(backend.KERNELS, key=lambda name: name != "attention"):
@@ -131,17 +181,7 @@ def _pass_gates(bench: Bench) -> Iterator[Job]:
         for (name, shape), dtype, pass_ in itertools.product(
             shapes.items(), DTYPES, PASS_NAMES[op]
         ):
-            yield job(
-                functools.partial(gate_pass, bench, op, pass_, shape, dtype),
-                section="kernel",
-                kind="gate",
-                op=op,
-                pass_=pass_,
-                provider="triton",
-                case=name,
-                shapes=shape,
-                dtype=dtype_name(dtype),
-            )
+            yield _gate_job(gate_pass, bench, op, pass_, name, shape, dtype)
 
 
 def _pass_times(bench: Bench) -> Iterator[Job]:
@@ -153,19 +193,8 @@ def _pass_times(bench: Bench) -> Iterator[Job]:
         ):
             if (op, provider) == ("attention", "eager") and name not in PLAIN_ATTENTION:
                 continue
-            yield job(
-                functools.partial(time_pass, bench, op, pass_, shape, provider),
-                WORKER,
-                [(op, pass_)] if provider == "triton" else [],
-                section="kernel",
-                kind="time",
-                op=op,
-                pass_=pass_,
-                provider=provider,
-                case=name,
-                shapes=shape,
-                dtype="bfloat16",
-                ceiling=ceiling_of(op),
+            yield _time_job(
+                time_pass, bench, op, pass_, name, shape, provider, [(op, pass_)], ceiling_of(op)
             )
 
 
@@ -194,17 +223,7 @@ def _composite_gates(bench: Bench) -> Iterator[Job]:
         for (name, shape), dtype, pass_ in itertools.product(
             odd_shapes(op, bench.tiny).items(), DTYPES, composite.names
         ):
-            yield job(
-                functools.partial(gate_composite, bench, op, pass_, shape, dtype),
-                section="kernel",
-                kind="gate",
-                op=op,
-                pass_=pass_,
-                provider="triton",
-                case=name,
-                shapes=shape,
-                dtype=dtype_name(dtype),
-            )
+            yield _gate_job(gate_composite, bench, op, pass_, name, shape, dtype)
 
 
 def _composite_times(bench: Bench) -> Iterator[Job]:
@@ -213,19 +232,9 @@ def _composite_times(bench: Bench) -> Iterator[Job]:
         for (name, shape), pass_, provider in itertools.product(
             timed_shapes(op, bench.tiny).items(), composite.names, ("triton", "eager")
         ):
-            yield job(
-                functools.partial(time_composite, bench, op, pass_, shape, provider),
-                WORKER,
-                [(op, pass_), *kernels] if provider == "triton" else [],
-                section="kernel",
-                kind="time",
-                op=op,
-                pass_=pass_,
-                provider=provider,
-                case=name,
-                shapes=shape,
-                dtype="bfloat16",
-                ceiling="matrix",
+            gates = [(op, pass_), *kernels]
+            yield _time_job(
+                time_composite, bench, op, pass_, name, shape, provider, gates, "matrix"
             )
 
 

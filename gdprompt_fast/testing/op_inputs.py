@@ -123,12 +123,12 @@ def vocabulary_passes(draw: Draw, shape: Shape) -> Passes:
     student, teacher = (top[:, :rows], total[:, :rows], center), (top, total, center)
     b, e_w = draw(groups, rows, columns), draw(groups, rows, hidden)
     return {
-        "online_softmax": (z, ids, rows, *student, z.dtype),
-        "online_kl": (z, teacher_z, *teacher, z.dtype),
+        "online_softmax": (z, ids, rows, z.dtype, *student),
+        "online_kl": (z, teacher_z, z.dtype, *teacher),
         "accumulate_": (draw(groups, rows, hidden).float(), e_w, lse.sigmoid()),
-        "softmax_minus_one_hot": (z, lse, ids, first, z.dtype),
-        "softmax_difference": (z, lse, teacher_z, teacher_lse, z.dtype),
-        "logit_cotangent": (b_bar, center, weight, b, ids, first),
+        "softmax_minus_one_hot": (z, lse, z.dtype, ids, first),
+        "softmax_difference": (z, lse, z.dtype, teacher_z, teacher_lse),
+        "logit_cotangent": (b_bar, b, b.dtype, center, weight, ids, first),
     }
 
 

@@ -22,6 +22,7 @@ from gdprompt_fast.update.site import MaterialisedSite
 from helpers.models import MODELS, VOCABULARY, llama
 
 Build = Callable[..., Any]
+OPTIONS: dict[str, Any] = dict(objective="gold", inner_lr=0.05, lm_weight=0.2)
 
 
 def whole_error(got: Gradients, exact: Gradients) -> float:
@@ -37,9 +38,7 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
 ) -> None:
     # rounded once, so that all three start from the same weights
     model, batch = tiny_model(name).bfloat16(), make_batch("grouped")
-    options: dict[str, Any] = dict(
-        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
-    )
+    options = OPTIONS | dict(inner_steps=steps)
     _, fast = gradients_of(fast_meta_step, model, batch, **options)
     _, plain = gradients_of(reference_meta_step, model, batch, **options)
     model = model.double()
@@ -55,9 +54,7 @@ def test_under_autocast_fp32_weights_get_the_gradient_of_bf16_products(
     name: str, steps: int, tiny_model: Build, make_batch: Build
 ) -> None:
     model, batch = tiny_model(name).float(), make_batch("grouped")
-    options: dict[str, Any] = dict(
-        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
-    )
+    options = OPTIONS | dict(inner_steps=steps)
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = gradients_of(fast_meta_step, model, batch, **options)
     _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)

@@ -184,11 +184,11 @@ def test_every_pass_of_the_vocabulary_errs_at_most_twice_as_much_as_pytorch(
 
         return check(name, cpp_vocabulary, SimpleNamespace(**{name: plain}), inputs)
 
-    compare("online_softmax", z, ids, first, top, total, value, dtype)
-    compare("online_kl", z, teacher_z, *both, value, dtype)
-    b, *_ = compare("softmax_minus_one_hot", z, lse, ids, first, dtype)
-    compare("softmax_difference", z, lse, teacher_z, lse.exp(), dtype)
-    compare("logit_cotangent", b_bar, value, weight, b, ids, first)
+    compare("online_softmax", z, ids, first, dtype, top, total, value)
+    compare("online_kl", z, teacher_z, dtype, *both, value)
+    b, *_ = compare("softmax_minus_one_hot", z, lse, dtype, ids, first)
+    compare("softmax_difference", z, lse, dtype, teacher_z, lse.exp())
+    compare("logit_cotangent", b_bar, b, b.dtype, value, weight, ids, first)
     share = torch.randn(shape).to(dtype)
     sums = [torch.ones(shape, dtype=statistics) for _ in range(2)]
     for passes, total_GNX in zip((cpp_vocabulary, eager_vocabulary), sums, strict=True):

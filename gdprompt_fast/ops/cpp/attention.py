@@ -14,8 +14,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
 ) -> tuple[Tensor, Tensor]:
     """O [B, T, H, D] and lse."""
-    batch, heads, tokens, dim = q.shape
-    out = q.new_empty(batch, tokens, heads, dim)
+    out = _empty_heads_last(q).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     first_key = _first_key(q, visible)
     _ops.attention_forward(*rows(q, k, v), scale, first_key, out.transpose(1, 2), lse)
