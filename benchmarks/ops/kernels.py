@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gdprompt_fast.testing.gates import Verdict, judge, tensors_in, widened
 from gdprompt_fast.testing.op_inputs import PASS_NAMES, PASSES, Shape, drawer, flops
 
 from ..harness.bench import Bench
-from ..harness.jobs import Job, job
+from ..harness.jobs import Gate, Job, job
 from ..harness.rows import Row
 from ..harness.timing import measure_pass
 from .composites import COMPOSITES
@@ -121,81 +121,62 @@ def time_pass(bench: Bench, op: str, pass_: str, shape: Shape, provider: str) ->
 
 
 def ceiling_of(op: str) -> str:
-    return "matrix" if op in ("linear", "attention") else "copy"
+    return "matrix" if op in ("linear", "attention", *COMPOSITES) else "copy"
 
 
-def _gate_job(
-    run: Callable[..., Row],
-    bench: Bench,
-    op: str,
-    pass_: str,
-    case: str,
-    shape: Shape,
-    dtype: torch.dtype,
-) -> Job:
-    return job(
-        functools.partial(run, bench, op, pass_, shape, dtype),
-        section="kernel",
-        kind="gate",
-        op=op,
-        pass_=pass_,
-        provider="triton",
-        case=case,
-        shapes=shape,
-        dtype=dtype_name(dtype),
-    )
+def _gate_jobs(
+    run: Callable[..., Row], bench: Bench, op: str, shapes: dict[str, Shape], passes: Iterable[str]
+) -> Iterator[Job]:
+    for (name, shape), dtype, pass_ in itertools.product(shapes.items(), DTYPES, passes):
+        yield job(
+            functools.partial(run, bench, op, pass_, shape, dtype),
+            section="kernel",
+            kind="gate",
+            op=op,
+            pass_=pass_,
+            provider="triton",
+            case=name,
+            shapes=shape,
+            dtype=dtype_name(dtype),
+        )
 
 
-def _time_job(
-    run: Callable[..., Row],
-    bench: Bench,
-    op: str,
-    pass_: str,
-    case: str,
-    shape: Shape,
-    provider: str,
-    gates: list[tuple[str, str]],
-    ceiling: str,
-) -> Job:
-    """Ours are timed if they passed these gates."""
-    return job(
-        functools.partial(run, bench, op, pass_, shape, provider),
-        WORKER,
-        gates if provider == "triton" else [],
-        section="kernel",
-        kind="time",
-        op=op,
-        pass_=pass_,
-        provider=provider,
-        case=case,
-        shapes=shape,
-        dtype="bfloat16",
-        ceiling=ceiling,
-    )
+def _time_jobs(
+    run: Callable[..., Row], bench: Bench, op: str, passes: Iterable[str], kernels: Iterable[Gate]
+) -> Iterator[Job]:
+    """Ours, made of these kernels, are timed if those passed too."""
+    for (name, shape), pass_, provider in itertools.product(
+        timed_shapes(op, bench.tiny).items(), passes, ("triton", "eager")
+    ):
+        if (op, provider) == ("attention", "eager") and name not in PLAIN_ATTENTION:
+            continue
+        yield job(
+            functools.partial(run, bench, op, pass_, shape, provider),
+            WORKER,
+            [(op, pass_), *kernels] if provider == "triton" else [],
+            section="kernel",
+            kind="time",
+            op=op,
+            pass_=pass_,
+            provider=provider,
+            case=name,
+            shapes=shape,
+            dtype="bfloat16",
+            ceiling=ceiling_of(op),
+        )
 
 
 def _pass_gates(bench: Bench) -> Iterator[Job]:
     """Attention first: it takes the longest to compile."""
     for op in sorted(backend.KERNELS, key=lambda name: name != "attention"):
         shapes = {**timed_shapes(op, bench.tiny), **odd_shapes(op, bench.tiny)}
-        for (name, shape), dtype, pass_ in itertools.product(
-            shapes.items(), DTYPES, PASS_NAMES[op]
-        ):
-            yield _gate_job(gate_pass, bench, op, pass_, name, shape, dtype)
+        yield from _gate_jobs(gate_pass, bench, op, shapes, PASS_NAMES[op])
 
 
 def _pass_times(bench: Bench) -> Iterator[Job]:
     for op in PASSES:
-        if op not in backend.KERNELS:
-            continue
-        for (name, shape), pass_, provider in itertools.product(
-            timed_shapes(op, bench.tiny).items(), PASS_NAMES[op], ("triton", "eager")
-        ):
-            if (op, provider) == ("attention", "eager") and name not in PLAIN_ATTENTION:
-                continue
-            yield _time_job(
-                time_pass, bench, op, pass_, name, shape, provider, [(op, pass_)], ceiling_of(op)
-            )
+        if op in backend.KERNELS:
+            yield from _time_jobs(time_pass, bench, op, PASS_NAMES[op], ())
 
 
 # Matrix products with kernels between them
@@ -220,22 +201,14 @@ def time_composite(bench: Bench, op: str, pass_: str, shape: Shape, provider: st
 
 def _composite_gates(bench: Bench) -> Iterator[Job]:
     for op, composite in COMPOSITES.items():
-        for (name, shape), dtype, pass_ in itertools.product(
-            odd_shapes(op, bench.tiny).items(), DTYPES, composite.names
-        ):
-            yield _gate_job(gate_composite, bench, op, pass_, name, shape, dtype)
+        shapes = odd_shapes(op, bench.tiny)
+        yield from _gate_jobs(gate_composite, bench, op, shapes, composite.names)
 
 
 def _composite_times(bench: Bench) -> Iterator[Job]:
     for op, composite in COMPOSITES.items():
         kernels = [(composite.kernels, name) for name in PASS_NAMES[composite.kernels]]
-        for (name, shape), pass_, provider in itertools.product(
-            timed_shapes(op, bench.tiny).items(), composite.names, ("triton", "eager")
-        ):
-            gates = [(op, pass_), *kernels]
-            yield _time_job(
-                time_composite, bench, op, pass_, name, shape, provider, gates, "matrix"
-            )
+        yield from _time_jobs(time_composite, bench, op, composite.names, kernels)
 
 
 def kernel_gates(bench: Bench) -> Iterator[Job]:

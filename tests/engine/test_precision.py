@@ -31,6 +31,17 @@ def whole_error(got: Gradients, exact: Gradients) -> float:
     return float(difference / torch.stack([g.norm() for g in exact.values()]).norm())
 
 
+def errors(
+    fast: Gradients, in_bf16: torch.nn.Module, model: torch.nn.Module, batch: Any, **options: Any
+) -> tuple[float, float]:
+    """Of the step's gradients, and of the reference's in bf16, from the model's in fp64."""
+    _, plain = gradients_of(reference_meta_step, in_bf16, batch, **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    return whole_error(fast, exact), whole_error(plain, exact)
+
+
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize("name", MODELS)
 def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
@@ -40,11 +51,7 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
     model, batch = tiny_model(name).bfloat16(), make_batch("grouped")
     options = OPTIONS | dict(inner_steps=steps)
     _, fast = gradients_of(fast_meta_step, model, batch, **options)
-    _, plain = gradients_of(reference_meta_step, model, batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, model, model, batch, **options)
     assert ours <= 2 * eager + 1e-2, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 
@@ -57,12 +64,8 @@ def test_under_autocast_fp32_weights_get_the_gradient_of_bf16_products(
     options = OPTIONS | dict(inner_steps=steps)
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = gradients_of(fast_meta_step, model, batch, **options)
-    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
     assert {g.dtype for g in fast.values()} == {torch.float32}
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, copy.deepcopy(model).bfloat16(), model, batch, **options)
     assert ours > 1e-4, "the products were not in bf16"
     assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
@@ -87,11 +90,7 @@ def test_under_autocast_adapters_do_not_widen_what_they_read(
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = gradients_of(fast_meta_step, model, batch, **options)
     assert {g.dtype for g in fast.values()} == {torch.float32}
-    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, copy.deepcopy(model).bfloat16(), model, batch, **options)
     assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 
