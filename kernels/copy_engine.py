@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def begins_aligned(t: Tensor) -> bool:
-    """Whether it begins at a multiple of 16 bytes; as allocated, if it has a shape and no memory."""
+    """Whether it begins at a multiple of 16 bytes; as if allocated, if it has no memory."""
     return isinstance(t, FakeTensor) or t.data_ptr() % 16 == 0
 
 

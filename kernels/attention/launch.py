@@ -134,7 +134,9 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
     return cases
 
 
-def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, Any]:
+def compile_case(
+    name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str = "bf16"
+) -> dict[str, Any]:
     """A kernel with some tiles, as ``compile_cases`` has them."""
     kernel = KERNELS[name]
     constants = _constants(kernel, tiles, dim, bounded)
@@ -152,9 +154,11 @@ def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, 
         elif argument in scalars:
             signature[argument] = scalars[argument]
         elif argument in blocks and tiles.tma:
-            signature[argument] = f"tensordesc<{'fp32' if row else 'bf16'}{blocks[argument]}>"
+            signature[argument] = f"tensordesc<{'fp32' if row else dtype}{blocks[argument]}>"
         elif argument not in constants:
-            signature[argument] = ("*fp32", "i32", "i32") if row else ("*bf16", "i32", "i32", "i32")
+            signature[argument] = (
+                ("*fp32", "i32", "i32") if row else (f"*{dtype}", "i32", "i32", "i32")
+            )
     extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
     pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
     return {

@@ -85,7 +85,7 @@ def response_pass(vocabulary: Vocabulary, h_GMD: Tensor, target: Target, level: 
     rows = vocabulary.project(h_GMD, level)
     online = _stream(vocabulary, rows, target, terms)
     loss = target.loss(online)
-    f = Difference(rows, online.lse_GR[:, : h_GMD.shape[1]], target)
+    f = Difference(rows, online.lse_GR[:, : h_GMD.shape[1]].contiguous(), target)
     f_w, *f_b = target.difference(online, lambda ids: vocabulary.gather(ids, terms))
     f_context = None
     if terms:

@@ -100,7 +100,8 @@ class TeacherTarget:
         return online.exponentials(passes.online_kl, z_GNv, self._logits(block))
 
     def loss(self, online: OnlineSums) -> Tensor:
-        student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
+        student_lse_GN, teacher_lse_GN = online.lse_GR.chunk(2, dim=1)
+        self._lse_GN = teacher_lse_GN.contiguous()  # once: every block of every pass reads it
         _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
         return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
 
