@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.attention import Kept, Visible
+from ...ops.attention import Kept, Visible
 from .launch import compile_cases, launch_kernel
 
 __all__ = ["attention_backward", "attention_double_backward", "attention_forward", "compile_cases"]

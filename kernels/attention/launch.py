@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...ops.attention import Visible
 from ..copy_engine import describable
-from ..ops.attention import Visible
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
