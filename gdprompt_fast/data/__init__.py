@@ -2,7 +2,16 @@
 
 from .characters import characters_vocabulary, make_characters
 from .chat import ChatEncoder
-from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
+from .collate import (
+    Rows,
+    meta_batch,
+    moved,
+    pad,
+    prompt_rows,
+    query_rows,
+    response_rows,
+    with_responses,
+)
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
 from .sampler import ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
@@ -37,6 +46,7 @@ __all__ = [
     "make_people_articles",
     "make_people_data",
     "meta_batch",
+    "moved",
     "pad",
     "people_dialogue",
     "people_vocabulary",

@@ -28,8 +28,15 @@ class Rows:
     response_mask: Tensor
 
     def to(self, device: torch.device) -> Rows:
-        """The same rows on ``device``."""
-        return Rows(self.ids.to(device), self.mask.to(device), self.response_mask.to(device))
+        """The same rows on ``device``, moved as by :func:`moved`."""
+        return Rows(*(moved(each, device) for each in (self.ids, self.mask, self.response_mask)))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; to a GPU through pinned memory, which waits for nothing."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

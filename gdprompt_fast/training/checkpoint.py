@@ -123,6 +123,9 @@ def load_checkpoint(
         checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True
     )
     load_weights(model, checkpoints[-1] / MODEL_FOLDER)
+    groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+    for saved, own in groups:  # how it steps is this device's matter, and its rate every step's
+        saved |= {name: own[name] for name in ("lr", "fused")}
     optimizer.load_state_dict(state["optimizer"])
     for name, sampler in samplers.items():
         sampler.position = state["positions"][name]

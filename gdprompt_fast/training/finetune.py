@@ -19,7 +19,8 @@ from ..artifacts.progress import progress_bar
 from ..config.fields import Config, check_counts, check_numbers, option
 from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
 from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
-from .optim import clipped_update, warmup_then_cosine
+from .late import LateNumbers, Numbers
+from .optim import ClippedAdam, check_norm, warmup_then_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +58,42 @@ def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOpt
     """
     model.eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=options.lr)
+    optimizer = ClippedAdam(trained, options.clip_norm, "gradient")
+    late = LateNumbers(trained[0].device)
     sampler = ShuffledSampler(len(examples), options.seed)
     with progress_bar(options.steps, "preparing", "step") as bar:
+
+        def check(numbers: Numbers) -> None:
+            loss, step = numbers["loss"], int(numbers["step"])
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
+            if "norm" in numbers:
+                check_norm(numbers["norm"], step, "gradient")
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
         for step in range(options.steps):
             batch = [examples[index] for index in sampler.take(options.batch_size)]
             loss = fine_tuning_backward(model, batch, options.text_weight)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
             rate = options.learning_rate(step)
-            clipped_update(optimizer, trained, rate, options.clip_norm, step, "gradient")
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            norm = optimizer.update(rate, step, (~loss.isfinite()).float())
+            late.add({"step": step, "loss": loss, "norm": norm}, check)
             bar.update()
+        late.read_all()
 
 
 def fine_tuning_backward(
     model: nn.Module, examples: Sequence[Example], text_weight: float = 0.0
-) -> float:
-    """The mean of :func:`row_loss` over the two formats; adds its gradient to ``.grad``."""
+) -> Tensor:
+    """The mean of :func:`row_loss` over the two formats, detached; adds its gradient to
+    ``.grad``.
+    """
     device = next(model.parameters()).device
-    loss = 0.0
+    halves = []
     for rows in (prompt_rows(examples), query_rows(examples)):
         half = 0.5 * row_loss(model, rows.to(device), text_weight)
         half.backward()
-        loss += float(half.detach())
-    return loss
+        halves.append(half.detach().double())
+    return torch.stack(halves).sum()
 
 
 def row_loss(model: nn.Module, rows: Rows, text_weight: float = 0.0) -> Tensor:

@@ -45,6 +45,12 @@ class StepOptions(Config):
         "block: half to four fifths of the memory, 1.4 to 1.6 times the time",
         ("none", "block"),
     )
+    capture: str = option(
+        "auto",
+        "auto: on a GPU, steps are replayed as CUDA graphs where they can be; never: none is",
+        ("auto", "never"),
+        may_change=True,
+    )
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
@@ -62,6 +68,7 @@ class StepOptions(Config):
             objective=self.objective,
             lm_weight=self.lm_weight,
             recompute=self.recompute,
+            capture=self.capture,
         )
 
     @property

@@ -27,6 +27,7 @@ from gdprompt_fast.training.finetune import fine_tuning_backward, row_loss
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.metrics import read_metrics
 from gdprompt_fast.training.options import TrainOptions
+from gdprompt_fast.training.step_data import StepData
 from helpers.training import GOLD, KL, TOKENIZER, run, tiny_llama
 
 
@@ -146,7 +147,7 @@ def test_joint_training_adds_the_fine_tuning_loss_to_the_meta_gradient(
     together = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
     assert together["outer_loss"] == alone["outer_loss"]
     model = tiny_llama().eval()
-    loss = fine_tuning_backward(model, [examples[3], examples[4]])
+    loss = float(fine_tuning_backward(model, [examples[3], examples[4]]))
     assert together["joint_loss"] == pytest.approx(loss, rel=1e-5)
     meta = meta_batch([examples[i] for i in ShuffledSampler(5, options.seed).take(2)])
     fast_meta_step(model, meta, inner_lr=0.3, objective="gold", lm_weight=0.1)
@@ -209,3 +210,21 @@ def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: 
     again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, msg=name)
+
+
+@pytest.mark.parametrize("lm_on", ["contexts", "prompts"])
+def test_a_step_padded_for_graphs_is_the_same(lm_on: str, examples: list[Example]) -> None:
+    options = dataclasses.replace(GOLD, lm_on=lm_on)
+    data = StepData.of(examples, [[0], [1], [2]], teacher=None)
+    losses, gradients = [], []
+    for ladder in (False, True):
+        arguments = data.arguments(tiny_llama(), options, ladder)
+        shape = arguments["batch"].layout.shape
+        model = tiny_llama().eval()
+        out, of_all = gradients_of(fast_meta_step, model, **arguments, config=options.step_config)
+        losses.append(out)
+        gradients.append(of_all)
+    assert shape == shape.rung() and shape.context_tokens > 18
+    assert float(losses[0].outer_loss) == pytest.approx(float(losses[1].outer_loss), rel=1e-6)
+    error, name = worst_error(*gradients)
+    assert error < 1e-5, name
