@@ -12,8 +12,9 @@ from .collate import (
     response_rows,
     with_responses,
 )
+from .lengths import LengthSampler, Size, by_length, prompt_sizes, step_sizes
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
-from .sampler import ShuffledSampler, units_by_context
+from .sampler import Sampler, ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import (
     Example,
@@ -30,15 +31,19 @@ __all__ = [
     "SOURCES",
     "ChatEncoder",
     "Example",
+    "LengthSampler",
     "Limits",
     "Records",
     "Rows",
+    "Sampler",
     "ShuffledSampler",
+    "Size",
     "Source",
     "TokenisedTriples",
     "TrainTest",
     "TripleEncoder",
     "batched",
+    "by_length",
     "characters_vocabulary",
     "end_token",
     "make_characters",
@@ -51,10 +56,12 @@ __all__ = [
     "people_dialogue",
     "people_vocabulary",
     "prompt_rows",
+    "prompt_sizes",
     "query_rows",
     "read_records",
     "read_triples",
     "response_rows",
+    "step_sizes",
     "tokenise_triples",
     "units_by_context",
     "with_responses",

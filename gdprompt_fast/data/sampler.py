@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from ..errors import UserError
 from .tokenise import Example
@@ -24,6 +25,14 @@ def units_by_context(examples: Sequence[Example], queries_per_context: int) -> l
             units.append(newest[key])
         newest[key].append(index)
     return units
+
+
+class Sampler(Protocol):
+    """An endless stream of indices; the number of those drawn is its whole state."""
+
+    position: int
+
+    def take(self, count: int) -> list[int]: ...
 
 
 class ShuffledSampler:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ..artifacts.progress import progress_bar
 from ..config.fields import Config, check_counts, check_numbers, option
-from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
+from ..data import (
+    Example,
+    LengthSampler,
+    Rows,
+    Sampler,
+    ShuffledSampler,
+    prompt_rows,
+    prompt_sizes,
+    query_rows,
+)
 from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
 from .late import LateNumbers, Numbers
 from .optim import ClippedAdam, check_norm, warmup_then_cosine
@@ -37,6 +46,9 @@ class PrepareOptions(Config):
     warmup_steps: int = option(10, "steps of linear warm-up; a cosine to zero follows")
     clip_norm: float = option(1.0, "largest norm of the gradient; a larger one is scaled")
     text_weight: float = option(0.0, "weight of the next-token loss on what is not the response")
+    group_by_length: bool = option(
+        True, "draw batches of about equal lengths, in which little is padding"
+    )
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
@@ -60,7 +72,9 @@ def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOpt
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = ClippedAdam(trained, options.clip_norm, "gradient")
     late = LateNumbers(trained[0].device)
-    sampler = ShuffledSampler(len(examples), options.seed)
+    sampler: Sampler = ShuffledSampler(len(examples), options.seed)
+    if options.group_by_length:
+        sampler = LengthSampler(prompt_sizes(examples), options.seed, options.batch_size)
     with progress_bar(options.steps, "preparing", "step") as bar:
 
         def check(numbers: Numbers) -> None:

@@ -15,7 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import write_folder
 from ..artifacts.progress import progress_bar
-from ..data import Example, ShuffledSampler, prompt_rows, units_by_context
+from ..data import (
+    Example,
+    LengthSampler,
+    Sampler,
+    ShuffledSampler,
+    prompt_rows,
+    prompt_sizes,
+    step_sizes,
+    units_by_context,
+)
 from ..errors import UserError
 from ..meta.capture import why_eager
 from ..meta.config import MetaStepOutput
@@ -33,7 +42,7 @@ from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import ClippedAdam, check_norm
 from .options import TrainOptions
-from .step_data import StepData
+from .step_data import StepData, padding_of
 
 
 def meta_train(
@@ -72,9 +81,7 @@ def meta_train(
     optimizer = ClippedAdam(trained, options.clip_norm)
     late = LateNumbers(trained[0].device)
     ladder = not why_eager(model, options.step_config, trained[0].device)
-    samplers = {"contexts": ShuffledSampler(len(units), options.seed)}
-    if joint is not None:
-        samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
+    samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
     start = load_checkpoint(output, model, optimizer.adam, samplers)
@@ -89,8 +96,12 @@ def meta_train(
             beside = []
             if joint is not None:
                 beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-            losses = _meta_backward(model, data, options, ladder)
+            arguments = data.arguments(model, options, ladder)
+            losses = _meta_backward(model, arguments, options)
             row = _row(step, losses, options)
+            row["padding"] = padding_of(
+                arguments["batch"], options.step_config.micro_groups, ladder
+            )
             row |= _backward_beside(model, data, beside, options, step)
             row["gradient_norm"] = optimizer.update(row["learning_rate"], step, row["found_inf"])
             late.add(row, partial(report, losses, data.tokens))
@@ -150,11 +161,27 @@ def _check_teacher(
         raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
+def _samplers(
+    units: Sequence[Sequence[Example]], joint: Sequence[Example] | None, options: TrainOptions
+) -> dict[str, Sampler]:
+    """What draws contexts in their units, and, if there are any, examples of joint training."""
+    seeds = options.seed, f"{options.seed} joint"
+    if not options.group_by_length:
+        samplers: dict[str, Sampler] = {"contexts": ShuffledSampler(len(units), seeds[0])}
+        if joint is not None:
+            samplers["joint"] = ShuffledSampler(len(joint), seeds[1])
+        return samplers
+    groups = options.contexts, options.contexts_per_group
+    samplers = {"contexts": LengthSampler(step_sizes(units), seeds[0], *groups)}
+    if joint is not None:
+        samplers["joint"] = LengthSampler(prompt_sizes(joint), seeds[1], options.batch_size)
+    return samplers
+
+
 def _meta_backward(
-    model: nn.Module, data: StepData, options: TrainOptions, ladder: bool
+    model: nn.Module, arguments: dict[str, Any], options: TrainOptions
 ) -> MetaStepOutput:
     """Adds the meta-gradient to ``.grad``."""
-    arguments = data.arguments(model, options, ladder)
     with options.computing(model):
         return fast_meta_step(model, **arguments, config=options.step_config)
 

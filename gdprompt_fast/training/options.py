@@ -94,6 +94,9 @@ class TrainOptions(StepOptions):
     batch_size: int = option(
         16, "models adapted in an outer step, each to a group of contexts (one by default)"
     )
+    group_by_length: bool = option(
+        True, "draw batches of about equal lengths, in which little is padding"
+    )
     micro_batch: int = option(
         0, "of those models, so many at a time, in the memory of so many; 0: all at once"
     )

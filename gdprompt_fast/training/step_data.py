@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import MetaBatch
 from ..data import Example, meta_batch, moved, prompt_rows
+from ..layout import rung
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..teacher import TeacherCache
@@ -78,3 +80,30 @@ class StepData:
             "teacher": self.targets,
             "lm_batch": None if lm_batch is None else lm_batch.map(there),
         }
+
+
+def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
+    """The share of padding in the positions of context and query rows that a step computes.
+
+    Args:
+        micro_groups: groups at a time, whose rows are as long as their longest.
+        ladder: these parts, too, are padded to sizes of the ladder of captured steps.
+    """
+    host, tokens, computed = batch.host, 0, 0
+    for mask, group_B in (
+        (host.context_mask, host.context_group),
+        (host.query_mask, host.query_group),
+    ):
+        length_B = mask.sum(1)
+        tokens += int(length_B.sum())
+        if micro_groups is None or micro_groups >= batch.groups:
+            computed += mask.numel()
+            continue
+        part_B = group_B // micro_groups
+        rows_P = torch.bincount(part_B)
+        width_P = torch.zeros_like(rows_P).scatter_reduce(0, part_B, length_B, "amax")
+        if ladder:  # all to one shape
+            computed += len(rows_P) * int(rows_P.max()) * rung(int(width_P.max()))
+        else:
+            computed += int((rows_P * width_P).sum())
+    return 1 - tokens / computed

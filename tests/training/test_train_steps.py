@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from gdprompt_fast.data import (
     query_rows,
     units_by_context,
 )
+from gdprompt_fast.meta.parts import parts_of
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.training.finetune import fine_tuning_backward, row_loss
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.metrics import read_metrics
 from gdprompt_fast.training.options import TrainOptions
-from gdprompt_fast.training.step_data import StepData
+from gdprompt_fast.training.step_data import StepData, padding_of
 from helpers.training import GOLD, KL, TOKENIZER, run, tiny_llama
 
 
@@ -76,6 +78,7 @@ def test_in_micro_batches_a_step_is_the_same(
     options = dataclasses.replace(GOLD, batch_size=5, lm_weight=0.5, lm_on=lm_on)
     whole = first_step(options, examples, tmp_path / "a")
     parts = first_step(options, examples, tmp_path / "b", micro_batch=2)
+    assert parts.pop("padding") <= whole.pop("padding")  # each part is as long as its own
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5)
 
@@ -228,3 +231,22 @@ def test_a_step_padded_for_graphs_is_the_same(lm_on: str, examples: list[Example
     assert float(losses[0].outer_loss) == pytest.approx(float(losses[1].outer_loss), rel=1e-6)
     error, name = worst_error(*gradients)
     assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("micro_groups", [None, 1, 2])
+@pytest.mark.parametrize("ladder", [False, True])
+def test_padding_is_counted_as_it_is_computed(
+    micro_groups: int | None, ladder: bool, examples: list[Example]
+) -> None:
+    lengths = [7, 40, 19, 3]
+    long = [
+        dataclasses.replace(e, context=array("i", [5] * length))
+        for e, length in zip(examples[:4], lengths, strict=True)
+    ]
+    data = StepData.of(long, [[0], [1, 2], [3]], teacher=None)
+    padded = ladder and micro_groups is None
+    batch = data.arguments(tiny_llama(), GOLD, padded)["batch"]
+    parts = parts_of(batch, None, micro_groups, ladder)
+    computed = sum(part.batch.context_ids.numel() + part.batch.query_ids.numel() for part in parts)
+    share = padding_of(batch, micro_groups, ladder)
+    assert share == pytest.approx(1 - data.tokens / computed)
