@@ -4,6 +4,7 @@ from .characters import characters_vocabulary, make_characters
 from .chat import ChatEncoder
 from .collate import (
     Rows,
+    context_loss_mask,
     meta_batch,
     moved,
     pad,
@@ -45,6 +46,7 @@ __all__ = [
     "batched",
     "by_length",
     "characters_vocabulary",
+    "context_loss_mask",
     "end_token",
     "make_characters",
     "make_data",
