@@ -285,7 +285,9 @@ def _meta_step(
     def before_a_pass(*_: Any) -> None:
         nonlocal passes
         memory.part = ACTIVATIONS
-        if passes % (planned.inner_steps + 1) == planned.inner_steps:  # the contexts are done, the queries follow
+        if (
+            passes % (planned.inner_steps + 1) == planned.inner_steps
+        ):  # the contexts are done, the queries follow
             memory.mark(FACTORS, _factors(model))
         passes += 1
 
