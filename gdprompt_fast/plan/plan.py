@@ -33,6 +33,8 @@ class Plan:
     Attributes:
         memory: bytes to fit into; None if none were given.
         largest_batch: of ``fast_meta_step`` in ``memory``; None without it.
+        largest_micro_batch: so many examples of the planned batch at a time fit, 0 if not even one
+            does; None without ``memory``.
     """
 
     planned: PlannedStep
@@ -41,6 +43,7 @@ class Plan:
     materialised: Materialised
     memory: int | None
     largest_batch: int | None
+    largest_micro_batch: int | None
 
     @property
     def copy_bytes(self) -> int:
@@ -85,11 +88,32 @@ def make_plan(config: PreTrainedConfig, planned: PlannedStep, memory: int | None
         bar.update()
         materialised = predict_materialised(config, planned)
         bar.update()
-        largest = None
+        largest = micro = None
         if memory is not None:
             peaks = {planned.batch: fast.peak_bytes}
             largest = largest_batch(lambda batch: run(batch).peak_bytes, peaks, memory)
-    return Plan(planned, fast, sequential, materialised, memory, largest)
+            micro = largest_micro_batch(config, planned, memory, fast.peak_bytes)
+    return Plan(planned, fast, sequential, materialised, memory, largest, micro)
+
+
+def largest_micro_batch(
+    config: PreTrainedConfig, planned: PlannedStep, memory: int, peak: int | None = None
+) -> int:
+    """The most examples of a batch at a time whose peak is at most ``memory``; 0 if not even one's
+    is.
+
+    Args:
+        peak: of the planned step, if it is known.
+    """
+
+    def peak_at(size: int) -> int:
+        return predict(config, replace(planned, micro_batch=size)).peak_bytes
+
+    most = planned.micro_batch or planned.batch
+    peaks = {most: peak_at(most) if peak is None else peak}
+    if peaks[most] <= memory:
+        return most
+    return largest_batch(peak_at, peaks, memory)
 
 
 def largest_batch(peak_at: Callable[[int], int], peaks: dict[int, int], memory: int) -> int:
@@ -146,7 +170,8 @@ def plan_table(name: str, plan: Plan) -> str:
     return "\n".join(
         [
             f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {planned.batch}, "
-            f"{planned.context} tokens of context, {planned.query} of query and response",
+            f"{_at_a_time(planned)}{planned.context} tokens of context, "
+            f"{planned.query} of query and response",
             f"inner {planned.inner}, outer {planned.outer}, {planned.optimizer}, computing in "
             f"{compute}; predicted from shapes, not measured:",
             "",
@@ -189,10 +214,19 @@ def _notes(plan: Plan) -> list[str]:
         f"all copies at once need {_size(plan.shared_bytes)} + batch × "
         f"{_size(plan.copy_bytes)}."
     ]
+    if plan.memory is not None:
+        micro = plan.largest_micro_batch or 0
+        of_batch = f"of the batch of {plan.planned.batch} at a time (--micro-batch)"
+        most = f"At most {micro} examples" if micro else "Not even one example"
+        notes.append(f"{most} {of_batch} fit{'' if micro else 's'} in {_size(plan.memory)}.")
     if plan.planned.objective == "kl":
         notes.append("The teacher's head and final states are counted, its other weights are not.")
     notes.append("Not counted: the CUDA context, and what the allocator holds in reserve.")
     return notes
+
+
+def _at_a_time(planned: PlannedStep) -> str:
+    return f"{planned.micro_batch} at a time, " if planned.micro_batch else ""
 
 
 def plan_json(name: str, plan: Plan) -> dict[str, Any]:
@@ -212,6 +246,7 @@ def plan_json(name: str, plan: Plan) -> dict[str, Any]:
         },
         "memory_bytes": plan.memory,
         "largest_batch": plan.largest_batch,
+        "largest_micro_batch": plan.largest_micro_batch,
     }
 
 

@@ -93,7 +93,15 @@ def predict(config: PreTrainedConfig, planned: PlannedStep) -> Prediction:
         ValueError: naming the option that does not fit the model, or the model if it is of an
             unknown architecture.
     """
-    return _prediction(run_layers(lambda layers: run_step(layers, planned), config))
+    run = planned
+    if 0 < planned.micro_batch < planned.batch:  # from the second part on all are alike
+        run = replace(planned, batch=min(planned.batch, 2 * planned.micro_batch))
+    predicted = _prediction(run_layers(lambda layers: run_step(layers, run), config))
+    more = (planned.batch - run.batch) * _teacher_bytes(config, planned)
+    if not more:
+        return predicted
+    at_peak = {**predicted.meta_step, TEACHER: predicted.meta_step.get(TEACHER, 0) + more}
+    return replace(predicted, meta_step=at_peak)
 
 
 def run_step(config: PreTrainedConfig, planned: PlannedStep) -> Run:
@@ -236,6 +244,13 @@ def _teacher(config: PreTrainedConfig, planned: PlannedStep) -> TeacherTargets |
     return TeacherTargets(hidden=hidden, head=head)
 
 
+def _teacher_bytes(config: PreTrainedConfig, planned: PlannedStep) -> int:
+    """The teacher's final states of an example."""
+    if planned.objective == "gold":
+        return 0
+    return int(planned.response * config.hidden_size * DTYPES[planned.dtype].itemsize)
+
+
 def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer | None:
     """An optimizer that has taken a step, and so has its states."""
     trained = _trained(model)
@@ -270,7 +285,9 @@ def _meta_step(
     def before_a_pass(*_: Any) -> None:
         nonlocal passes
         memory.part = ACTIVATIONS
-        if passes == planned.inner_steps:  # the contexts are done, the queries follow
+        if (
+            passes % (planned.inner_steps + 1) == planned.inner_steps
+        ):  # the contexts are done, the queries follow
             memory.mark(FACTORS, _factors(model))
         passes += 1
 

@@ -23,6 +23,7 @@ class PlannedStep(Config):
     """
 
     batch: int = option(16, "examples in a step, each with a θ' of its own")
+    micro_batch: int = option(0, "of those, so many at a time; 0: all at once")
     context: int = option(256, "tokens of a context")
     query: int = option(32, "tokens of a query and its response")
     response: int = option(8, "tokens of the response among them")
@@ -39,6 +40,7 @@ class PlannedStep(Config):
         super().__post_init__()
         check_counts(self, "batch", "response", "lora_rank", "inner_steps")
         check_counts(self, "context", "query", least=2)
+        check_counts(self, "micro_batch", least=0)
         if self.response >= self.query:
             raise UserError(
                 f"response: expected fewer tokens than the query's {self.query}, which include "
@@ -57,4 +59,5 @@ class PlannedStep(Config):
             backend="torch",
             recompute=self.recompute,
             verify="never",
+            micro_groups=self.micro_batch or None,
         )

@@ -24,8 +24,10 @@ from ..loading import (
     positions,
 )
 from ..models.inner_params import select_inner
+from ..plan import parse_memory
 from ..teacher import TeacherCache, cache_key, check_cache
 from ..training.options import TrainOptions
+from .fitting import fitting
 from .groups import (
     ExamplesConfig,
     ModelConfig,
@@ -67,7 +69,20 @@ class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
     )
     lora_rank: int = lora_rank_field()
     inner_lr_grid: tuple[float, ...] = inner_lr_grid_field()
+    memory: str | None = option(
+        None, "size of the card, as 80GB: takes the largest micro-batch that is predicted to fit"
+    )
     resume: bool = resume_field()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is not None:
+            parse_memory(self.memory)
+            if self.micro_batch:
+                raise UserError(
+                    f"memory: expected none beside micro_batch {self.micro_batch}, got "
+                    f"{self.memory!r}, which finds one"
+                )
 
     @property
     def options(self) -> TrainOptions:
@@ -151,6 +166,8 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
             options.group_by_length,
         )
         warn_of_overlap(examples, held_out)
+    if config.memory is not None:
+        options = fitting(options, model, examples, parse_memory(config.memory))
     if config.joint_data:
         joint = read(config.joint_data, positions(model))
     if teacher is not None and cache.exists():

@@ -25,7 +25,9 @@ class PlanConfig(PlannedStep, WritingConfig):
         REQUIRED, "config.json, model folder or name on the Hugging Face hub", reads=True
     )
     revision: str | None = revision_field()
-    memory: str | None = option(None, "size of the card, as 80GB: finds the largest batch")
+    memory: str | None = option(
+        None, "size of the card, as 80GB: finds the largest batch and micro-batch"
+    )
     json: Path | None = option(None, "JSON file to write the numbers to", writes=True)
     overwrite: bool = overwrite_field("replace a --json that this command did not write")
 

@@ -78,6 +78,7 @@ def search_outer_lr(config: SearchConfig) -> Callable[[], float]:
     check_output(config.output, config.resume, outputs)
     trainings = config.trainings
     job = load_job(config, trainings[0])
+    trainings = [replace(each, micro_batch=job.options.micro_batch) for each in trainings]
     claim_output(config.output, run_settings(config), config.resume, outputs)
 
     def work() -> float:
