@@ -245,8 +245,8 @@ class MetaBatch:
             query_ids=_filled(self.query_ids, queries),
             query_mask=_filled(self.query_mask, queries),
             response_mask=_filled(self.response_mask, queries),
-            context_group=context_group.to(device),
-            query_group=query_group.to(device),
+            context_group=context_group.to(device, non_blocking=True),
+            query_group=query_group.to(device, non_blocking=True),
             context_loss_mask=_filled(self.context_loss_mask, contexts),
         )
         host = Host(
@@ -260,7 +260,8 @@ class MetaBatch:
         layout = host.lay_out(self.layout.real, shape)
         if layout.shape != shape:
             raise UserError(f"shape: expected padding to make up {layout.shape}, got {shape}")
-        return self._like(tensors, layout.map(lambda tensor: tensor.to(device)), host)
+        there = layout.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._like(tensors, there, host)
 
     def select(self, groups: Sequence[int]) -> tuple[MetaBatch, Tensor]:
         """Some groups of the batch, without the padding that all of their rows have; and which of

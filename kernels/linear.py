@@ -196,11 +196,7 @@ def _sum_parts_kernel(
 
 
 def updated_product(
-    x_GMI: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    match_GMS: Tensor,
-    factor_GSO: Tensor,
+    x_GMI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, match_GMS: Tensor, factor_GSO: Tensor
 ) -> Tensor:
     """y = x Wᵀ + b + match · E of every group, [G, M, O]."""
     tiles = choose_tiles(x_GMI, factor_GSO)

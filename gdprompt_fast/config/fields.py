@@ -92,6 +92,11 @@ class Config:
         names = [each.name for each in fields(config) if each.init]  # type: ignore[arg-type]
         return config(**{name: getattr(self, name) for name in names})
 
+    def lasting(self) -> dict[str, Any]:
+        """The fields that a continued run must have in common with the one that it continues."""
+        kept = [each.name for each in fields(self) if not each.metadata.get("may_change")]
+        return {name: getattr(self, name) for name in kept}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig(Config):
@@ -118,9 +123,8 @@ class CommandConfig(Config):
 
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it continues, for JSON."""
-        kept = [each.name for each in fields(self) if not each.metadata["may_change"]]
-        values = {name: getattr(self, name) for name in kept}
-        texts = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
+        values = self.lasting().items()
+        texts = {name: str(value) if isinstance(value, Path) else value for name, value in values}
         return {"command": self.command, **texts}
 
 

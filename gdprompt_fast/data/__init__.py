@@ -2,9 +2,20 @@
 
 from .characters import characters_vocabulary, make_characters
 from .chat import ChatEncoder
-from .collate import Rows, meta_batch, pad, prompt_rows, query_rows, response_rows, with_responses
+from .collate import (
+    Rows,
+    context_loss_mask,
+    meta_batch,
+    moved,
+    pad,
+    prompt_rows,
+    query_rows,
+    response_rows,
+    with_responses,
+)
+from .lengths import LengthSampler, Size, by_length, prompt_sizes, step_sizes
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
-from .sampler import ShuffledSampler, units_by_context
+from .sampler import Sampler, ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import (
     Example,
@@ -21,30 +32,38 @@ __all__ = [
     "SOURCES",
     "ChatEncoder",
     "Example",
+    "LengthSampler",
     "Limits",
     "Records",
     "Rows",
+    "Sampler",
     "ShuffledSampler",
+    "Size",
     "Source",
     "TokenisedTriples",
     "TrainTest",
     "TripleEncoder",
     "batched",
+    "by_length",
     "characters_vocabulary",
+    "context_loss_mask",
     "end_token",
     "make_characters",
     "make_data",
     "make_people_articles",
     "make_people_data",
     "meta_batch",
+    "moved",
     "pad",
     "people_dialogue",
     "people_vocabulary",
     "prompt_rows",
+    "prompt_sizes",
     "query_rows",
     "read_records",
     "read_triples",
     "response_rows",
+    "step_sizes",
     "tokenise_triples",
     "units_by_context",
     "with_responses",

@@ -28,8 +28,15 @@ class Rows:
     response_mask: Tensor
 
     def to(self, device: torch.device) -> Rows:
-        """The same rows on ``device``."""
-        return Rows(self.ids.to(device), self.mask.to(device), self.response_mask.to(device))
+        """The same rows on ``device``, moved as by :func:`moved`."""
+        return Rows(*(moved(each, device) for each in (self.ids, self.mask, self.response_mask)))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; to a GPU through pinned memory, which waits for nothing."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -61,6 +68,15 @@ def prompt_rows(examples: Sequence[Example]) -> Rows:
     return response_rows([e.prompt for e in examples], [e.response for e in examples])
 
 
+def context_loss_mask(examples: Sequence[Example], mask: Tensor) -> Tensor:
+    """Which of the examples' context tokens count, [C, T]; of ``mask``, the real ones."""
+    counting = mask.clone()
+    for row, example in zip(counting, examples, strict=True):
+        if example.context_loss is not None:
+            row[: len(example.context_loss)] = torch.tensor(example.context_loss)
+    return counting
+
+
 def meta_batch(
     examples: Sequence[Example],
     context_of: Sequence[int] | None = None,
@@ -76,8 +92,8 @@ def meta_batch(
             of all of them.
     """
     context_of = range(len(examples)) if context_of is None else context_of
-    contexts = {number: e.context for number, e in zip(context_of, examples, strict=True)}
-    context_ids, context_mask = pad(list(contexts.values()))
+    contexts = dict(zip(context_of, examples, strict=True))
+    context_ids, context_mask = pad([example.context for example in contexts.values()])
     rows = query_rows(examples)
     return MetaBatch(
         context_ids,
@@ -87,6 +103,7 @@ def meta_batch(
         rows.response_mask,
         context_group=torch.arange(len(contexts)) // contexts_per_group,
         query_group=torch.tensor(context_of) // contexts_per_group,
+        context_loss_mask=context_loss_mask(list(contexts.values()), context_mask),
     )
 
 

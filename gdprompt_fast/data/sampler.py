@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from ..errors import UserError
 from .tokenise import Example
@@ -12,18 +13,26 @@ from .tokenise import Example
 def units_by_context(examples: Sequence[Example], queries_per_context: int) -> list[list[int]]:
     """The indices of all examples in units with one context each, to be drawn together.
 
-    Examples with the same context tokens go in order into units of at most ``queries_per_context``;
-    with 1, every example is a unit of its own.
+    Examples with the same context tokens, the same of which count, go in order into units of at
+    most ``queries_per_context``; with 1, every example is a unit of its own.
     """
     units: list[list[int]] = []
-    newest: dict[bytes, list[int]] = {}  # the unit of a context that takes the next example
+    newest: dict[Any, list[int]] = {}  # the unit of a context that takes the next example
     for index, example in enumerate(examples):
-        key = example.context.tobytes()
+        key = example.context.tobytes(), example.context_loss
         if key not in newest or len(newest[key]) == queries_per_context:
             newest[key] = []
             units.append(newest[key])
         newest[key].append(index)
     return units
+
+
+class Sampler(Protocol):
+    """An endless stream of indices; the number of those drawn is its whole state."""
+
+    position: int
+
+    def take(self, count: int) -> list[int]: ...
 
 
 class ShuffledSampler:

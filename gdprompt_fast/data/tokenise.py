@@ -10,6 +10,8 @@ The rule, the same for every tokenizer:
   puts it on (" Anna" or "is "), and a piece that spans the join belongs to the response.
 - A response ends with EOS, so that a model can say that its answer is complete; in a chat (see
   ``chat.py``) with the token that ends a turn.
+- A token of the context counts in the loss of the inner step if a character of it is in one of the
+  record's "context_loss" spans; all do where it has none.
 - The response has the same tokens in the query row and in the prompt row: the teacher speaks about
   the tokens that the student is asked for. A record that breaks this is dropped.
 """
@@ -54,6 +56,7 @@ class Example:
         response: the response and EOS; it follows ``query`` or ``prompt`` in their rows.
         texts: what the ids are of.
         answers: the texts that count as right answers, for scoring what a model generates.
+        context_loss: for every token of ``context`` whether its NLL counts; None: all do.
     """
 
     context: array[int]
@@ -62,6 +65,7 @@ class Example:
     response: array[int]
     texts: Texts
     answers: tuple[str, ...] = ()
+    context_loss: tuple[bool, ...] | None = None
 
 
 def end_token(examples: Sequence[Example]) -> int:
@@ -200,7 +204,32 @@ class TripleEncoder:
             response=array("i", [*query.response, self.end]),
             texts=Texts(record["context"], record["query"], record["response"], record.get("id")),
             answers=tuple(record.get("answers") or [record["response"]]),
+            context_loss=self._counting(record["context"], record.get("context_loss")),
         )
+
+    def _counting(
+        self, context: str, spans: Sequence[Sequence[int]] | None
+    ) -> tuple[bool, ...] | None:
+        """Which tokens of a context row have a character in one of the spans."""
+        if spans is None:
+            return None
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                "context_loss: expected a fast tokenizer, which says where its tokens stand in a "
+                f"text, got {type(self.tokenizer).__name__}"
+            )
+        opened = len(self._bos_text)
+        places = self.tokenizer(
+            self._bos_text + context,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )["offset_mapping"]
+        counts = [
+            any(begin < end - opened and start - opened < stop for begin, stop in spans)
+            for start, end in places
+        ]
+        return (*([False] * len(self._bos_ids)), *counts)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -243,6 +272,8 @@ def _reason_to_drop(example: Example | None, limits: Limits) -> str | None:
         return "response tokenised differently after query and prompt"
     if len(example.context) < 2:
         return "context of fewer than 2 tokens"
+    if example.context_loss is not None and not any(example.context_loss[1:]):
+        return "context_loss of no token with one before it"
     if not example.query:
         return "response with no token before it"
     lengths = {

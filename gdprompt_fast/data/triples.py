@@ -1,9 +1,10 @@
-"""Records of {"context", "query", "response"} and, optionally, "answers" and "id": read from JSONL
-or a JSON array with errors that name the line.
+"""Records of {"context", "query", "response"} and, optionally, "answers", "id" and "context_loss":
+read from JSONL or a JSON array with errors that name the line.
 
 "response" is what a model is trained on, "answers" are all texts that count as right, the response
-among them. Where a field is missing, the names that other data sets have for it are looked for:
-those of ``datasets``' SQuAD and of the paper.
+among them. "context_loss" are the spans of the context, [[begin, end], …] in characters, whose
+tokens count in the loss of the inner step; without it all do. Where a field is missing, the names
+that other data sets have for it are looked for: those of ``datasets``' SQuAD and of the paper.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..errors import UserError
 from .texts import UTF_8, read_text
 
 FIELDS = ("context", "query", "response")
-ANSWERS, ID = "answers", "id"
+ANSWERS, ID, CONTEXT_LOSS = "answers", "id", "context_loss"
 BYTE_ORDER_MARK = "\ufeff"  # also where a file begins that was put after another
 OTHER_NAMES = {
     "context": ("privileged_context", "prompt"),
@@ -101,6 +102,9 @@ def read_records(path: str | Path, encoding: str = UTF_8) -> Records:
     if any(ID in row for row in rows):
         for row in rows:
             row.setdefault(ID, None)
+    if any(CONTEXT_LOSS in row for row in rows):
+        for row in rows:
+            row.setdefault(CONTEXT_LOSS, None)
     return Records(rows, lines, ", ".join(read_as))
 
 
@@ -110,7 +114,9 @@ def write_triples(records: Iterable[Mapping[str, Any]], path: str | Path) -> Non
         for record in records:
             answers = {} if record.get(ANSWERS) is None else {ANSWERS: list(record[ANSWERS])}
             name = {} if record.get(ID) is None else {ID: record[ID]}
-            row = name | {field: record[field] for field in FIELDS} | answers
+            spans = record.get(CONTEXT_LOSS)
+            counts = {} if spans is None else {CONTEXT_LOSS: [list(span) for span in spans]}
+            row = name | {field: record[field] for field in FIELDS} | answers | counts
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -177,6 +183,8 @@ def _triple(content: Any, where: str) -> tuple[dict[str, Any], dict[str, None]]:
             )
         if name != field:
             read_as[f"{name} read as {field}"] = None
+    if content.get(CONTEXT_LOSS) is not None:
+        row[CONTEXT_LOSS] = _spans(content[CONTEXT_LOSS], len(row["context"]), where)
     return row | ({ANSWERS: answers} if answers else {}), read_as
 
 
@@ -191,6 +199,21 @@ def _answers(value: Any, where: str) -> list[str]:
         )
     read = [_text(text, ANSWERS, where) for text in texts]
     return list(dict.fromkeys(read)) if isinstance(value, dict) else read
+
+
+def _spans(value: Any, length: int, where: str) -> list[list[int]]:
+    """Parts of a text of ``length`` characters: at least one, none of them empty."""
+
+    def is_span(span: Any) -> bool:
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+        return numbers and 0 <= span[0] < span[1] <= length
+
+    if not isinstance(value, list) or not value or not all(map(is_span, value)):
+        raise UserError(
+            f'{where}: expected "{CONTEXT_LOSS}" to be a list of [begin, end] with '
+            f"0 <= begin < end <= {length}, the context's characters, got {short(value)}"
+        )
+    return value
 
 
 def _text(value: Any, field: str, where: str) -> str:

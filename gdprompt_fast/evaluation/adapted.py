@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Example, pad
+from ..data import Example, context_loss_mask, pad
 from ..errors import UserError
 from ..meta.config import check_inner
 from ..meta.inner import inner_step
@@ -62,6 +62,7 @@ def adapted_to_contexts(
         inner_lr=inner.lr,
         inner_steps=inner.steps,
         inner_params=inner.params,
+        context_loss_mask=context_loss_mask(examples, mask).to(device),
     )
     with update.applied_to(model, groups=groups):
         yield
@@ -87,9 +88,10 @@ def adapted_one_after_another(
         for parameter in moved:
             parameter.requires_grad_()
         for example in examples:
-            ids = torch.tensor([example.context.tolist()], device=moved[0].device)
+            ids, mask = (rows.to(moved[0].device) for rows in pad([example.context]))
+            counts = context_loss_mask([example], mask)
             for _ in range(inner.steps):
-                _step_in_place(model, moved, ids, inner.lr)
+                _step_in_place(model, moved, ids, counts, inner.lr)
         yield
     finally:
         with torch.no_grad():
@@ -97,11 +99,16 @@ def adapted_one_after_another(
                 parameter.copy_(old).requires_grad_(requires_grad)
 
 
-def _step_in_place(model: nn.Module, moved: Sequence[nn.Parameter], ids: Tensor, lr: float) -> None:
-    """θ ← θ − η ∇L for the context ``ids`` [1, T], L the mean of its next-token NLL."""
+def _step_in_place(
+    model: nn.Module, moved: Sequence[nn.Parameter], ids: Tensor, counts: Tensor, lr: float
+) -> None:
+    """θ ← θ − η ∇L for the context ``ids`` [1, T], L the mean of its next-token NLL, of the tokens
+    of ``counts`` [1, T].
+    """
     with torch.enable_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        loss = F.cross_entropy(logits.float(), ids[0, 1:])
+        counted = counts[0, 1:]
+        loss = F.cross_entropy(logits[counted].float(), ids[0, 1:][counted])
         gradients = torch.autograd.grad(loss, moved)
     with torch.no_grad():
         for parameter, gradient in zip(moved, gradients, strict=True):

@@ -23,9 +23,10 @@ def with_irrelevant_contexts(records: Dataset, seed: int) -> Dataset:
     """
     contexts = list(records["context"])
     sources = _derangement(contexts, seed)
+    moved = [name for name in ("context", "context_loss") if name in records.column_names]
     return Dataset.from_list(
         [
-            {**record, "context": contexts[source]}
+            {**record, **{name: records[source][name] for name in moved}}
             for record, source in zip(records, sources, strict=True)
         ]
     )

@@ -84,6 +84,17 @@ class Scores:
         names = [field.name for field in fields(Scores)]
         return Scores(**{name: _joined([getattr(part, name) for part in parts]) for name in names})
 
+    def reordered(self, order: Sequence[int]) -> Scores:
+        """The scores ``order[0]``, ``order[1]``, … of these."""
+
+        def reorder(values: Any) -> Any:
+            if values is None:
+                return None
+            is_tensor = isinstance(values, Tensor)
+            return values[list(order)] if is_tensor else [values[index] for index in order]
+
+        return Scores(**{each.name: reorder(getattr(self, each.name)) for each in fields(Scores)})
+
     def with_answers(self, answers: Sequence[str], golds: Sequence[Sequence[str]]) -> Scores:
         """The same with generated answers, each compared with all of its gold answers."""
         pairs = list(zip(answers, golds, strict=True))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.progress import progress_bar
-from ..data import Example, batched, end_token, response_rows
+from ..data import Example, Size, batched, by_length, end_token, response_rows
 from ..errors import UserError
 from ..loading import positions
 from ..teacher import greedy_answers
@@ -49,6 +49,7 @@ def evaluate(
     answer_tokens: int = 32,
     contexts_per_group: int = 1,
     one_after_another: bool = False,
+    group_by_length: bool = False,
 ) -> dict[str, Scores]:
     """The scores of the gold responses, and of generated answers, by setting.
 
@@ -69,6 +70,8 @@ def evaluate(
             a group have counts twice, so shuffle examples that come in order of their contexts.
         one_after_another: by an inner step on each context in turn instead; slower, a group at a
             time, and with a copy of the moved weights.
+        group_by_length: groups of about equal lengths are evaluated together, the longest first;
+            the scores are in the order of the examples all the same.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -85,11 +88,15 @@ def evaluate(
     scores = {}
     for setting in settings:
         if setting == "fine_tuning":
+            grouping = contexts_per_group, one_after_another, group_by_length
             scores[setting] = fine_tuning_scores(
-                model, examples, inner, batch_size, contexts_per_group, one_after_another, answerer
+                model, examples, inner, batch_size, *grouping, answerer
             )
         else:
-            scores[setting] = _scores(model, examples, setting, batch_size, _at_theta, answerer)
+            order = _order(examples, setting, 1) if group_by_length else range(len(examples))
+            scores[setting] = _scores(
+                model, examples, order, setting, batch_size, _at_theta, answerer
+            )
     return scores
 
 
@@ -116,6 +123,7 @@ def fine_tuning_scores(
     batch_size: int,
     contexts_per_group: int = 1,
     one_after_another: bool = False,
+    group_by_length: bool = False,
     answerer: Answerer | None = None,
 ) -> Scores:
     """The responses scored after the query alone, at the θ' of their groups, a batch at once.
@@ -130,7 +138,26 @@ def fine_tuning_scores(
 
     groups_at_once = 1 if one_after_another else max(1, batch_size // contexts_per_group)
     size = groups_at_once * contexts_per_group
-    return _scores(model, examples, "fine_tuning", size, adapt, answerer)
+    order: Sequence[int] = range(len(examples))
+    if group_by_length:
+        order = _order(examples, "fine_tuning", contexts_per_group)
+    return _scores(model, examples, order, "fine_tuning", size, adapt, answerer)
+
+
+def _order(examples: Sequence[Example], setting: str, contexts_per_group: int) -> list[int]:
+    """The examples in groups of about equal lengths, the longest first: one that is too long for
+    the memory fails at once.
+    """
+    starts = _starts(examples, setting)
+    rows = [len(start) + len(e.response) for start, e in zip(starts, examples, strict=True)]
+    contexts = [len(e.context) if setting == "fine_tuning" else 0 for e in examples]
+    groups = [
+        range(first, first + contexts_per_group)
+        for first in range(0, len(examples), contexts_per_group)
+    ]
+    sizes = [sorted([max(of[i] for i in group) for of in (rows, contexts)]) for group in groups]
+    order = by_length([Size(long, short) for short, long in sizes])
+    return [index for number in reversed(order) for index in groups[number]]
 
 
 def _at_theta(batch: list[Example]) -> AbstractContextManager[None]:
@@ -140,6 +167,7 @@ def _at_theta(batch: list[Example]) -> AbstractContextManager[None]:
 def _scores(
     model: nn.Module,
     examples: Sequence[Example],
+    order: Sequence[int],
     setting: str,
     batch_size: int,
     adapt: Adapt,
@@ -151,11 +179,12 @@ def _scores(
     """
     parts = []
     with progress_bar(len(examples), f"evaluating {SETTINGS[setting]}", "ex", leave=False) as bar:
-        for batch in batched(examples, batch_size):
+        for batch in batched((examples[index] for index in order), batch_size):
             with adapt(batch):
                 parts.append(_score_batch(model, batch, _starts(batch, setting), answerer))
             bar.update(len(batch))
-    return Scores.concatenate(parts)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return Scores.concatenate(parts).reordered(places)
 
 
 def _score_batch(

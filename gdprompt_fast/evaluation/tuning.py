@@ -31,6 +31,7 @@ def tune_inner_lr(
     *,
     contexts_per_group: int = 1,
     one_after_another: bool = False,
+    group_by_length: bool = False,
 ) -> TunedInnerStep:
     """Chooses the rate with the highest Fine-Tuning accuracy, then the lowest NLL.
 
@@ -38,7 +39,8 @@ def tune_inner_lr(
     baseline only: what is claimed over it is then claimed over the best that it can do.
 
     Args:
-        contexts_per_group, one_after_another: as in :func:`gdprompt_fast.evaluation.evaluate`.
+        contexts_per_group, one_after_another, group_by_length: as in
+            :func:`gdprompt_fast.evaluation.evaluate`.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -51,9 +53,8 @@ def tune_inner_lr(
         # With several inner steps a large rate can make the inner loss infinite on the way.
         with suppress(FloatingPointError):
             at_lr = replace(inner, lr=lr)
-            scores = fine_tuning_scores(
-                model, examples, at_lr, batch_size, contexts_per_group, one_after_another
-            )
+            grouping = contexts_per_group, one_after_another, group_by_length
+            scores = fine_tuning_scores(model, examples, at_lr, batch_size, *grouping)
             tried[lr] = scores.summary()
     if not tried:
         raise FloatingPointError("inner loss: expected a finite one at some inner rate, got none")

@@ -109,7 +109,7 @@ def meta_train_stage(ctx: ExperimentContext, variant: Variant) -> Stage:
         "teacher": None if teacher is None else teacher.key,
         "joint": data_stage(ctx, variant.joint).key if variant.joint else None,
         "arm": asdict(variant),
-        "options": asdict(options),
+        "options": options.lasting(),
     }
 
     def work(folder: Path) -> Result:

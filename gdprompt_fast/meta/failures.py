@@ -16,6 +16,11 @@ from ..models.walk import parameters_of
 _on_the_device = False
 
 
+def found_at_once(device: torch.device) -> bool:
+    """Whether a failure on ``device`` raises where it happens: on a CPU nothing is waited for."""
+    return device.type == "cpu" and not _on_the_device
+
+
 class Failures:
     """What of a step was not finite, found on its device without waiting for it.
 
@@ -28,7 +33,7 @@ class Failures:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._at_once = device.type == "cpu" and not _on_the_device
+        self._at_once = found_at_once(device)
         self.errors: list[Exception] = []
         self.flags: list[Tensor] = []
 

@@ -73,6 +73,8 @@ class LMBatch:
         """The rows padded, with what counts for nothing, to sizes of a short ladder."""
         tokens, count = rung(self.ids.shape[1]), rung(len(self.position_P))
         wider, more = tokens - self.ids.shape[1], count - len(self.position_P)
+        if not wider and not more:
+            return self
         padded = copy.copy(self)
         padded.ids, padded.mask = F.pad(self.ids, (0, wider)), F.pad(self.mask, (0, wider))
         row_P = self.position_P // self.ids.shape[1]

@@ -55,6 +55,9 @@ class EvaluateConfig(ExamplesConfig, ModelConfig):
     one_after_another: bool = option(
         False, "an inner step on each context of a group in turn, not one on all of them"
     )
+    group_by_length: bool = option(
+        True, "examples of about equal lengths together, which leaves little padding"
+    )
     answer_tokens: int = option(32, "longest answer generated; 0: none are")
     results: Path | None = option(None, "JSON file to write the results to", writes=True)
     predictions: Path | None = option(None, "JSONL file to write every answer to", writes=True)
@@ -97,6 +100,7 @@ class EvaluateConfig(ExamplesConfig, ModelConfig):
 def evaluate(config: EvaluateConfig) -> Callable[[], dict[str, Any]]:
     """Loads model and examples; the work is to score, and returns the summaries."""
     outputs, grouping = outputs_of(config), config.grouping
+    together = config.group_by_length
     outputs.check_file("results", config.results, lambda path: is_marked(path, "evaluate"))
     outputs.check_file("predictions", config.predictions)
     outputs.check_file("squad_predictions", config.squad_predictions)
@@ -115,7 +119,10 @@ def evaluate(config: EvaluateConfig) -> Callable[[], dict[str, Any]]:
         inner = config.inner
         if config.tune_inner_lr:
             grid, size = test.inner_lr_grid, test.batch_size
-            inner = tune_inner_lr(model, examples, inner, grid, size, **grouping).inner
+            tuned = tune_inner_lr(
+                model, examples, inner, grid, size, group_by_length=together, **grouping
+            )
+            inner = tuned.inner
         scores = scores_of(
             model,
             tokenizer,
@@ -123,6 +130,7 @@ def evaluate(config: EvaluateConfig) -> Callable[[], dict[str, Any]]:
             inner,
             test.batch_size,
             answer_tokens=test.answer_tokens,
+            group_by_length=together,
             **grouping,
         )
         result = {**as_results(scores, inner), **grouping}

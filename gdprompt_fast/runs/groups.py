@@ -16,7 +16,8 @@ from ..loading import DTYPES, choose_device, load_model, print_notes
 
 TRIPLES = (
     'JSONL or a JSON array of {"context", "query", "response"}, gzipped or not; "question", '
-    '"privileged_context", "prompt" and the first of "answers" are taken for them'
+    '"privileged_context", "prompt" and the first of "answers" are taken for them; optional '
+    '"context_loss": the spans of the context that count in the inner step'
 )
 REPLACES_FOLDER = "replace an --output that is not empty, and all in it"
 

@@ -144,7 +144,11 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
     if config.test_data:
         held_out = read(config.test_data, max_prompt_length(model, options.answer_tokens))
         test = TestSet(
-            held_out, config.inner_lr_grid, config.eval_batch_size, options.answer_tokens
+            held_out,
+            config.inner_lr_grid,
+            config.eval_batch_size,
+            options.answer_tokens,
+            options.group_by_length,
         )
         warn_of_overlap(examples, held_out)
     if config.joint_data:

@@ -35,12 +35,14 @@ class TestSet:
         inner_lr_grid: the inner rates of which the model before training gets the best one.
         batch_size: examples evaluated at once.
         answer_tokens: the longest answer that is generated; 0: none are.
+        group_by_length: examples of about equal lengths are evaluated together.
     """
 
     examples: Sequence[Example]
     inner_lr_grid: Sequence[float]
     batch_size: int
     answer_tokens: int = 32
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -56,7 +58,13 @@ def evaluate_on(
 ) -> dict[str, Any]:
     """The three settings on a test set, for JSON."""
     scores = evaluate(
-        model, tokenizer, test.examples, inner, test.batch_size, answer_tokens=test.answer_tokens
+        model,
+        tokenizer,
+        test.examples,
+        inner,
+        test.batch_size,
+        answer_tokens=test.answer_tokens,
+        group_by_length=test.group_by_length,
     )
     return as_results(scores, inner)
 
@@ -75,7 +83,14 @@ def evaluate_at_best(
 ) -> dict[str, Any]:
     """As :func:`evaluate_on`, at the best inner rate of the grid and of training."""
     grid = sorted({*test.inner_lr_grid, options.inner_lr})
-    tuned = tune_inner_lr(model, test.examples, options.inner, grid, test.batch_size)
+    tuned = tune_inner_lr(
+        model,
+        test.examples,
+        options.inner,
+        grid,
+        test.batch_size,
+        group_by_length=test.group_by_length,
+    )
     tried = {f"{lr:g}": asdict(summary) for lr, summary in tuned.tried.items()}
     return {**evaluate_on(model, tokenizer, tuned.inner, test), "inner_lr_tried": tried}
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..artifacts.files import hash_of_file, is_empty, read_json, write_json, write_whole
 from ..artifacts.progress import progress_bar
 from ..artifacts.stage import differences
-from ..data import Example, batched, end_token, with_responses
+from ..data import Example, batched, end_token, moved, with_responses
 from ..errors import UserError
 from ..meta.targets import TeacherTargets
 from ..models.architecture import backbone_and_head, causal_lm
@@ -93,9 +93,8 @@ class TeacherCache:
         """These examples with the teacher's answers as responses, and its predictions of them."""
         answered = [self.answered[index] for index in indices]
         hidden = [self._hidden(index) for index in indices]
-        return answered, TeacherTargets(
-            hidden=torch.cat(hidden).to(self._head.device), head=self._head
-        )
+        states = moved(torch.cat(hidden), self._head.device)
+        return answered, TeacherTargets(hidden=states, head=self._head)
 
     def _hidden(self, index: int) -> Tensor:
         shard, start = self._place[index]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file, read_json, write_folder, write_json
-from ..data import ShuffledSampler
+from ..data import Sampler
 from ..errors import UserError
 from ..loading import load_adapter_weights, load_base, one_line_errors
 
@@ -58,7 +58,7 @@ def save_checkpoint(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
-    samplers: Mapping[str, ShuffledSampler],
+    samplers: Mapping[str, Sampler],
 ) -> None:
     """Writes everything that continuing after ``step`` needs, then removes older checkpoints."""
     state = {
@@ -113,7 +113,7 @@ def load_checkpoint(
     output: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    samplers: Mapping[str, ShuffledSampler],
+    samplers: Mapping[str, Sampler],
 ) -> int:
     """Puts the newest checkpoint back; returns its step, or 0 without a change if there is none."""
     checkpoints = _checkpoints(output)
@@ -123,6 +123,9 @@ def load_checkpoint(
         checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True
     )
     load_weights(model, checkpoints[-1] / MODEL_FOLDER)
+    groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+    for saved, own in groups:  # how it steps is this device's matter, and its rate every step's
+        saved |= {name: own[name] for name in ("lr", "fused")}
     optimizer.load_state_dict(state["optimizer"])
     for name, sampler in samplers.items():
         sampler.position = state["positions"][name]

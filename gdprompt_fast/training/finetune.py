@@ -17,9 +17,19 @@ from torch import Tensor, nn
 
 from ..artifacts.progress import progress_bar
 from ..config.fields import Config, check_counts, check_numbers, option
-from ..data import Example, Rows, ShuffledSampler, prompt_rows, query_rows
+from ..data import (
+    Example,
+    LengthSampler,
+    Rows,
+    Sampler,
+    ShuffledSampler,
+    prompt_rows,
+    prompt_sizes,
+    query_rows,
+)
 from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
-from .optim import clipped_update, warmup_then_cosine
+from .late import LateNumbers, Numbers
+from .optim import ClippedAdam, check_norm, warmup_then_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,9 @@ class PrepareOptions(Config):
     warmup_steps: int = option(10, "steps of linear warm-up; a cosine to zero follows")
     clip_norm: float = option(1.0, "largest norm of the gradient; a larger one is scaled")
     text_weight: float = option(0.0, "weight of the next-token loss on what is not the response")
+    group_by_length: bool = option(
+        True, "draw batches of about equal lengths, in which little is padding"
+    )
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
@@ -57,31 +70,44 @@ def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOpt
     """
     model.eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=options.lr)
-    sampler = ShuffledSampler(len(examples), options.seed)
+    optimizer = ClippedAdam(trained, options.clip_norm, "gradient")
+    late = LateNumbers(trained[0].device)
+    sampler: Sampler = ShuffledSampler(len(examples), options.seed)
+    if options.group_by_length:
+        sampler = LengthSampler(prompt_sizes(examples), options.seed, options.batch_size)
     with progress_bar(options.steps, "preparing", "step") as bar:
+
+        def check(numbers: Numbers) -> None:
+            loss, step = numbers["loss"], int(numbers["step"])
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
+            if "norm" in numbers:
+                check_norm(numbers["norm"], step, "gradient")
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
         for step in range(options.steps):
             batch = [examples[index] for index in sampler.take(options.batch_size)]
             loss = fine_tuning_backward(model, batch, options.text_weight)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"fine-tuning loss: it is {loss} at step {step}")
             rate = options.learning_rate(step)
-            clipped_update(optimizer, trained, rate, options.clip_norm, step, "gradient")
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            norm = optimizer.update(rate, step, (~loss.isfinite()).float())
+            late.add({"step": step, "loss": loss, "norm": norm}, check)
             bar.update()
+        late.read_all()
 
 
 def fine_tuning_backward(
     model: nn.Module, examples: Sequence[Example], text_weight: float = 0.0
-) -> float:
-    """The mean of :func:`row_loss` over the two formats; adds its gradient to ``.grad``."""
+) -> Tensor:
+    """The mean of :func:`row_loss` over the two formats, detached; adds its gradient to
+    ``.grad``.
+    """
     device = next(model.parameters()).device
-    loss = 0.0
+    halves = []
     for rows in (prompt_rows(examples), query_rows(examples)):
         half = 0.5 * row_loss(model, rows.to(device), text_weight)
         half.backward()
-        loss += float(half.detach())
-    return loss
+        halves.append(half.detach().double())
+    return torch.stack(halves).sum()
 
 
 def row_loss(model: nn.Module, rows: Rows, text_weight: float = 0.0) -> Tensor:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import write_folder
 from ..artifacts.progress import progress_bar
-from ..data import Example, ShuffledSampler, prompt_rows, units_by_context
+from ..data import (
+    Example,
+    LengthSampler,
+    Sampler,
+    ShuffledSampler,
+    prompt_rows,
+    prompt_sizes,
+    step_sizes,
+    units_by_context,
+)
 from ..errors import UserError
+from ..meta.capture import why_eager
 from ..meta.config import MetaStepOutput
 from ..meta.step import fast_meta_step
 from ..teacher import TeacherCache
@@ -26,10 +38,11 @@ from .checkpoint import (
     save_model,
 )
 from .finetune import fine_tuning_backward, row_loss
+from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
-from .optim import clipped_update
+from .optim import ClippedAdam, check_norm
 from .options import TrainOptions
-from .step_data import StepData
+from .step_data import StepData, padding_of
 
 
 def meta_train(
@@ -65,40 +78,63 @@ def meta_train(
     units = units_by_context(examples, options.queries_per_context)
     options = options.with_resolved_steps(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=options.outer_lr)
-    optimizer.zero_grad()  # what a training that diverged has left in .grad
-    samplers = {"contexts": ShuffledSampler(len(units), options.seed)}
-    if joint is not None:
-        samplers["joint"] = ShuffledSampler(len(joint), f"{options.seed} joint")
+    optimizer = ClippedAdam(trained, options.clip_norm)
+    late = LateNumbers(trained[0].device)
+    ladder = not why_eager(model, options.step_config, trained[0].device)
+    samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
-    start = load_checkpoint(output, model, optimizer, samplers)
-    began, tokens = time.perf_counter(), 0
+    start = load_checkpoint(output, model, optimizer.adam, samplers)
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
+        report = _Report(metrics, bar)
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
             data = StepData.of(examples, drawn, teacher)
             beside = []
             if joint is not None:
                 beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-            row = _backward(model, data, beside, options, step)
-            rate = options.learning_rate(step)
-            row["gradient_norm"] = clipped_update(optimizer, trained, rate, options.clip_norm, step)
-            metrics.write(row)
-            tokens += data.tokens
-            bar.set_postfix_str(
-                f"loss {row['outer_loss']:.3f}, inner {row['inner_loss']:.3f}, "
-                f"{tokens / (time.perf_counter() - began):,.0f} tokens/s",
-                refresh=False,
+            arguments = data.arguments(model, options, ladder)
+            losses = _meta_backward(model, arguments, options)
+            row = _row(step, losses, options)
+            row["padding"] = padding_of(
+                arguments["batch"], options.step_config.micro_groups, ladder
             )
+            row |= _backward_beside(model, data, beside, options, step)
+            row["gradient_norm"] = optimizer.update(row["learning_rate"], step, row["found_inf"])
+            late.add(row, partial(report, losses, data.tokens))
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
+                late.read_all()  # a step that failed is never saved
                 metrics.to_disk()
-                save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer.adam, samplers)
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
+
+
+class _Report:
+    """What is done with the numbers of a step: they are checked, written and shown."""
+
+    def __init__(self, metrics: MetricsLog, bar: Any) -> None:
+        self._metrics, self._bar = metrics, bar
+        self._began, self._tokens = time.perf_counter(), 0
+
+    def __call__(self, losses: MetaStepOutput, tokens: int, numbers: Numbers) -> None:
+        """
+        Raises:
+            FloatingPointError: if the step was not finite.
+        """
+        if numbers.pop("found_inf"):
+            losses.check()
+        check_norm(numbers["gradient_norm"], int(numbers["step"]) - 1)
+        self._metrics.write(numbers)
+        self._tokens += tokens
+        self._bar.set_postfix_str(
+            f"loss {numbers['outer_loss']:.3f}, inner {numbers['inner_loss']:.3f}, "
+            f"{self._tokens / (time.perf_counter() - self._began):,.0f} tokens/s",
+            refresh=False,
+        )
 
 
 def check_training(output: Path) -> None:
@@ -125,43 +161,68 @@ def _check_teacher(
         raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
 
 
-def _backward(
+def _samplers(
+    units: Sequence[Sequence[Example]], joint: Sequence[Example] | None, options: TrainOptions
+) -> dict[str, Sampler]:
+    """What draws contexts in their units, and, if there are any, examples of joint training."""
+    seeds = options.seed, f"{options.seed} joint"
+    if not options.group_by_length:
+        samplers: dict[str, Sampler] = {"contexts": ShuffledSampler(len(units), seeds[0])}
+        if joint is not None:
+            samplers["joint"] = ShuffledSampler(len(joint), seeds[1])
+        return samplers
+    groups = options.contexts, options.contexts_per_group
+    samplers = {"contexts": LengthSampler(step_sizes(units), seeds[0], *groups)}
+    if joint is not None:
+        samplers["joint"] = LengthSampler(prompt_sizes(joint), seeds[1], options.batch_size)
+    return samplers
+
+
+def _meta_backward(
+    model: nn.Module, arguments: dict[str, Any], options: TrainOptions
+) -> MetaStepOutput:
+    """Adds the meta-gradient to ``.grad``."""
+    with options.computing(model):
+        return fast_meta_step(model, **arguments, config=options.step_config)
+
+
+def _backward_beside(
     model: nn.Module,
     data: StepData,
     joint: Sequence[Example],
     options: TrainOptions,
     step: int,
-) -> dict[str, float]:
-    """Adds the gradient of all that is trained on to ``.grad``; the losses, as a row of metrics."""
-    with options.computing(model):
-        losses = fast_meta_step(model, **data.arguments(model, options), config=options.step_config)
-    losses.check()
-    row = _row(step, losses, options)
+) -> dict[str, Tensor]:
+    """Adds the gradient of what else is trained on to ``.grad``; its losses, by name."""
+    losses = {}
     if options.prompt_weight > 0 and step >= options.prompt_from:
-        row["prompt_loss"] = _prompt_backward(model, data.answered, options)
+        losses["prompt_loss"] = _prompt_backward(model, data.answered, options)
     if joint:
         with options.computing(model):
-            row["joint_loss"] = fine_tuning_backward(model, joint)
-    return row
+            losses["joint_loss"] = fine_tuning_backward(model, joint)
+    return losses
 
 
-def _prompt_backward(model: nn.Module, answered: Sequence[Example], options: TrainOptions) -> float:
-    """The mean NLL of the responses with the context in the prompt; adds the gradient of
+def _prompt_backward(
+    model: nn.Module, answered: Sequence[Example], options: TrainOptions
+) -> Tensor:
+    """The mean NLL of the responses with the context in the prompt, detached; adds the gradient of
     ``prompt_weight`` times that to ``.grad``.
     """
     device: torch.device = next(model.parameters()).device
     with options.computing(model):
         loss = row_loss(model, prompt_rows(answered).to(device))
     (options.prompt_weight * loss).backward()
-    return float(loss.detach())
+    return loss.detach()
 
 
-def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, float]:
+def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, Any]:
     return {
         "step": step + 1,
         "learning_rate": options.learning_rate(step),
-        "outer_loss": float(losses.outer_loss),
-        "query_loss": float(losses.query_loss),
-        "lm_loss": float(losses.lm_loss),
-        "inner_loss": float(losses.inner_loss),
+        "outer_loss": losses.outer_loss,
+        "query_loss": losses.query_loss,
+        "lm_loss": losses.lm_loss,
+        "inner_loss": losses.inner_loss,
+        "found_inf": losses.found_inf,
     }

@@ -45,6 +45,12 @@ class StepOptions(Config):
         "block: half to four fifths of the memory, 1.4 to 1.6 times the time",
         ("none", "block"),
     )
+    capture: str = option(
+        "auto",
+        "auto: on a GPU, steps are replayed as CUDA graphs where they can be; never: none is",
+        ("auto", "never"),
+        may_change=True,
+    )
     seed: int = option(0, "seed of the order of the examples")
 
     def __post_init__(self) -> None:
@@ -62,6 +68,7 @@ class StepOptions(Config):
             objective=self.objective,
             lm_weight=self.lm_weight,
             recompute=self.recompute,
+            capture=self.capture,
         )
 
     @property
@@ -86,6 +93,9 @@ class TrainOptions(StepOptions):
     steps: int = option(0, "outer steps; 0: one epoch")
     batch_size: int = option(
         16, "models adapted in an outer step, each to a group of contexts (one by default)"
+    )
+    group_by_length: bool = option(
+        True, "draw batches of about equal lengths, in which little is padding"
     )
     micro_batch: int = option(
         0, "of those models, so many at a time, in the memory of so many; 0: all at once"

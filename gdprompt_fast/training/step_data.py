@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..data import Example, meta_batch, prompt_rows
+from ..batch import MetaBatch
+from ..data import Example, meta_batch, moved, prompt_rows
+from ..layout import rung
+from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..teacher import TeacherCache
 from .options import StepOptions
@@ -47,15 +50,60 @@ class StepData:
         rows = (example for unit in self.units for example in unit)
         return contexts + sum(len(example.query) + len(example.response) for example in rows)
 
-    def arguments(self, model: nn.Module, options: StepOptions) -> dict[str, Any]:
+    def arguments(
+        self, model: nn.Module, options: StepOptions, ladder: bool = False
+    ) -> dict[str, Any]:
         """What :func:`gdprompt_fast.fast_meta_step` takes beside model and configuration: of the
         units ``contexts_per_group`` neighbours share one θ'.
+
+        Args:
+            ladder: a step that is taken at once is padded to sizes of the ladder of captured steps
+                here, on the host.
         """
         device: torch.device = next(model.parameters()).device
-        lm_batch = None
-        if options.lm_on == "prompts" and options.lm_weight > 0:
-            prompts = prompt_rows([example for unit in self.units for example in unit]).to(device)
-            lm_batch = (prompts.ids, prompts.mask)
+
+        def there(tensor: Tensor) -> Tensor:
+            return moved(tensor, device)
+
         context_of = [number for number, unit in enumerate(self.units) for _ in unit]
         batch = meta_batch(self.answered, context_of, options.contexts_per_group)
-        return {"batch": batch.to(device), "teacher": self.targets, "lm_batch": lm_batch}
+        at_once = options.step_config.micro_groups is None
+        lm_batch = None
+        if options.lm_on == "prompts" and options.lm_weight > 0:
+            prompts = prompt_rows([example for unit in self.units for example in unit])
+            lm_batch = LMBatch(prompts.ids, prompts.mask)
+        if ladder and at_once:
+            batch = batch.padded(batch.layout.shape.rung())
+            lm_batch = None if lm_batch is None else lm_batch.on_ladder()
+        return {
+            "batch": batch.map(there),
+            "teacher": self.targets,
+            "lm_batch": None if lm_batch is None else lm_batch.map(there),
+        }
+
+
+def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
+    """The share of padding in the positions of context and query rows that a step computes.
+
+    Args:
+        micro_groups: groups at a time, whose rows are as long as their longest.
+        ladder: these parts, too, are padded to sizes of the ladder of captured steps.
+    """
+    host, tokens, computed = batch.host, 0, 0
+    for mask, group_B in (
+        (host.context_mask, host.context_group),
+        (host.query_mask, host.query_group),
+    ):
+        length_B = mask.sum(1)
+        tokens += int(length_B.sum())
+        if micro_groups is None or micro_groups >= batch.groups:
+            computed += mask.numel()
+            continue
+        part_B = group_B // micro_groups
+        rows_P = torch.bincount(part_B)
+        width_P = torch.zeros_like(rows_P).scatter_reduce(0, part_B, length_B, "amax")
+        if ladder:  # all to one shape
+            computed += len(rows_P) * int(rows_P.max()) * rung(int(width_P.max()))
+        else:
+            computed += int((rows_P * width_P).sum())
+    return 1 - tokens / computed

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...ops.attention import Visible
 from ..copy_engine import describable
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
@@ -17,8 +18,6 @@ from .double_backward import (
 )
 from .forward import attention_forward_kernel
 from .tiles import Tiles, target_of, tiles_of
-
-Visible = tuple[Tensor, Tensor] | None
 
 
 class Kernel(NamedTuple):

@@ -182,3 +182,20 @@ def test_what_cannot_be_scored_or_stepped_on_is_an_error(
         evaluate(model, people_tokenizer(), without, INNER, 4)
     with pytest.raises(ValueError, match=r"one_after_another: expected float32 .* torch\.bfloat16"):
         scores_in("fine_tuning", model.bfloat16(), examples, one_after_another=True)
+
+
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_grouped_by_length_every_example_has_its_own_scores(
+    contexts: int, model: torch.nn.Module, examples: list[Example]
+) -> None:
+    options: dict[str, Any] = dict(contexts_per_group=contexts, answer_tokens=3)
+    inner, tokenizer = InnerStep(lr=0.3), SpelledIds()
+    grouped, plain = (
+        evaluate(model, tokenizer, examples, inner, 3, group_by_length=by_length, **options)
+        for by_length in (True, False)
+    )
+    for setting, scores in plain.items():
+        torch.testing.assert_close(grouped[setting].nll, scores.nll, rtol=1e-4, atol=1e-4)
+        assert grouped[setting].tokens.tolist() == scores.tokens.tolist()
+        assert grouped[setting].answers == scores.answers
+        assert grouped[setting].predictions == scores.predictions

@@ -20,12 +20,13 @@ from helpers.models import small_llama
 TOKENIZER = people_tokenizer()
 GOLD = TrainOptions(
     steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
-    lm_weight=0.1, checkpoint_every=3,
+    lm_weight=0.1, checkpoint_every=3, group_by_length=False,
 )  # fmt: skip
 KL = dataclasses.replace(GOLD, objective="kl")
 GROUPED = dataclasses.replace(
     KL, batch_size=1, contexts_per_group=2, queries_per_context=2, lm_on="prompts"
 )
+LENGTHS = dataclasses.replace(KL, group_by_length=True)
 LORA = dataclasses.replace(KL, inner_params="lora", inner_steps=2)
 
 

@@ -53,7 +53,7 @@ def test_the_loss_is_the_one_of_each_row_alone(
 
 
 def test_a_step_trains_both_formats_alike(model: nn.Module, examples: list[Example]) -> None:
-    loss = fine_tuning_backward(model, examples)
+    loss = float(fine_tuning_backward(model, examples))
     halves = [row_loss(model, rows(examples)) for rows in (prompt_rows, query_rows)]
     assert loss == pytest.approx(float(sum(halves)) / 2, rel=1e-6)
     parameters = list(model.parameters())

@@ -21,13 +21,29 @@ from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.metrics import MetricsLog, read_metrics
 from gdprompt_fast.training.options import TrainOptions
 from helpers.killing import Killed, killed_after
-from helpers.training import GOLD, GROUPED, KL, LORA, TOKENIZER, initial_model, run, tiny_llama
+from helpers.training import (
+    GOLD,
+    GROUPED,
+    KL,
+    LENGTHS,
+    LORA,
+    TOKENIZER,
+    initial_model,
+    run,
+    tiny_llama,
+)
 
 
 @pytest.mark.parametrize(
     ("options", "lora", "joint"),
-    [(GOLD, False, 0), (KL, False, 0), (LORA, True, 0), (GROUPED, False, 3)],
-    ids=["gold", "kl", "kl with LoRA inside and outside", "kl with groups and joint training"],
+    [
+        (GOLD, False, 0),
+        (KL, False, 0),
+        (LORA, True, 0),
+        (GROUPED, False, 3),
+        (LENGTHS, False, 3),
+    ],
+    ids=["gold", "kl", "kl with LoRA inside and outside", "kl with groups and joint", "lengths"],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     options: TrainOptions,

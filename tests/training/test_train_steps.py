@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from gdprompt_fast.data import (
     query_rows,
     units_by_context,
 )
+from gdprompt_fast.meta.parts import parts_of
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from gdprompt_fast.teacher import TeacherCache
 from gdprompt_fast.training.finetune import fine_tuning_backward, row_loss
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.metrics import read_metrics
 from gdprompt_fast.training.options import TrainOptions
+from gdprompt_fast.training.step_data import StepData, padding_of
 from helpers.training import GOLD, KL, TOKENIZER, run, tiny_llama
 
 
@@ -75,6 +78,7 @@ def test_in_micro_batches_a_step_is_the_same(
     options = dataclasses.replace(GOLD, batch_size=5, lm_weight=0.5, lm_on=lm_on)
     whole = first_step(options, examples, tmp_path / "a")
     parts = first_step(options, examples, tmp_path / "b", micro_batch=2)
+    assert parts.pop("padding") <= whole.pop("padding")  # each part is as long as its own
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-5)
 
@@ -146,7 +150,7 @@ def test_joint_training_adds_the_fine_tuning_loss_to_the_meta_gradient(
     together = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
     assert together["outer_loss"] == alone["outer_loss"]
     model = tiny_llama().eval()
-    loss = fine_tuning_backward(model, [examples[3], examples[4]])
+    loss = float(fine_tuning_backward(model, [examples[3], examples[4]]))
     assert together["joint_loss"] == pytest.approx(loss, rel=1e-5)
     meta = meta_batch([examples[i] for i in ShuffledSampler(5, options.seed).take(2)])
     fast_meta_step(model, meta, inner_lr=0.3, objective="gold", lm_weight=0.1)
@@ -209,3 +213,40 @@ def test_recomputed_blocks_give_the_same_run(examples: list[Example], tmp_path: 
     again = run(dataclasses.replace(GOLD, recompute="block"), examples, tmp_path / "b")
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, msg=name)
+
+
+@pytest.mark.parametrize("lm_on", ["contexts", "prompts"])
+def test_a_step_padded_for_graphs_is_the_same(lm_on: str, examples: list[Example]) -> None:
+    options = dataclasses.replace(GOLD, lm_on=lm_on)
+    data = StepData.of(examples, [[0], [1], [2]], teacher=None)
+    losses, gradients = [], []
+    for ladder in (False, True):
+        arguments = data.arguments(tiny_llama(), options, ladder)
+        shape = arguments["batch"].layout.shape
+        model = tiny_llama().eval()
+        out, of_all = gradients_of(fast_meta_step, model, **arguments, config=options.step_config)
+        losses.append(out)
+        gradients.append(of_all)
+    assert shape == shape.rung() and shape.context_tokens > 18
+    assert float(losses[0].outer_loss) == pytest.approx(float(losses[1].outer_loss), rel=1e-6)
+    error, name = worst_error(*gradients)
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("micro_groups", [None, 1, 2])
+@pytest.mark.parametrize("ladder", [False, True])
+def test_padding_is_counted_as_it_is_computed(
+    micro_groups: int | None, ladder: bool, examples: list[Example]
+) -> None:
+    lengths = [7, 40, 19, 3]
+    long = [
+        dataclasses.replace(e, context=array("i", [5] * length))
+        for e, length in zip(examples[:4], lengths, strict=True)
+    ]
+    data = StepData.of(long, [[0], [1, 2], [3]], teacher=None)
+    padded = ladder and micro_groups is None
+    batch = data.arguments(tiny_llama(), GOLD, padded)["batch"]
+    parts = parts_of(batch, None, micro_groups, ladder)
+    computed = sum(part.batch.context_ids.numel() + part.batch.query_ids.numel() for part in parts)
+    share = padding_of(batch, micro_groups, ladder)
+    assert share == pytest.approx(1 - data.tokens / computed)

@@ -65,7 +65,8 @@ class Difference:
     ) -> Tensor:
         """[G, M, v], in the weight's dtype."""
         z = vocabulary.logits(block, self.rows, b_GSv)
-        return self.target.tile(block, z, self.lse_GM, vocabulary.weight_VD.dtype, out)
+        into = vocabulary.weight_VD.dtype if out is None else out
+        return self.target.tile(block, z, self.lse_GM, into)
 
 
 @dataclass
