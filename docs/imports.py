@@ -31,7 +31,7 @@ FLOORS = {
     "ground": ("errors", "rows", "layout", "batch", "artifacts", "config", "presets"),
     "models": ("models",),
     "ops": ("ops", "kernels"),
-    "layers": ("update", "testing"),
+    "layers": ("update",),
     "engine": ("meta", "reference", "exactness"),
     "public names": (DOOR,),
     "data and models from files": ("data", "loading", "teacher"),
@@ -103,6 +103,8 @@ def faults(found: Arrows) -> list[str]:
     rooms, floor = {room(module) for module in modules()}, floor_of()
     said = [f"{each} is a room without a floor" for each in sorted(rooms - floor.keys())]
     said += [f"{each} has a floor but is no room" for each in sorted(floor.keys() - rooms)]
+    named = [each for floor_rooms in FLOORS.values() for each in floor_rooms]
+    said += [f"{each} is on two floors" for each in sorted(floor) if named.count(each) > 1]
     up = {arrow for arrow in found if _goes_up(arrow)}
     said += [
         f"{a} imports {b}, which is on a higher floor ({', '.join(found[a, b])})"

@@ -283,7 +283,7 @@ def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list
 
 
 def compile_cases(target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: a layer of Llama 3.2 1B in bf16 and fp32; on
+    """What benchmarks/ops/compile_kernels.py compiles: a layer of Llama 3.2 1B in bf16 and fp32; on
     Hopper with every row of its table, forward and backward.
     """
     cases = [

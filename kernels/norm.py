@@ -190,8 +190,8 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: norms of heads and of Llama 1B and 8B, with a
-    residual and without.
+    """What benchmarks/ops/compile_kernels.py compiles: norms of heads and of Llama 1B and 8B, with
+    a residual and without.
     """
     kernels = {
         "forward": norm_forward_kernel,

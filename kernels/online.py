@@ -224,7 +224,7 @@ def _sweep(width: int) -> dict[str, Any]:
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: rows in registers, and longer ones."""
+    """What benchmarks/ops/compile_kernels.py compiles: rows in registers, and longer ones."""
     kernels = [
         *((kernel, v) for kernel in (_online_softmax_kernel, _online_kl_kernel) for v in WIDTHS),
         (_accumulate_kernel, 0),

@@ -153,7 +153,7 @@ def _tile(heads: int, kv_heads: int, dim: int, rotated: int) -> dict[str, int]:
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: the heads of Llama 1B and 8B and of Pythia."""
+    """What benchmarks/ops/compile_kernels.py compiles: heads of Llama 1B and 8B and of Pythia."""
     cases = []
     for heads, kv_heads, dim, rotated in ((32, 8, 64, 64), (32, 8, 128, 128), (16, 16, 64, 16)):
         for adjoint in (False, True):

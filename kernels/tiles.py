@@ -38,7 +38,7 @@ def grid(t_GNv: Tensor) -> tuple[int, int]:
 
 
 def compile_case(kernel: Any, kind: str, dtype: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """A kernel on tiles of a dtype, for benchmarks/compile_kernels.py."""
+    """A kernel on tiles of a dtype, for benchmarks/ops/compile_kernels.py."""
     rows = ("lse", "t_lse", "top", "total", "picked", "gap", "new", "new_gap", "sum", "shrink")
     types = {f"{name}_ptr": "*fp32" for name in (*rows, "center", "weight")}
     types |= dict.fromkeys(("id_ptr", "columns_ptr"), "*i64")

@@ -178,7 +178,7 @@ def _columns(columns: int | Tensor) -> tuple[int, Tensor | None]:
 
 
 def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/compile_kernels.py compiles: tiles in bf16 and fp32, of both kinds of
+    """What benchmarks/ops/compile_kernels.py compiles: tiles in bf16 and fp32, of both kinds of
     columns.
     """
     contiguous = {"columns_ptr": None}

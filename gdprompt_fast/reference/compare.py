@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..batch import MetaBatch
 from ..errors import UserError
 from ..meta.config import MetaStepOutput
+from ..models.families import FAMILIES, type_name
 
 Gradients = dict[str, Tensor]
 Step = Callable[..., MetaStepOutput]
+_RMS_NORMS = {family.named(family.rms_norm) for family in FAMILIES if family.rms_norm}
 
 
 def gradients_of(
@@ -63,13 +65,13 @@ def _rms_norm(self: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def without_upcasts(model: nn.Module) -> Iterator[None]:
-    """Inside, the RMSNorms of a transformers model compute in the dtype of their input.
+    """Inside, the RMSNorms of the known families compute in the dtype of their input.
 
     transformers upcasts them to fp32 whatever the input, which in fp64 is a downcast: it limits the
     reference to about 1e-7. The rotary tables are fp32 too, but are the same numbers in every
     implementation.
     """
-    classes = {type(m) for m in model.modules() if type(m).__name__.endswith("RMSNorm")}
+    classes = {type(m) for m in model.modules() if type_name(m) in _RMS_NORMS}
     before = {c: c.forward for c in classes}
     try:
         for c in classes:

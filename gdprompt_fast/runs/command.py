@@ -62,10 +62,12 @@ class Command(Generic[C, R]):
 def command(
     what: str, continued_by: str = "", succeeded: Callable[[Any], bool] = lambda result: True
 ) -> Callable[[Callable[[C], Callable[[], R]]], Command[C, R]]:
-    """Makes a :class:`Command` of the function that prepares it."""
+    """Makes a :class:`Command` of the function that prepares it; its only argument is of the type
+    of the command's configuration.
+    """
 
     def of(prepare: Callable[[C], Callable[[], R]]) -> Command[C, R]:
-        config = get_type_hints(prepare)["config"]
+        config = next(iter(get_type_hints(prepare).values()))
         made = Command(config, what, prepare, continued_by, succeeded)
         object.__setattr__(made, "__doc__", prepare.__doc__)
         return made

@@ -233,8 +233,9 @@ def _site(name: str, module: Any, moved: set[int], state: StepState) -> Site | N
         key = next(key for key, moves in inner.items() if moves)
         if not own:
             raise UserError(f"model: expected the own forward of {name}, got a replaced one")
+        why = "" if rule is None else ", whose rule is for a weight and a bias alone"
         raise UserError(
-            f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}"
+            f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}{why}"
         )
     return None
 

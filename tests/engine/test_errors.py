@@ -289,6 +289,12 @@ def test_a_parameter_without_a_rule_is_named(tiny_model: Build, make_batch: Buil
     ):
         fast_meta_step(model, make_batch(), objective="gold")
 
+    model = tiny_model()
+    layer: Any = model.model.layers[1].mlp.up_proj
+    layer.scale = nn.Parameter(torch.ones(48, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"of a Linear, whose rule is for a weight and a bias"):
+        fast_meta_step(model, make_batch(), objective="gold")
+
 
 def test_an_inner_parameter_the_loss_does_not_depend_on_is_named(
     tiny_model: Build, make_batch: Build

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gdprompt_fast import runs
 from gdprompt_fast.cli.main import main as cli
 from gdprompt_fast.runs.file_run import read_run_file
 from helpers.paths import ROOT
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.quick
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NAMING = [*PAGES, ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A line of text with a command, cut where the shell cuts it: at a comment or an operator.
 ENDS = {"&&", "||", "|", ";", "#"}
@@ -56,6 +58,24 @@ def of_pages(part: Callable[[Path], list[Any]]) -> list[Any]:
 
 def lines_of(page: Path) -> list[list[str]]:
     return [words for script in blocks(page, "bash") for words in commands(script)]
+
+
+def words_of(file: Path) -> set[str]:
+    return set(re.findall(r"\w+", file.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[Path]:
+    """Every file of code in the repository."""
+    folders = ("gdprompt_fast", "kernels", "csrc", "benchmarks", "tests", "docs")
+    found = [file for each in folders for file in sorted((ROOT / each).rglob("*"))]
+    return [ROOT / "setup.py", *(f for f in found if f.suffix in (".py", ".cpp", ".h", ".toml"))]
+
+
+@pytest.fixture(scope="module")
+def words(sources: list[Path]) -> set[str]:
+    """Every word in the code."""
+    return {word for file in sources for word in words_of(file)}
 
 
 class Parsed(Exception):
@@ -141,6 +161,78 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
+# Where the pages' paths begin.
+PLACES = [ROOT, *(ROOT / each for each in ("gdprompt_fast", "tests", "benchmarks", "docs"))]
+PLACES += [ROOT / "benchmarks" / "results"]
+SUFFIX = re.compile(r"\.(py|md|toml|cpp|h|jsonl?|txt)$")
+# What is in no repository: files of the user, of a run, of a measurement on a GPU.
+OF_RUNS = {"FILE.toml", "triples.jsonl", "metrics.jsonl", "gpu.jsonl", "tests/ROOM"}
+OUTPUTS = re.compile(r"runs/\w+(/\w+)*$")
+IN_SOURCE = re.compile(r"(?<![\w./])((?:[\w-]+/)+[\w-]+\.(?:py|md|toml|cpp))\b")
+NOT_OURS = ("torch/", "site-packages/", "kernels/__init__.py")
+
+
+def without_drawings(page: Path) -> str:
+    """A page without blocks of code and what is written by a script."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return re.sub(r"<!-- (\w+) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
+
+
+def paths_in(span: str) -> list[str]:
+    """The paths that a span of code names, `{a,b}/` as two and a module of a script as its file."""
+    found = []
+    for word in span.split():
+        if word.startswith("benchmarks."):
+            word = word.replace(".", "/") + ".py"
+        head, brace, rest = word.partition("{")
+        inside, _, tail = rest.partition("}")
+        found += [head + each + tail for each in inside.split(",")] if brace else [word]
+    paths = [each for each in found if re.fullmatch(r"[\w./*-]+", each)]
+    named = [each for each in paths if "/" in each or SUFFIX.search(each)]
+    return [each for each in named if each not in OF_RUNS and not OUTPUTS.match(each)]
+
+
+def files_at(path: str, beside: Path = ROOT) -> list[Path]:
+    """The files or folders of a path; NAME stands for any."""
+    pattern = path.replace("NAME", "*").rstrip("/")
+    return [file for place in (*PLACES, beside.parent) for file in place.glob(pattern)]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in NAMING])
+def test_every_path_and_name_in_a_page_is_there(page: Path, words: set[str]) -> None:
+    text = without_drawings(page)
+    for span in re.findall(r"`([^`\n]+)`", text):
+        for path in paths_in(span):
+            assert files_at(path, page), path
+        if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span) and not SUFFIX.search(span):
+            assert set(filter(None, span.partition("(")[0].split("."))) <= words, span
+    for name, path in re.findall(r"`([A-Za-z_]\w+)` (?:in |of |\()`([\w/.]+\.py)`", text):
+        assert any(name in words_of(file) for file in files_at(path, page)), (name, path)
+
+
+def test_every_path_in_a_comment_or_docstring_is_there(sources: list[Path]) -> None:
+    for source in sources:
+        for path in IN_SOURCE.findall(source.read_text(encoding="utf-8")):
+            known = path.startswith(NOT_OURS) or source == Path(__file__)
+            assert known or files_at(path, source), (source, path)
+
+
+def test_a_path_that_is_gone_would_be_found() -> None:
+    assert paths_in("ops/{linear,lnear}.py") == ["ops/linear.py", "ops/lnear.py"]
+    assert files_at("ops/linear.py") and not files_at("ops/lnear.py")
+    assert paths_in("python -m benchmarks.ops.cpp") == ["benchmarks/ops/cpp.py"]
+    assert files_at("ops/NAME.py") and not files_at("linear.py")
+
+
+def test_every_command_has_a_row_and_is_for_python() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted([*runs.COMMANDS, runs.run.name])
+    for command in runs.COMMANDS.values():
+        for name in (command.name.replace("-", "_"), command.config.__name__):
+            assert name in runs.__all__ and hasattr(runs, name), name
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -180,6 +272,8 @@ def test_an_arrow_upwards_a_circle_and_a_room_without_a_floor_are_found(
     assert imports.faults(found) == ["ops no longer imports training"]
     monkeypatch.setitem(imports.FLOORS, "ground", imports.FLOORS["ground"][1:])
     assert "errors is a room without a floor" in imports.faults(found)
+    monkeypatch.setitem(imports.FLOORS, "ground", (*imports.FLOORS["ground"], "errors", "update"))
+    assert "update is on two floors" in imports.faults(found)
 
 
 def test_a_file_that_is_too_long_is_found(
