@@ -202,7 +202,7 @@ def compile_cases(_target: str) -> list[dict[str, Any]]:
     for kind, D in (("rms", 128), ("rms", 2048), ("rms", 4096), ("layer", 4096)):
         for pass_, kernel in kernels.items():
             for add in (False, True) if kind == "rms" and pass_ != "double_backward" else (False,):
-                absent = () if add else ("residual_ptr", "h_ptr", "dh_ptr")
+                absent: tuple[str, ...] = () if add else ("residual_ptr", "h_ptr", "dh_ptr")
                 if kind == "rms":
                     absent += ("mean_ptr", "bias_ptr", "dbias_ptr", "w_ptr")
                 constants = _constants(pass_, _launch(pass_, D), D)
