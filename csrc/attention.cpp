@@ -402,6 +402,9 @@ void attention_forward(Tensor q, Tensor k, Tensor v, double scale, Tensor first_
     forward<T>(Shape(q, k, first_key), q, k, v, scale, out, lse);
   });
 }
+CPU_OP(attention_forward,
+       "Tensor q, Tensor k, Tensor v, float scale, Tensor first_key, Tensor(a!) out, "
+       "Tensor(b!) lse")
 
 void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
                         double scale, Tensor first_key, Tensor dq, Tensor dk, Tensor dv) {
@@ -411,6 +414,9 @@ void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse,
     backward<T>(Shape(q, k, first_key), dout, q, k, v, lse, scale, dq, dk, dv);
   });
 }
+CPU_OP(attention_backward,
+       "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, float scale, Tensor first_key, "
+       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv")
 
 void attention_double_backward(Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout, Tensor q,
                                Tensor k, Tensor v, Tensor lse, double scale, Tensor first_key,
@@ -424,26 +430,10 @@ void attention_double_backward(Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tens
                        scale, cot_dout, cot_q, cot_k, cot_v);
   });
 }
+CPU_OP(attention_double_backward,
+       "Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout, Tensor q, Tensor k, Tensor v, "
+       "Tensor lse, float scale, Tensor first_key, Tensor(a!) cot_dout, Tensor(b!) cot_q, "
+       "Tensor(c!) cot_k, Tensor(d!) cot_v")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor first_key, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, "
-      "float scale, Tensor first_key, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def(
-      "attention_double_backward(Tensor cot_dq, Tensor cot_dk, Tensor cot_dv, Tensor dout, "
-      "Tensor q, Tensor k, Tensor v, Tensor lse, float scale, "
-      "Tensor first_key, Tensor(a!) cot_dout, Tensor(b!) cot_q, Tensor(c!) cot_k, "
-      "Tensor(d!) cot_v) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
-  m.impl("attention_double_backward", TORCH_BOX(&attention_double_backward));
-}
-
 }  // namespace gdprompt

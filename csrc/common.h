@@ -26,6 +26,12 @@
 #endif
 #define INLINE inline __attribute__((always_inline))
 
+// Registers a function of this file as torch.ops.gdprompt_fast.<its name>, which returns nothing, on
+// a CPU; the arguments as in a schema of torch.library.
+#define CPU_OP(function, arguments) \
+  STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) { m.def(#function "(" arguments ") -> ()"); } \
+  STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) { m.impl(#function, TORCH_BOX(&function)); }
+
 namespace gdprompt {
 
 using bf16 = torch::headeronly::BFloat16;
@@ -146,6 +152,14 @@ template <class F>
 void parallel(int64_t items, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, elements));
   torch::stable::parallel_for(0, items, grain, f);
+}
+
+// f(T(), begin, end) over shares of a tensor's elements.
+template <class F>
+void elementwise(const Tensor& like, const F& f) {
+  for_dtype(like, [&]<class T>(T) {
+    parallel(like.numel(), 1, [&](int64_t begin, int64_t end) { f(T(), begin, end); });
+  });
 }
 
 }  // namespace gdprompt

@@ -50,44 +50,27 @@ VECTORISED void double_backward(const T* a, const T* dy, const T* x, T* cot_dy, 
 
 void gelu_forward(Tensor x, Tensor y) {
   expect_like(x, {{"y", y}});
-  for_dtype(x, [&]<class T>(T) {
-    parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      forward(in<T>(x), out<T>(y), begin, end);
-    });
+  elementwise(x, [&]<class T>(T, int64_t begin, int64_t end) {
+    forward(in<T>(x), out<T>(y), begin, end);
   });
 }
+CPU_OP(gelu_forward, "Tensor x, Tensor(a!) y")
 
 void gelu_backward(Tensor dy, Tensor x, Tensor dx) {
   expect_like(x, {{"dy", dy}, {"dx", dx}});
-  for_dtype(x, [&]<class T>(T) {
-    parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      backward(in<T>(dy), in<T>(x), out<T>(dx), begin, end);
-    });
+  elementwise(x, [&]<class T>(T, int64_t begin, int64_t end) {
+    backward(in<T>(dy), in<T>(x), out<T>(dx), begin, end);
   });
 }
+CPU_OP(gelu_backward, "Tensor dy, Tensor x, Tensor(a!) dx")
 
 void gelu_double_backward(Tensor a, Tensor dy, Tensor x, Tensor cot_dy, Tensor cot_x) {
   expect_like(x, {{"a", a}, {"dy", dy}, {"cot_dy", cot_dy}, {"cot_x", cot_x}});
-  for_dtype(x, [&]<class T>(T) {
-    parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
-      double_backward(in<T>(a), in<T>(dy), in<T>(x), out<T>(cot_dy), out<T>(cot_x), begin, end);
-    });
+  elementwise(x, [&]<class T>(T, int64_t begin, int64_t end) {
+    double_backward(in<T>(a), in<T>(dy), in<T>(x), out<T>(cot_dy), out<T>(cot_x), begin, end);
   });
 }
+CPU_OP(gelu_double_backward, "Tensor a, Tensor dy, Tensor x, Tensor(a!) cot_dy, Tensor(b!) cot_x")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def("gelu_forward(Tensor x, Tensor(a!) y) -> ()");
-  m.def("gelu_backward(Tensor dy, Tensor x, Tensor(a!) dx) -> ()");
-  m.def(
-      "gelu_double_backward(Tensor a, Tensor dy, Tensor x, Tensor(a!) cot_dy, "
-      "Tensor(b!) cot_x) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) {
-  m.impl("gelu_forward", TORCH_BOX(&gelu_forward));
-  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
-  m.impl("gelu_double_backward", TORCH_BOX(&gelu_double_backward));
-}
-
 }  // namespace gdprompt

@@ -166,6 +166,9 @@ void norm_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, double ep
     });
   });
 }
+CPU_OP(norm_forward,
+       "Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) y, Tensor(b!)? mean, "
+       "Tensor(c!) rstd")
 
 void norm_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> mean, Tensor rstd,
                    Tensor dx, Tensor dweight, Tensor dbias) {
@@ -183,6 +186,9 @@ void norm_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> mea
     });
   });
 }
+CPU_OP(norm_backward,
+       "Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, Tensor(a!) dx, "
+       "Tensor(b!) dweight, Tensor(c!) dbias")
 
 void norm_double_backward(Tensor u, Tensor v, Tensor w, Tensor dy, Tensor x, Tensor weight,
                           std::optional<Tensor> mean, Tensor rstd, Tensor cot_dy, Tensor cot_x,
@@ -203,25 +209,9 @@ void norm_double_backward(Tensor u, Tensor v, Tensor w, Tensor dy, Tensor x, Ten
     });
   });
 }
+CPU_OP(norm_double_backward,
+       "Tensor u, Tensor v, Tensor w, Tensor dy, Tensor x, Tensor weight, Tensor? mean, "
+       "Tensor rstd, Tensor(a!) cot_dy, Tensor(b!) cot_x, Tensor(c!) cot_weight")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def(
-      "norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) y, "
-      "Tensor(b!)? mean, Tensor(c!) rstd) -> ()");
-  m.def(
-      "norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, "
-      "Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias) -> ()");
-  m.def(
-      "norm_double_backward(Tensor u, Tensor v, Tensor w, Tensor dy, Tensor x, Tensor weight, "
-      "Tensor? mean, Tensor rstd, Tensor(a!) cot_dy, Tensor(b!) cot_x, Tensor(c!) cot_weight) "
-      "-> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) {
-  m.impl("norm_forward", TORCH_BOX(&norm_forward));
-  m.impl("norm_backward", TORCH_BOX(&norm_backward));
-  m.impl("norm_double_backward", TORCH_BOX(&norm_double_backward));
-}
-
 }  // namespace gdprompt

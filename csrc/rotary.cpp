@@ -23,7 +23,7 @@ VECTORISED void rotate_heads(const T* x, int64_t x_head, const T* cos, const T* 
   }
 }
 
-void rotate(Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor y) {
+void rotary(Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor y) {
   const int64_t tables = cos.size(0) == 1 ? 1 : x.size(0);
   const int64_t rotated = std::min(cos.size(2), x.size(3));
   expect(x.scalar_type(), {tables, x.size(2), rotated}, {{"cos", cos}, {"sin", sin}});
@@ -41,12 +41,7 @@ void rotate(Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor y) {
     });
   });
 }
+CPU_OP(rotary, "Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor(a!) y")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool adjoint, Tensor(a!) y) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) { m.impl("rotary", TORCH_BOX(&rotate)); }
-
 }  // namespace gdprompt

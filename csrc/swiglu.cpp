@@ -54,48 +54,32 @@ VECTORISED void double_backward(const T* a, const T* b, const T* dy, const T* ga
 
 void swiglu_forward(Tensor gate, Tensor up, Tensor y) {
   expect_like(gate, {{"up", up}, {"y", y}});
-  for_dtype(gate, [&]<class T>(T) {
-    parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
-      forward(in<T>(gate), in<T>(up), out<T>(y), begin, end);
-    });
+  elementwise(gate, [&]<class T>(T, int64_t begin, int64_t end) {
+    forward(in<T>(gate), in<T>(up), out<T>(y), begin, end);
   });
 }
+CPU_OP(swiglu_forward, "Tensor gate, Tensor up, Tensor(a!) y")
 
 void swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
   expect_like(gate, {{"dy", dy}, {"up", up}, {"dgate", dgate}, {"dup", dup}});
-  for_dtype(gate, [&]<class T>(T) {
-    parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
-      backward(in<T>(dy), in<T>(gate), in<T>(up), out<T>(dgate), out<T>(dup), begin, end);
-    });
+  elementwise(gate, [&]<class T>(T, int64_t begin, int64_t end) {
+    backward(in<T>(dy), in<T>(gate), in<T>(up), out<T>(dgate), out<T>(dup), begin, end);
   });
 }
+CPU_OP(swiglu_backward, "Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup")
 
 void swiglu_double_backward(Tensor a, Tensor b, Tensor dy, Tensor gate, Tensor up, Tensor cot_dy,
                             Tensor cot_gate, Tensor cot_up) {
   expect_like(gate, {{"a", a}, {"b", b}, {"dy", dy}, {"up", up}});
   expect_like(gate, {{"cot_dy", cot_dy}, {"cot_gate", cot_gate}, {"cot_up", cot_up}});
-  for_dtype(gate, [&]<class T>(T) {
-    parallel(gate.numel(), 1, [&](int64_t begin, int64_t end) {
-      double_backward(in<T>(a), in<T>(b), in<T>(dy), in<T>(gate), in<T>(up), out<T>(cot_dy),
-                      out<T>(cot_gate), out<T>(cot_up), begin, end);
-    });
+  elementwise(gate, [&]<class T>(T, int64_t begin, int64_t end) {
+    double_backward(in<T>(a), in<T>(b), in<T>(dy), in<T>(gate), in<T>(up), out<T>(cot_dy),
+                    out<T>(cot_gate), out<T>(cot_up), begin, end);
   });
 }
+CPU_OP(swiglu_double_backward,
+       "Tensor a, Tensor b, Tensor dy, Tensor gate, Tensor up, Tensor(a!) cot_dy, "
+       "Tensor(b!) cot_gate, Tensor(c!) cot_up")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def("swiglu_forward(Tensor gate, Tensor up, Tensor(a!) y) -> ()");
-  m.def(
-      "swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
-  m.def(
-      "swiglu_double_backward(Tensor a, Tensor b, Tensor dy, Tensor gate, Tensor up, "
-      "Tensor(a!) cot_dy, Tensor(b!) cot_gate, Tensor(c!) cot_up) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) {
-  m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
-  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
-  m.impl("swiglu_double_backward", TORCH_BOX(&swiglu_double_backward));
-}
-
 }  // namespace gdprompt

@@ -116,6 +116,10 @@ void online_softmax(Tensor z, Tensor ids, int64_t first, Tensor top_before, Tens
     });
   });
 }
+CPU_OP(online_softmax,
+       "Tensor z, Tensor ids, int first, Tensor top_before, Tensor total_before, "
+       "Tensor picked_before, Tensor(a!) e, Tensor(b!) top, Tensor(c!) total, Tensor(d!) picked, "
+       "Tensor(e!) shrink")
 
 void online_kl(Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_before,
                Tensor gap_before, Tensor e, Tensor top, Tensor total, Tensor gap, Tensor shrink) {
@@ -141,6 +145,9 @@ void online_kl(Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_befor
     });
   });
 }
+CPU_OP(online_kl,
+       "Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_before, Tensor gap_before, "
+       "Tensor(a!) e, Tensor(b!) top, Tensor(c!) total, Tensor(d!) gap, Tensor(e!) shrink")
 
 void accumulate(Tensor sum, Tensor share, Tensor shrink) {
   expect(wide_dtype(sum), share.sizes(), {{"sum", sum}});
@@ -153,6 +160,7 @@ void accumulate(Tensor sum, Tensor share, Tensor shrink) {
     });
   });
 }
+CPU_OP(accumulate, "Tensor(a!) sum, Tensor share, Tensor shrink")
 
 void softmax_minus_one_hot(Tensor z, Tensor lse, Tensor ids, int64_t first, Tensor p) {
   expect(p.scalar_type(), z.sizes(), {{"p", p}});
@@ -170,6 +178,7 @@ void softmax_minus_one_hot(Tensor z, Tensor lse, Tensor ids, int64_t first, Tens
     });
   });
 }
+CPU_OP(softmax_minus_one_hot, "Tensor z, Tensor lse, Tensor ids, int first, Tensor(a!) p")
 
 void softmax_difference(Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_lse, Tensor f) {
   expect_like(z, {{"teacher_z", teacher_z}});
@@ -184,6 +193,8 @@ void softmax_difference(Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_l
     });
   });
 }
+CPU_OP(softmax_difference,
+       "Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_lse, Tensor(a!) f")
 
 // p ∘ (b̄ − center) + weight ∘ b with b = p − onehot(id)
 void logit_cotangent(Tensor b_bar, Tensor center, Tensor weight, Tensor b, Tensor ids,
@@ -206,35 +217,9 @@ void logit_cotangent(Tensor b_bar, Tensor center, Tensor weight, Tensor b, Tenso
     });
   });
 }
+CPU_OP(logit_cotangent,
+       "Tensor b_bar, Tensor center, Tensor weight, Tensor b, Tensor ids, int first, "
+       "Tensor(a!) z_bar")
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(gdprompt_fast, m) {
-  m.def(
-      "online_softmax(Tensor z, Tensor ids, int first, Tensor top_before, Tensor total_before, "
-      "Tensor picked_before, Tensor(a!) e, Tensor(b!) top, Tensor(c!) total, Tensor(d!) picked, "
-      "Tensor(e!) shrink) -> ()");
-  m.def(
-      "online_kl(Tensor z, Tensor teacher_z, Tensor top_before, Tensor total_before, "
-      "Tensor gap_before, Tensor(a!) e, Tensor(b!) top, Tensor(c!) total, Tensor(d!) gap, "
-      "Tensor(e!) shrink) -> ()");
-  m.def("accumulate(Tensor(a!) sum, Tensor share, Tensor shrink) -> ()");
-  m.def(
-      "softmax_minus_one_hot(Tensor z, Tensor lse, Tensor ids, int first, Tensor(a!) p) -> ()");
-  m.def(
-      "softmax_difference(Tensor z, Tensor lse, Tensor teacher_z, Tensor teacher_lse, "
-      "Tensor(a!) f) -> ()");
-  m.def(
-      "logit_cotangent(Tensor b_bar, Tensor center, Tensor weight, Tensor b, Tensor ids, "
-      "int first, Tensor(a!) z_bar) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(gdprompt_fast, CPU, m) {
-  m.impl("online_softmax", TORCH_BOX(&online_softmax));
-  m.impl("online_kl", TORCH_BOX(&online_kl));
-  m.impl("accumulate", TORCH_BOX(&accumulate));
-  m.impl("softmax_minus_one_hot", TORCH_BOX(&softmax_minus_one_hot));
-  m.impl("softmax_difference", TORCH_BOX(&softmax_difference));
-  m.impl("logit_cotangent", TORCH_BOX(&logit_cotangent));
-}
-
 }  // namespace gdprompt

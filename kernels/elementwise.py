@@ -20,6 +20,16 @@ def flat(n, BLOCK: tl.constexpr):
     return at, at < n
 
 
+@triton.jit
+def load(ptr, at, live):
+    return tl.load(ptr + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, at, live, value):
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=live)
+
+
 def launch(
     kernel: Any, outputs: int, *inputs: Tensor, like: Tensor, **constants: Any
 ) -> list[Tensor]:

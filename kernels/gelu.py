@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import flat, launch
+from .elementwise import flat, launch, load, store
 
 K = tl.constexpr(0.7978845608028654)  # √(2/π); the tanh form's u = K (x + C x³)
 C = tl.constexpr(0.044715)
@@ -50,9 +50,9 @@ def _gelu_forward_kernel(
 ):
     # y = x Φ(x)
     at, live = flat(n, BLOCK)
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    x = load(x_ptr, at, live)
     cdf, _ = _cdf(x, TANH)
-    tl.store(y_ptr + at, (x * cdf).to(y_ptr.dtype.element_ty), mask=live)
+    store(y_ptr, at, live, x * cdf)
 
 
 @triton.jit
@@ -66,10 +66,10 @@ def _gelu_backward_kernel(
 ):
     # dx = dy gelu'(x)
     at, live = flat(n, BLOCK)
-    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    dy = load(dy_ptr, at, live)
+    x = load(x_ptr, at, live)
     first, _ = _derivatives(x, TANH)
-    tl.store(dx_ptr + at, (dy * first).to(dx_ptr.dtype.element_ty), mask=live)
+    store(dx_ptr, at, live, dy * first)
 
 
 @triton.jit
@@ -85,12 +85,12 @@ def _gelu_double_backward_kernel(
 ):
     # cot dy = a gelu'(x);  cot x = a dy gelu''(x)
     at, live = flat(n, BLOCK)
-    a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    a = load(a_ptr, at, live)
+    dy = load(dy_ptr, at, live)
+    x = load(x_ptr, at, live)
     first, second = _derivatives(x, TANH)
-    tl.store(cot_dy_ptr + at, (a * first).to(cot_dy_ptr.dtype.element_ty), mask=live)
-    tl.store(cot_x_ptr + at, (a * dy * second).to(cot_x_ptr.dtype.element_ty), mask=live)
+    store(cot_dy_ptr, at, live, a * first)
+    store(cot_x_ptr, at, live, a * dy * second)
 
 
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .copy_engine import begins_aligned, describable
 from .linear_tiles import HOPPER, POINTERS, POINTERS_FP32, Tiles, choose_tiles
 
 SUM_BLOCK = 1024  # of _sum_parts_kernel
@@ -195,11 +196,7 @@ def _sum_parts_kernel(
 
 
 def updated_product(
-    x_GMI: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    match_GMS: Tensor,
-    factor_GSO: Tensor,
+    x_GMI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, match_GMS: Tensor, factor_GSO: Tensor
 ) -> Tensor:
     """y = x Wᵀ + b + match · E of every group, [G, M, O]."""
     tiles = choose_tiles(x_GMI, factor_GSO)
@@ -265,13 +262,9 @@ def fused_product(
 
 
 def _describable(operands: list[Tensor]) -> bool:
-    """Whether the bulk copy engine reads them: starts and rows at multiples of 16 bytes. The
-    matches are made so (``_descriptors``).
-    """
-    x, weight, _, factor = operands
-    size = x.element_size()
-    sizes = [t.data_ptr() for t in operands] + [t.stride(-2) * size for t in (x, weight, factor)]
-    return all(size % 16 == 0 for size in sizes)
+    """Whether the bulk copy engine reads them. The matches' rows are made so (``_descriptors``)."""
+    x, weight, match, factor = operands
+    return all(map(describable, (x, weight, factor))) and begins_aligned(match)
 
 
 def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list[Any]:

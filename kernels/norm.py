@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.norm import Kept, Options
 from .norm_kernels import (
     norm_backward_kernel,
     norm_double_backward_kernel,
@@ -69,12 +70,12 @@ def norm_forward(
 
 
 def add_norm_forward(
-    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+    x: Tensor, residual: Tensor, *options: *Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """h = x + residual, and y, μ and r of h."""
     x = x.contiguous()
     h = torch.empty_like(x)
-    return h, *_forward(x, residual.contiguous(), h, weight_BD, bias_BD, eps, center)
+    return h, *_forward(x, residual.contiguous(), h, *options)
 
 
 def _forward(
@@ -100,15 +101,10 @@ def _forward(
 
 
 def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    with_bias: bool = True,
-    dh: Tensor | None = None,
+    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    x, weight_BD, mean, rstd = kept
     dy, x, weight_BD = dy.contiguous(), x.contiguous(), _rows(weight_BD)
     dh = None if dh is None else dh.contiguous()
     dx = torch.empty_like(x)
@@ -125,16 +121,10 @@ def norm_backward(
 
 
 def norm_double_backward(
-    u: Tensor,
-    v_BD: Tensor,
-    w_BD: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+    u: Tensor, v_BD: Tensor, w_BD: Tensor | None, dy: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
+    x, weight_BD, mean, rstd = kept
     u, dy, x = u.contiguous(), dy.contiguous(), x.contiguous()
     v_BD, weight_BD, w_BD = _rows(v_BD), _rows(weight_BD), None if w_BD is None else _rows(w_BD)
     cot_dy, cot_x = torch.empty_like(x), torch.empty_like(x)

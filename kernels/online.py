@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.eager.vocabulary import Sums
 from .tiles import block_of, compile_case, elementwise, grid, rows_of
 
 WHOLE_ROW = 16384
@@ -160,41 +161,31 @@ def _accumulate_kernel(
 
 
 def online_softmax(
-    z_GNv: Tensor,
-    ids_GN: Tensor,
-    first: int,
-    top_GN: Tensor,
-    total_GN: Tensor,
-    picked_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+    z_GNv: Tensor, ids_GN: Tensor, first: int, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
     """e^(z − top), top, total, picked and shrink."""
     z = rows_of(z_GNv)
     e = torch.empty(z_GNv.shape, dtype=dtype, device=z.device)
     new = torch.empty(4, *ids_GN.shape, dtype=torch.float32, device=z.device)
-    statistics = (s.contiguous() for s in (ids_GN, top_GN, total_GN, picked_GN))
+    statistics = (s.contiguous() for s in (ids_GN, *sums))
     with torch.cuda.device_of(z):
         _online_softmax_kernel[(len(z),)](
             z, *statistics, e, new, *z.shape, z.stride(0), first, **_sweep(z.shape[1])
         )
-    return e, *new
+    top, total, picked, shrink = new
+    return e, top, total, picked, shrink
 
 
 def online_kl(
-    z_GNv: Tensor,
-    teacher_z_GNv: Tensor,
-    top_GR: Tensor,
-    total_GR: Tensor,
-    gap_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+    z_GNv: Tensor, teacher_z_GNv: Tensor, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
     """e^(z − top) of both, top, total, gap and shrink."""
     z, t = rows_of(z_GNv), rows_of(teacher_z_GNv)
     groups, rows, width = z_GNv.shape
     e = torch.empty(groups, 2 * rows, width, dtype=dtype, device=z.device)
-    new = torch.empty(3, *top_GR.shape, dtype=torch.float32, device=z.device)
+    new = torch.empty(3, groups, 2 * rows, dtype=torch.float32, device=z.device)
     gap = torch.empty(groups, rows, dtype=torch.float32, device=z.device)
-    statistics = (s.contiguous() for s in (top_GR, total_GR, gap_GN))
+    statistics = (s.contiguous() for s in sums)
     with torch.cuda.device_of(z):
         _online_kl_kernel[(len(z),)](
             z,

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import flat, launch
+from .elementwise import flat, launch, load, store
+
+
+@triton.jit
+def _silu(gate):
+    # σ(gate), silu and silu'
+    s = 1.0 / (1.0 + tl.exp(-gate))
+    value = gate * s
+    return s, value, s + value * (1.0 - s)
 
 
 @triton.jit
@@ -19,10 +27,10 @@ def _swiglu_forward_kernel(
 ):
     # y = gate σ(gate) up
     at, live = flat(n, BLOCK)
-    gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
+    gate = load(gate_ptr, at, live)
+    up = load(up_ptr, at, live)
     y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
+    store(y_ptr, at, live, y)
 
 
 @triton.jit
@@ -37,14 +45,12 @@ def _swiglu_backward_kernel(
 ):
     # dgate = dy up silu'(gate);  dup = dy silu(gate)
     at, live = flat(n, BLOCK)
-    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-gate))
-    value = gate * s
-    first = s + value * (1.0 - s)
-    tl.store(dgate_ptr + at, (dy * up * first).to(dgate_ptr.dtype.element_ty), mask=live)
-    tl.store(dup_ptr + at, (dy * value).to(dup_ptr.dtype.element_ty), mask=live)
+    dy = load(dy_ptr, at, live)
+    gate = load(gate_ptr, at, live)
+    up = load(up_ptr, at, live)
+    _, value, first = _silu(gate)
+    store(dgate_ptr, at, live, dy * up * first)
+    store(dup_ptr, at, live, dy * value)
 
 
 @triton.jit
@@ -62,21 +68,19 @@ def _swiglu_double_backward_kernel(
 ):
     # cot dy = a up silu' + b silu;  cot gate = dy (a up silu'' + b silu');  cot up = a dy silu'
     at, live = flat(n, BLOCK)
-    a = tl.load(a_ptr + at, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=live, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-gate))
-    value = gate * s
-    first = s + value * (1.0 - s)
+    a = load(a_ptr, at, live)
+    b = load(b_ptr, at, live)
+    dy = load(dy_ptr, at, live)
+    gate = load(gate_ptr, at, live)
+    up = load(up_ptr, at, live)
+    s, value, first = _silu(gate)
     second = s * (1.0 - s) * (2.0 + gate * (1.0 - 2.0 * s))
     cot_dy = a * up * first + b * value
     cot_gate = dy * (a * up * second + b * first)
     cot_up = a * dy * first
-    tl.store(cot_dy_ptr + at, cot_dy.to(cot_dy_ptr.dtype.element_ty), mask=live)
-    tl.store(cot_gate_ptr + at, cot_gate.to(cot_gate_ptr.dtype.element_ty), mask=live)
-    tl.store(cot_up_ptr + at, cot_up.to(cot_up_ptr.dtype.element_ty), mask=live)
+    store(cot_dy_ptr, at, live, cot_dy)
+    store(cot_gate_ptr, at, live, cot_gate)
+    store(cot_up_ptr, at, live, cot_up)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:

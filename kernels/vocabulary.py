@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.eager.vocabulary import CotangentRows, Into
 from .online import accumulate_, online_kl, online_softmax
 from .tiles import block_of, compile_case, elementwise, grid, rows_of
 
@@ -107,16 +108,11 @@ def _logit_cotangent_kernel(
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, ids_GN: Tensor, columns: int | Tensor
 ) -> Tensor:
-    """e^(z − lse) − onehot(id), in ``out`` if given."""
+    """e^(z − lse) − onehot(id)."""
     z = rows_of(z_GNv)
-    b = torch.empty(z_GNv.shape, dtype=dtype, device=z.device) if out is None else out
+    b = _room(into, z_GNv)
     ids, (first, columns_ptr) = ids_GN.contiguous(), _columns(columns)
     with torch.cuda.device_of(z):
         _softmax_minus_one_hot_kernel[grid(b)](
@@ -134,16 +130,11 @@ def softmax_minus_one_hot(
 
 
 def softmax_difference(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    teacher_z_GNv: Tensor,
-    teacher_lse_GN: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, teacher_z_GNv: Tensor, teacher_lse_GN: Tensor
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
+    """e^(z − lse) − e^(teacher z − teacher lse)."""
     z, t = rows_of(z_GNv), rows_of(teacher_z_GNv)
-    f = torch.empty(z_GNv.shape, dtype=dtype, device=z.device) if out is None else out
+    f = _room(into, z_GNv)
     lse, t_lse = lse_GN.contiguous(), teacher_lse_GN.contiguous()
     with torch.cuda.device_of(z):
         width = f.shape[2]
@@ -153,24 +144,17 @@ def softmax_difference(
     return f
 
 
-def logit_cotangent(
-    b_bar_GNv: Tensor,
-    center_GN: Tensor,
-    weight_GN: Tensor,
-    b_GNv: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
+def logit_cotangent(b_bar_GNv: Tensor, b_GNv: Tensor, into: Into, *rows: *CotangentRows) -> Tensor:
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id)."""
+    center_GN, weight_GN, ids_GN, columns = rows
     b_bar, b = rows_of(b_bar_GNv), b_GNv.contiguous()
-    z_cot = torch.empty_like(b) if out is None else out
+    z_cot = _room(into, b)
     first, columns_ptr = _columns(columns)
-    rows = (t.contiguous() for t in (center_GN, weight_GN))
+    statistics = (t.contiguous() for t in (center_GN, weight_GN))
     with torch.cuda.device_of(b):
         _logit_cotangent_kernel[grid(b)](
             b_bar,
-            *rows,
+            *statistics,
             b,
             ids_GN.contiguous(),
             columns_ptr,
@@ -181,6 +165,12 @@ def logit_cotangent(
             **elementwise(b.shape[2]),
         )
     return z_cot
+
+
+def _room(into: Into, like: Tensor) -> Tensor:
+    if isinstance(into, Tensor):
+        return into
+    return torch.empty(like.shape, dtype=into, device=like.device)
 
 
 def _columns(columns: int | Tensor) -> tuple[int, Tensor | None]:

@@ -46,6 +46,14 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MUST_BE_CLEAN = "sm_90"
+# Bytes that a kernel may spill: these tiles were the fastest of all on an H200, some without a
+# spill among the others, with the bytes that Triton 3.6 and 3.9 spill there.
+MAY_SPILL = {
+    "attention_double_backward_query_kernel D=64, 64x32": 44,
+    "attention_double_backward_query_kernel D=64, bounded, 64x32": 76,
+    "attention_double_backward_key_kernel D=64, 64x64": 64,
+    "attention_double_backward_key_kernel D=64, bounded, 64x64": 88,
+}
 MATRIX_INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"(?<!\w)mma\.sync",
@@ -155,7 +163,7 @@ def problem(row: dict[str, Any]) -> str | None:
         return f"fails to compile: {row['error']}"
     if row["registers"] < 8:  # Triton does this when tensor memory overflows, without an error
         return "compiles to next to nothing"
-    if row["spill_bytes"]:
+    if row["spill_bytes"] > MAY_SPILL.get(row["kernel"], 0):
         return f"spills {row['spill_bytes']} bytes"
     if row["shared_bytes"] > SHARED_LIMIT[row["target"]]:
         return f"needs {row['shared_bytes']} of {SHARED_LIMIT[row['target']]} bytes shared memory"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gdprompt_fast.testing.gates import Verdict, judge, tensors_in, widened
 from gdprompt_fast.testing.op_inputs import PASS_NAMES, PASSES, Shape, drawer, flops
 
 from ..harness.bench import Bench
-from ..harness.jobs import Job, job
+from ..harness.jobs import Gate, Job, job
 from ..harness.rows import Row
 from ..harness.timing import measure_pass
 from .composites import COMPOSITES
@@ -121,52 +121,62 @@ def time_pass(bench: Bench, op: str, pass_: str, shape: Shape, provider: str) ->
 
 
 def ceiling_of(op: str) -> str:
-    return "matrix" if op in ("linear", "attention") else "copy"
+    return "matrix" if op in ("linear", "attention", *COMPOSITES) else "copy"
+
+
+def _gate_jobs(
+    run: Callable[..., Row], bench: Bench, op: str, shapes: dict[str, Shape], passes: Iterable[str]
+) -> Iterator[Job]:
+    for (name, shape), dtype, pass_ in itertools.product(shapes.items(), DTYPES, passes):
+        yield job(
+            functools.partial(run, bench, op, pass_, shape, dtype),
+            section="kernel",
+            kind="gate",
+            op=op,
+            pass_=pass_,
+            provider="triton",
+            case=name,
+            shapes=shape,
+            dtype=dtype_name(dtype),
+        )
+
+
+def _time_jobs(
+    run: Callable[..., Row], bench: Bench, op: str, passes: Iterable[str], kernels: Iterable[Gate]
+) -> Iterator[Job]:
+    """Ours, made of these kernels, are timed if those passed too."""
+    for (name, shape), pass_, provider in itertools.product(
+        timed_shapes(op, bench.tiny).items(), passes, ("triton", "eager")
+    ):
+        if (op, provider) == ("attention", "eager") and name not in PLAIN_ATTENTION:
+            continue
+        yield job(
+            functools.partial(run, bench, op, pass_, shape, provider),
+            WORKER,
+            [(op, pass_), *kernels] if provider == "triton" else [],
+            section="kernel",
+            kind="time",
+            op=op,
+            pass_=pass_,
+            provider=provider,
+            case=name,
+            shapes=shape,
+            dtype="bfloat16",
+            ceiling=ceiling_of(op),
+        )
 
 
 def _pass_gates(bench: Bench) -> Iterator[Job]:
     """Attention first: it takes the longest to compile."""
     for op in sorted(backend.KERNELS, key=lambda name: name != "attention"):
         shapes = {**timed_shapes(op, bench.tiny), **odd_shapes(op, bench.tiny)}
-        for (name, shape), dtype, pass_ in itertools.product(
-            shapes.items(), DTYPES, PASS_NAMES[op]
-        ):
-            yield job(
-                functools.partial(gate_pass, bench, op, pass_, shape, dtype),
-                section="kernel",
-                kind="gate",
-                op=op,
-                pass_=pass_,
-                provider="triton",
-                case=name,
-                shapes=shape,
-                dtype=dtype_name(dtype),
-            )
+        yield from _gate_jobs(gate_pass, bench, op, shapes, PASS_NAMES[op])
 
 
 def _pass_times(bench: Bench) -> Iterator[Job]:
     for op in PASSES:
-        if op not in backend.KERNELS:
-            continue
-        for (name, shape), pass_, provider in itertools.product(
-            timed_shapes(op, bench.tiny).items(), PASS_NAMES[op], ("triton", "eager")
-        ):
-            if (op, provider) == ("attention", "eager") and name not in PLAIN_ATTENTION:
-                continue
-            yield job(
-                functools.partial(time_pass, bench, op, pass_, shape, provider),
-                WORKER,
-                [(op, pass_)] if provider == "triton" else [],
-                section="kernel",
-                kind="time",
-                op=op,
-                pass_=pass_,
-                provider=provider,
-                case=name,
-                shapes=shape,
-                dtype="bfloat16",
-                ceiling=ceiling_of(op),
-            )
+        if op in backend.KERNELS:
+            yield from _time_jobs(time_pass, bench, op, PASS_NAMES[op], ())
 
 
 # Matrix products with kernels between them
@@ -191,42 +201,14 @@ def time_composite(bench: Bench, op: str, pass_: str, shape: Shape, provider: st
 
 def _composite_gates(bench: Bench) -> Iterator[Job]:
     for op, composite in COMPOSITES.items():
-        for (name, shape), dtype, pass_ in itertools.product(
-            odd_shapes(op, bench.tiny).items(), DTYPES, composite.names
-        ):
-            yield job(
-                functools.partial(gate_composite, bench, op, pass_, shape, dtype),
-                section="kernel",
-                kind="gate",
-                op=op,
-                pass_=pass_,
-                provider="triton",
-                case=name,
-                shapes=shape,
-                dtype=dtype_name(dtype),
-            )
+        shapes = odd_shapes(op, bench.tiny)
+        yield from _gate_jobs(gate_composite, bench, op, shapes, composite.names)
 
 
 def _composite_times(bench: Bench) -> Iterator[Job]:
     for op, composite in COMPOSITES.items():
         kernels = [(composite.kernels, name) for name in PASS_NAMES[composite.kernels]]
-        for (name, shape), pass_, provider in itertools.product(
-            timed_shapes(op, bench.tiny).items(), composite.names, ("triton", "eager")
-        ):
-            yield job(
-                functools.partial(time_composite, bench, op, pass_, shape, provider),
-                WORKER,
-                [(op, pass_), *kernels] if provider == "triton" else [],
-                section="kernel",
-                kind="time",
-                op=op,
-                pass_=pass_,
-                provider=provider,
-                case=name,
-                shapes=shape,
-                dtype="bfloat16",
-                ceiling="matrix",
-            )
+        yield from _time_jobs(time_composite, bench, op, composite.names, kernels)
 
 
 def kernel_gates(bench: Bench) -> Iterator[Job]:

@@ -27,7 +27,7 @@ from .cases import CASES, LLAMA_8B, Case, llama, random_batch, random_model, sel
 from .flops import step_flops
 from .graphs import as_graph, causal_attention
 
-MICRO_GROUPS = 4
+MICRO_GROUPS = 2
 
 ONE_B = CASES["llama-1b"]
 SHAPES = {

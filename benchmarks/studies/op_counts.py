@@ -34,6 +34,8 @@ from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.site import StepState
 
+from ..step.cases import LLAMA_1B, llama
+
 NO_KERNELS = (  # allocations and questions
     "empty",
     "new_empty",
@@ -42,23 +44,6 @@ NO_KERNELS = (  # allocations and questions
     "new_empty_strided",
     "promote_types",
     "device",
-)
-LLAMA_1B = dict(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128256,
-    tie_word_embeddings=True,
-)
-SMALL = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=100,
 )
 
 
@@ -103,7 +88,7 @@ def stubbed_launches(counts: Counter[str]) -> Iterator[None]:
 
 
 def step_counts(
-    config: dict[str, Any],
+    config: LlamaConfig,
     *,
     groups: int,
     tokens: tuple[int, int],
@@ -122,12 +107,12 @@ def step_counts(
             # as on a GPU
             stack.enter_context(patch.object(block, "TILE_ELEMENTS", block.CUDA_TILE_ELEMENTS))
             stack.enter_context(patch.object(gradient, "sums_wide", lambda _: True))
-        model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+        model = LlamaForCausalLM(config).eval()
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         ids = [torch.zeros(groups, length, dtype=torch.long) for length in tokens]
         weight = torch.ones(groups, tokens[0])
-        teacher = torch.zeros(groups, response, config["hidden_size"], dtype=dtype)
+        teacher = torch.zeros(groups, response, config.hidden_size, dtype=dtype)
         eta = torch.full((groups,), 0.1)
         stack.enter_context(use_backend(backend))
         stack.enter_context(stubbed_launches(counts.counts))
@@ -151,8 +136,7 @@ def block_counts(backend: str = "cpp", dtype: torch.dtype | None = None) -> Coun
     """Kernels that one more transformer block adds to a step, in fp32 by default."""
     shapes: dict[str, Any] = dict(groups=3, tokens=(12, 6), response=2, backend=backend)
     fewer, more = (
-        step_counts(SMALL | dict(num_hidden_layers=layers), dtype=dtype, **shapes)
-        for layers in (2, 3)
+        step_counts(llama(64, layers, 4, 2, 96, 100), dtype=dtype, **shapes) for layers in (2, 3)
     )
     return more - fewer
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..batch import MetaBatch, describe
 from ..errors import UserError
-from ..meta.config import MetaStepOutput, check_step
+from ..meta.config import MetaStepOutput, check_step, named
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..models.architecture import compute_dtype
@@ -32,6 +32,10 @@ from .precision import bf16_precision
 from .report import CANNOT_TELL, EXACT, NOT_EXACT, ExactnessReport, Finding
 from .weights import copied, left_as_it_was
 
+OPTIONS = (
+    *("inner_lr", "inner_steps", "inner_params", "objective", "teacher", "outer_reduction"),
+    *("lm_weight", "lm_batch", "backend", "recompute"),
+)
 POWER = 10.0  # the second-order term must be so many times the difference allowed
 LOOK = (
     "Do not train with this: look for what the engine does not see, a hook on or a wrapper around "
@@ -41,12 +45,7 @@ UNCERTAIN = 0.05  # of the slope along the meta-gradient: with more allowed, not
 
 
 def check_exactness(
-    model: nn.Module,
-    batch: MetaBatch,
-    *,
-    teacher: TeacherTargets | None = None,
-    lm_batch: LMBatch | tuple[Tensor, Tensor] | None = None,
-    **options: Any,
+    model: nn.Module, batch: MetaBatch, *given: Any, **options: Any
 ) -> ExactnessReport:
     """Whether :func:`gdprompt_fast.fast_meta_step` gives this very model's exact meta-gradient.
 
@@ -69,13 +68,17 @@ def check_exactness(
     example or a few. The model is left as it was, to the bit, also after an exception.
 
     Args:
-        model, batch, teacher, lm_batch: as in :func:`gdprompt_fast.fast_meta_step`.
-        options: the fields of a :class:`gdprompt_fast.MetaStepConfig`, with numbers for rates.
+        model, batch: as in :func:`gdprompt_fast.fast_meta_step`.
+        given, options: as there too, by position or name, with numbers for rates; but ``verify``,
+            ``first_order``, ``micro_groups`` and the counts.
 
     Raises:
         ValueError: what ``fast_meta_step`` raises for these arguments.
         FloatingPointError: if a loss is not finite.
     """
+    options = named(OPTIONS, given, options)
+    teacher: TeacherTargets | None = options.pop("teacher", None)
+    lm_batch = options.pop("lm_batch", None)
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
     step = StepArguments(batch=batch, teacher=teacher, lm_batch=rows, **options)
     ran = check_step(model, batch, step.config, teacher, rows)

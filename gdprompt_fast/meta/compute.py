@@ -74,7 +74,7 @@ class MetaStep:
     @property
     def kind(self) -> Any:
         """What is the same in all steps that a graph stands for, beside the model."""
-        config = replace(self.config, inner_lr=0.0, lm_weight=0.0)
+        config = replace(self.config, inner_lr=0.0, lm_weight=0.0, inner_params="full")
         return config, self.has_lm, tuple(self.inner), self.backend, self.dtype
 
     @property

@@ -86,6 +86,24 @@ class MetaStepConfig:
         one_of("capture", self.capture, ("auto", "never"))
 
 
+# The order in which a step takes its options, those of its data among them.
+OPTIONS = (
+    *("inner_lr", "inner_steps", "inner_params", "objective", "teacher", "outer_reduction"),
+    *("lm_weight", "lm_batch", "first_order", "backend", "recompute", "verify", "micro_groups"),
+)
+
+
+def named(
+    order: tuple[str, ...], given: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Options by name, of which the first may be ``given`` by position."""
+    positional = dict(zip(order, given, strict=False))
+    twice = sorted(positional.keys() & options.keys())
+    if twice or len(given) > len(order):
+        raise TypeError(f"expected every option once, got {twice or given[len(order) :]} again")
+    return {**positional, **options}
+
+
 @dataclass(frozen=True)
 class MetaStepOutput:
     """Detached scalars of one meta step, on the model's device: reading one waits for it.

@@ -142,7 +142,7 @@ def fast_meta_step(
         why, graphs = why_eager(model, config, device), None
         if not why:
             graphs = graphs_of(model, device, (now, surroundings(model, device), step.kind))
-    if config.verify == "first":
+    if config.verify == "first" and batch.layout.real.contexts:
         texts = batch.context_ids, batch.context_mask
         verify_model(model, *texts, inner, ran, config.recompute, now)
     micro_groups, ladder = config.micro_groups, graphs is not None

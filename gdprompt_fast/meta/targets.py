@@ -93,7 +93,8 @@ class TeacherTargets:
     @property
     def key(self) -> Any:
         """Equal where the same work is to be done: the head stays where it is."""
-        head = None if self.head is None else (self.head.data_ptr(), self.head.dtype)
+        own = self.head
+        head = None if own is None else (own.data_ptr(), own.dtype, tuple(own.shape))
         return tuple(self._per_token.shape), self._per_token.dtype, self.logits is None, head
 
     @property

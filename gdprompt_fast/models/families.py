@@ -27,6 +27,8 @@ class Family:
         gated_mlp: the class of down_proj(act_fn(gate_proj(x)) * up_proj(x)), whose forward and
             activation are replaced; None if the MLP runs as it is.
         rms_norm: the class of its RMSNorms; None where it has torch's LayerNorm.
+        decoder_layer: the class of h = x + self_attn(input_layernorm(x)), h +
+            mlp(post_attention_layernorm(h)), whose forward is replaced; None if it runs as it is.
         learned_positions: rows can be no longer than ``max_position_embeddings``.
     """
 
@@ -38,6 +40,7 @@ class Family:
     functions: tuple[str, ...] = ("apply_rotary_pos_emb", "rotate_half")
     gated_mlp: str | None = None
     rms_norm: str | None = None
+    decoder_layer: str | None = None
     learned_positions: bool = False
 
     def named(self, name: str) -> str:
@@ -52,6 +55,7 @@ FAMILIES = (
         attention="LlamaAttention",
         gated_mlp="LlamaMLP",
         rms_norm="LlamaRMSNorm",
+        decoder_layer="LlamaDecoderLayer",
     ),
     Family(
         "mistral.modeling_mistral",
@@ -59,6 +63,7 @@ FAMILIES = (
         attention="MistralAttention",
         gated_mlp="MistralMLP",
         rms_norm="MistralRMSNorm",
+        decoder_layer="MistralDecoderLayer",
     ),
     Family(
         "qwen2.modeling_qwen2",
@@ -66,6 +71,7 @@ FAMILIES = (
         attention="Qwen2Attention",
         gated_mlp="Qwen2MLP",
         rms_norm="Qwen2RMSNorm",
+        decoder_layer="Qwen2DecoderLayer",
     ),
     Family(
         "qwen3.modeling_qwen3",
@@ -74,6 +80,7 @@ FAMILIES = (
         head_norms=True,
         gated_mlp="Qwen3MLP",
         rms_norm="Qwen3RMSNorm",
+        decoder_layer="Qwen3DecoderLayer",
     ),
     Family(
         "gpt_neox.modeling_gpt_neox",

@@ -12,6 +12,13 @@ from torch.autograd import Function
 from .backend import implementation
 from .guard import differentiable_no_further
 
+# The first key that each query sees and the last query that sees each key, int32 [B, T]; None where
+# that is all before or after it.
+Visible = tuple[Tensor, Tensor] | None
+# q, k, v, O [B, T, H, D], the log-sum-exp of each query's scores, [B, H, T] in fp32 or fp64, the
+# scale and the keys visible: what a forward leaves for the backward passes of each backend.
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, Visible]
+
 
 def attention(
     q: Tensor,
@@ -42,13 +49,8 @@ def attention(
     return _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
 
 
-def visible_keys(
-    q: Tensor, window: int | None = None, segment_BT: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """The first key that each query sees and the last query that sees each key, int32 [B, T].
-
-    A query sees the keys from its first one to itself. None where that is all before it.
-    """
+def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None = None) -> Visible:
+    """Which keys the queries see: each from its first one to itself."""
     batch, _, tokens, _ = q.shape
     if segment_BT is None and (window is None or window >= tokens):
         return None
@@ -68,12 +70,7 @@ def visible_keys(
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        visible: tuple[Tensor, Tensor] | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
     ) -> Tensor:
         ctx.options = scale, visible
         out, lse = implementation("attention", q).attention_forward(q, k, v, *ctx.options)
@@ -92,21 +89,11 @@ class _AttentionBackward(Function):
     # P = exp(scale Q Kᵀ − lse);  dP = dO Vᵀ;  δ = rowsum(dO ∘ O);  dS = P ∘ (dP − δ)
     # dQ = scale dS K;  dK = scale dSᵀ Q;  dV = Pᵀ dO
     @staticmethod
-    def forward(
-        ctx: Any,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scale: float,
-        visible: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        saved = dout, q, k, v, out, lse
-        ctx.save_for_backward(*saved)
+    def forward(ctx: Any, dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, scale, visible = kept
+        ctx.save_for_backward(dout, *tensors)
         ctx.options = scale, visible
-        return implementation("attention", q).attention_backward(*saved, *ctx.options)
+        return implementation("attention", dout).attention_backward(dout, *kept)
 
     @staticmethod
     def backward(ctx: Any, cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor) -> Any:

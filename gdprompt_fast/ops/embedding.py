@@ -122,12 +122,7 @@ def inner_embedding(
 class _InnerEmbedding(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        handle: Tensor,
-        ids: Tensor,
-        table: InnerEmbedding,
-        rows: GroupedRows,
-        level: int,
+        ctx: Any, handle: Tensor, ids: Tensor, table: InnerEmbedding, rows: GroupedRows, level: int
     ) -> Tensor:
         ctx.save_for_backward(handle, ids)
         ctx.use = table, rows, level
@@ -153,10 +148,9 @@ class _InnerEmbeddingBackward(Function):
         e: Tensor,
         handle: Tensor,
         ids: Tensor,
-        table: InnerEmbedding,
-        rows: GroupedRows,
-        level: int,
+        *use: *tuple[InnerEmbedding, GroupedRows, int],
     ) -> Tensor:
+        table, rows, level = use
         ctx.table, ctx.rows, ctx.ids = table, rows, ids
         ctx.factor = table.record(ids, table.without_padding(e, ids), rows, level)
         ctx.set_materialize_grads(False)

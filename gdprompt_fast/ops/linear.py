@@ -34,6 +34,12 @@ from .rate import Rate
 Matches = list[Tensor | None]  # of every factor; None where another product was cheaper
 
 
+def forms_update(tokens: int, context: int, inputs: int, outputs: int) -> bool:
+    """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""
+    through_tokens = tokens * context * (inputs + outputs)
+    return through_tokens > (tokens + context) * inputs * outputs
+
+
 class Use(NamedTuple):
     """A use of W' at U with cotangents F of its outputs, and what its own passes have made of
     them with a factor (X, E).
@@ -43,7 +49,8 @@ class Use(NamedTuple):
     f_GMO: Tensor
     bias: bool  # whether it included the bias
     match_GMS: Tensor | None  # −η (U Xᵀ + 1)
-    cot_match_GMS: Tensor | None  # −η F Eᵀ
+    cot_match_GMS: Tensor | None  # −η F Eᵀ, summed over the layers that read U
+    brings_x: bool = True  # X̄ is to be had from this use, not from one of another layer
 
 
 class Factor:
@@ -119,23 +126,6 @@ class InnerLinear:
             matches[:] = made
         return rows.tokens_from_groups(y_GMO, tuple(x.shape[1:-1]))
 
-    def transposed_product(
-        self, e_GMO: Tensor, level: int, total_GMI: Tensor | None = None
-    ) -> tuple[Tensor, Matches]:
-        """x̄ = e W − η Σ_k (e E_kᵀ) X_k, added to ``total_GMI`` in place if there is one; and the
-        −η e E_kᵀ.
-        """
-        factors = [(f.e_GSO, f.x_GSI) for f in self.factors[:level]] if self.inner_weight else []
-        if total_GMI is None and factors:
-            return self._updated_product(e_GMO, self.weight_OI.T, None, factors, False, [])
-        if total_GMI is None:
-            return e_GMO @ self.weight_OI, []
-        total_GMI.flatten(0, 1).addmm_(e_GMO.flatten(0, 1), self.weight_OI)
-        matches = [self._scaled_match(e_GMO, *factor, ones=False) for factor in factors]
-        for factor, match in zip(factors, matches, strict=True):
-            self._add_update(total_GMI, e_GMO, *factor, False, match)
-        return total_GMI, matches
-
     def record(self, x_GSI: Tensor, e_GSO: Tensor, level: int) -> Factor:
         """Keeps the inner gradient at ``level``; it makes the weights of the next one."""
         moves = self.inner_weight or self.inner_bias
@@ -154,11 +144,15 @@ class InnerLinear:
         f_GMO: Tensor,
         level: int,
         matches: Matches,
-        cot_matches: Matches,
+        cot_matches: Matches | None,
         double_backward: bool = False,
     ) -> None:
         """Adds Fᵀ U to the cotangent of the weight at ``level``; and F's sum to that of the bias,
         which a double backward does not meet.
+
+        Args:
+            matches, cot_matches: the −η (U X_kᵀ + 1) and −η F E_kᵀ as far as they are formed;
+                ``cot_matches`` is None if another layer's use has them summed over both.
         """
         if self.rate.gradient is not None:
             for factor in self.factors[:level]:
@@ -170,8 +164,10 @@ class InnerLinear:
         if self.phase.recomputing:
             matches, cot_matches = [], []
         if factors:
-            for factor, match, cot_match in zip_longest(factors, matches, cot_matches):
-                factor.uses.append(Use(u_GMI, f_GMO, not double_backward, match, cot_match))
+            brings_x = cot_matches is not None
+            for factor, match, cot_match in zip_longest(factors, matches, cot_matches or []):
+                use = Use(u_GMI, f_GMO, not double_backward, match, cot_match, brings_x)
+                factor.uses.append(use)
         f_NO = f_GMO.flatten(0, 1)
         if self.weight_gradient is not None:
             # A use of θ' is kept for its factors anyway: it waits for the double backward there.
@@ -189,7 +185,7 @@ class InnerLinear:
         for use in factor.uses:
             u, f, ones = use.u_GMI, use.f_GMO, self.inner_bias and use.bias
             e_cot = self._add_transposed(e_cot, use.match_GMS, factor.x_GSI, u, f, ones)
-            if self.inner_weight:
+            if self.inner_weight and use.brings_x:
                 x_cot = self._add_transposed(x_cot, use.cot_match_GMS, factor.e_GSO, f, u, False)
         factor.uses.clear()
         return x_cot, e_cot
@@ -206,12 +202,12 @@ class InnerLinear:
         """total − η (Key xᵀ + ones) Value, in place if there is a total; with −η (x Keyᵀ + ones) if
         it is there already.
         """
-        if match_GMS is None and not self._forms_update(key_GSI, x_GMI, value_GMO):
+        if match_GMS is None and not self._forms_update(x_GMI, key_GSI, value_GMO.shape[2]):
             match_GMS = self.rate.scale_(self._match(x_GMI, key_GSI, ones))
         if match_GMS is None:
             if total is None:
                 total = value_GMO.new_zeros(*key_GSI.shape[:2], value_GMO.shape[2])
-            self._add_update(total, key_GSI, x_GMI, value_GMO, ones, None)
+            self.add_update(total, key_GSI, x_GMI, value_GMO, ones, None)
             return total
         transposed_GSM = match_GMS.transpose(1, 2)
         return (
@@ -254,10 +250,10 @@ class InnerLinear:
                 1,
             )
         for factor, match in zip(factors[first:], matches[first:], strict=True):
-            self._add_update(y_GMO, x_GMI, *factor, ones, match)
+            self.add_update(y_GMO, x_GMI, *factor, ones, match)
         return y_GMO, matches
 
-    def _add_update(
+    def add_update(
         self,
         y_GMO: Tensor,
         x_GMI: Tensor,
@@ -280,16 +276,13 @@ class InnerLinear:
         self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor, ones: bool
     ) -> Tensor | None:
         """−η (x Keyᵀ + ones); None if Keyᵀ Value takes fewer products."""
-        if self._forms_update(x_GMI, key_GSI, value_GSO):
+        if self._forms_update(x_GMI, key_GSI, value_GSO.shape[2]):
             return None
         return self.rate.scale_(self._match(x_GMI, key_GSI, ones))
 
-    def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, value_GSO: Tensor) -> bool:
-        """Whether x (Keyᵀ Value) takes fewer products than (x Keyᵀ) Value."""
+    def _forms_update(self, x_GMI: Tensor, key_GSI: Tensor, outputs: int) -> bool:
         tokens, inputs = x_GMI.shape[1:]
-        context, outputs = value_GSO.shape[1:]
-        through_tokens = tokens * context * (inputs + outputs)
-        return self.inner_weight and through_tokens > (tokens + context) * inputs * outputs
+        return self.inner_weight and forms_update(tokens, key_GSI.shape[1], inputs, outputs)
 
     def _match(self, x_GMI: Tensor, key_GSI: Tensor, ones: bool) -> Tensor:
         """x Keyᵀ + ones, as far as the inner step moves the weight and the bias; [G, M, S]."""

@@ -10,6 +10,11 @@ from torch.autograd import Function
 from .backend import implementation
 from .guard import differentiable_no_further
 
+# γ, β, ε and whether the mean is taken off: of the forward passes of each backend.
+Options = tuple[Tensor, Tensor | None, float, bool]
+# What they leave for the backward passes: x (h, after a sum), γ, μ and r.
+Kept = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
 
 def norm(
     x: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, *, eps: float, center: bool
@@ -69,23 +74,15 @@ class _Norm(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dx, dweight, dbias = _NormBackward.apply(dy, *ctx.saved_tensors, ctx.with_bias, None)
+        dx, dweight, dbias = _NormBackward.apply(dy, None, ctx.with_bias, *ctx.saved_tensors)
         return dx, dweight, dbias, None, None
 
 
 class _AddNorm(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        center: bool,
-    ) -> tuple[Tensor, Tensor]:
-        passes = implementation("norm", x)
-        h, y, mean, rstd = passes.add_norm_forward(x, residual, weight, bias, eps, center)
+    def forward(ctx: Any, x: Tensor, residual: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
+        weight, bias, *_ = options
+        h, y, mean, rstd = implementation("norm", x).add_norm_forward(x, residual, *options)
         ctx.save_for_backward(h, weight, mean, rstd)
         ctx.with_bias = bias is not None
         ctx.set_materialize_grads(False)
@@ -95,7 +92,7 @@ class _AddNorm(Function):
     def backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> Any:
         if dy is None:
             return dh, dh, None, None, None, None
-        dx, dweight, dbias = _NormBackward.apply(dy, *ctx.saved_tensors, ctx.with_bias, dh)
+        dx, dweight, dbias = _NormBackward.apply(dy, dh, ctx.with_bias, *ctx.saved_tensors)
         return dx, dx, dweight, dbias, None, None
 
 
@@ -103,18 +100,11 @@ class _NormBackward(Function):
     # dx = r (g − x̂ mean(g ∘ x̂) − mean(g)) + dh, g = dy ∘ γ;  dγ = Σ_t dy ∘ x̂;  dβ = Σ_t dy
     @staticmethod
     def forward(
-        ctx: Any,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mean: Tensor | None,
-        rstd: Tensor,
-        with_bias: bool,
-        dh: Tensor | None,
+        ctx: Any, dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(dy, x, weight, mean, rstd)
+        ctx.save_for_backward(dy, *kept)
         ctx.adds_dh = dh is not None
-        return implementation("norm", x).norm_backward(dy, x, weight, mean, rstd, with_bias, dh)
+        return implementation("norm", dy).norm_backward(dy, dh, with_bias, *kept)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor, v: Tensor, w: Tensor | None) -> Any:
@@ -124,5 +114,5 @@ class _NormBackward(Function):
         # where dx is without dh
         differentiable_no_further("norm", "twice")
         saved = ctx.saved_tensors
-        cotangents = implementation("norm", u).norm_double_backward(u, v, w, *saved)
-        return *cotangents, None, None, None, u if ctx.adds_dh else None
+        cot_dy, *cotangents = implementation("norm", u).norm_double_backward(u, v, w, *saved)
+        return cot_dy, u if ctx.adds_dh else None, None, *cotangents, None, None

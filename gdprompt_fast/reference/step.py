@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ..batch import MetaBatch
 from ..errors import UserError
-from ..meta.config import MetaStepConfig, MetaStepOutput, Rate, check_step
+from ..meta.config import OPTIONS, MetaStepConfig, MetaStepOutput, Rate, check_step, named
 from ..meta.failures import Failures, check_inner_loss, clean_after_error
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
@@ -79,15 +79,7 @@ def adapt(
 
 
 def reference_meta_step(
-    model: nn.Module,
-    batch: MetaBatch,
-    *,
-    teacher: TeacherTargets | None = None,
-    lm_batch: LMBatch | tuple[Tensor, Tensor] | None = None,
-    query_count: int | Tensor | None = None,
-    lm_count: int | Tensor | None = None,
-    config: MetaStepConfig | None = None,
-    **options: Any,
+    model: nn.Module, batch: MetaBatch, *given: Any, **options: Any
 ) -> MetaStepOutput:
     """:func:`gdprompt_fast.fast_meta_step` by materialised autograd, one group at a time.
 
@@ -96,9 +88,13 @@ def reference_meta_step(
     gradient and graph.
 
     Args:
-        options: the fields of a :class:`gdprompt_fast.MetaStepConfig`.
+        given, options: those of :func:`gdprompt_fast.fast_meta_step`, by position or name.
     """
-    config = config or MetaStepConfig(**options)
+    options = named(OPTIONS, given, options)
+    teacher: TeacherTargets | None = options.pop("teacher", None)
+    lm_batch = options.pop("lm_batch", None)
+    query_count, lm_count = options.pop("query_count", None), options.pop("lm_count", None)
+    config = options.pop("config", None) or MetaStepConfig(**options)
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
     check_step(model, batch, config, teacher, rows, query_count, lm_count)
     if compute_dtype(model) is not None:

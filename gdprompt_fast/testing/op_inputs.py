@@ -72,11 +72,11 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     center = bool(shape.get("center"))
     bias = draw(examples, hidden) if center else None
     forward = (2 * x + 0.5, weight, bias, 1e-5, center)
-    backward = (dy, forward[0], weight, *eager.norm_forward(*forward)[1:])
+    kept = (forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": (*backward, center),
-        "norm_double_backward": (u, v, w if center else None, *backward),
+        "norm_backward": (dy, None, center, *kept),
+        "norm_double_backward": (u, v, w if center else None, dy, *kept),
     }
 
 
@@ -123,12 +123,12 @@ def vocabulary_passes(draw: Draw, shape: Shape) -> Passes:
     student, teacher = (top[:, :rows], total[:, :rows], center), (top, total, center)
     b, e_w = draw(groups, rows, columns), draw(groups, rows, hidden)
     return {
-        "online_softmax": (z, ids, rows, *student, z.dtype),
-        "online_kl": (z, teacher_z, *teacher, z.dtype),
+        "online_softmax": (z, ids, rows, z.dtype, *student),
+        "online_kl": (z, teacher_z, z.dtype, *teacher),
         "accumulate_": (draw(groups, rows, hidden).float(), e_w, lse.sigmoid()),
-        "softmax_minus_one_hot": (z, lse, ids, first, z.dtype),
-        "softmax_difference": (z, lse, teacher_z, teacher_lse, z.dtype),
-        "logit_cotangent": (b_bar, center, weight, b, ids, first),
+        "softmax_minus_one_hot": (z, lse, z.dtype, ids, first),
+        "softmax_difference": (z, lse, z.dtype, teacher_z, teacher_lse),
+        "logit_cotangent": (b_bar, b, b.dtype, center, weight, ids, first),
     }
 
 

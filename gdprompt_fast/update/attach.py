@@ -18,6 +18,7 @@ from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
 from . import norm  # noqa: F401
+from .decoder import decoder_layers
 from .embedding import EmbeddingSite
 from .linear import LinearSite
 from .lora import LowRankSite
@@ -81,6 +82,8 @@ class AdaptedModel:
             module: _outside_autocast(site.forward, type(module).__name__)
             for module, site in self.sites.items()
         }
+        if recompute == "none":  # a block recomputed alone must norm its own input
+            forwards |= decoder_layers(self.backbone, self.sites)
         ours = engine_attention(self.model)
         self.state.phase.recomputing = recompute == "block"
         for module in self.model.modules():

@@ -2,9 +2,7 @@
 
 The backward passes make the probabilities P = exp(scale Q Kᵀ − lse) again, tile by tile. A kernel
 over query blocks loops over keys, a kernel over key blocks loops over the queries of all heads of
-its group, so every output has one writer. Row statistics go between them in fp32. ``visible`` is
-the first key that each query sees and the last query that sees each key, int32 [B, T], if that is
-not all before or after it.
+its group, so every output has one writer. Row statistics go between them in fp32.
 
 Products of [queries, keys, head dim] for each pair of blocks: forward 2, backward 7 (5 are the
 fewest there can be), double backward 19 (12); what the others are for is said in backward.py and
@@ -20,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import Visible, compile_cases, launch_kernel
+from ...ops.attention import Kept, Visible
+from .launch import compile_cases, launch_kernel
 
 __all__ = ["attention_backward", "attention_double_backward", "attention_forward", "compile_cases"]
 
@@ -40,17 +39,9 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: Visible,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
+    q, k, v, out, lse, scale, visible = kept
     dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     rows = *_rows_dense(lse), _statistic(q)
@@ -61,19 +52,10 @@ def attention_backward(
 
 
 def attention_double_backward(
-    cot_dq: Tensor,
-    cot_dk: Tensor,
-    cot_dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: Visible,
+    cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor, dout: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
+    q, k, v, out, lse, scale, visible = kept
     cot_dq, cot_dk, cot_dv = _rows_dense(cot_dq, cot_dk, cot_dv)
     dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
     cot_dout, cot_q, cot_k, cot_v = (torch.empty_like(t) for t in (dout, q, k, v))

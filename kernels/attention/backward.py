@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .blocks import (
-    dot,
+    add_dot,
     dot_t,
     first_keys,
     key_blocks,
@@ -102,7 +102,7 @@ def _add_keys(
             s, query[:, None], first_key[:, None], key, lse_row[:, None], scale, MASKED, BOUNDED
         )
         ds = p * (dot_t(do_tile, v_tile) - delta_row[:, None])
-        acc = dot(ds.to(k_tile.dtype), k_tile, acc)
+        acc = add_dot(ds.to(k_tile.dtype), k_tile, acc)
     return acc
 
 
@@ -187,8 +187,8 @@ def _add_queries(
         delta_row = load_row(delta, batch, head, start, T, BLOCK_M)[None, :]
         s = dot_t(k_tile, q_tile)
         p = probabilities(s, query[None, :], first_key, key, lse_row, scale, MASKED, BOUNDED)
-        dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
+        dv_acc = add_dot(p.to(do_tile.dtype), do_tile, dv_acc)
         ds = p * (dot_t(v_tile, do_tile) - delta_row)
-        dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+        dk_acc = add_dot(ds.to(q_tile.dtype), q_tile, dk_acc)
         head, start = next_queries(head, start, begin, end, BLOCK_M)
     return dk_acc, dv_acc

@@ -161,6 +161,17 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def add_dot(a, b, acc):
+    # acc + a b, fp32, for sums over a text. Without matrix instructions tl.dot adds its products to
+    # acc one by one, each time with a rounding of the whole sum; so in fp32 a block is summed by
+    # itself first. The limit on imprecise sums keeps the compiler from folding the two into one.
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=a.shape[1])
+    else:
+        return dot(a, b, acc)
+
+
+@triton.jit
 def dot_t(a, b):
     # a bᵀ, fp32
     return tl.dot(a, tl.trans(b), input_precision="ieee")

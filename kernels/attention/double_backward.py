@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .blocks import (
+    add_dot,
     dot,
     dot_t,
     first_keys,
@@ -172,9 +173,9 @@ def _add_keys(
         )
         p_16 = p.to(k_tile.dtype)
         if SUMS:
-            cot_do = dot(p_16, vd_tile, cot_do)
+            cot_do = add_dot(p_16, vd_tile, cot_do)
         if ROWS and SUMS:
-            p_k = dot(p_16, k_tile, p_k)
+            p_k = add_dot(p_16, k_tile, p_k)
         sd = scores_tangent(q_tile, k_tile, qd_tile, kd_tile, scale)
         if OWN:
             sigma_0 += tl.sum(tl.where(own, sd, 0.0), 1)
@@ -183,13 +184,13 @@ def _add_keys(
         if ROWS:
             d_sigma += tl.sum(pd, 1)
         if SUMS:
-            cot_do = dot(pd.to(v_tile.dtype), v_tile, cot_do)
+            cot_do = add_dot(pd.to(v_tile.dtype), v_tile, cot_do)
         dp = dot_t(do_tile, v_tile) - delta_row[:, None]
         ds = (p * dp).to(k_tile.dtype)
         if ROWS and SUMS:
-            ds_k = dot(ds, k_tile, ds_k)
+            ds_k = add_dot(ds, k_tile, ds_k)
         if SUMS:
-            cot_q = dot(ds, kd_tile, cot_q)
+            cot_q = add_dot(ds, kd_tile, cot_q)
         dp_dot = dot_t(do_tile, vd_tile)
         if OWN:
             tau_0 += tl.sum(tl.where(own, dp_dot, 0.0), 1)
@@ -197,7 +198,7 @@ def _add_keys(
         if ROWS:
             d_tau += tl.sum(x, 1)
         if SUMS:
-            cot_q = dot(x.to(k_tile.dtype), k_tile, cot_q)
+            cot_q = add_dot(x.to(k_tile.dtype), k_tile, cot_q)
     return sigma_0, tau_0, d_sigma, d_tau, cot_do, cot_q, ds_k, p_k
 
 
@@ -296,10 +297,10 @@ def _add_queries(
         s = dot_t(k_tile, q_tile)
         p = probabilities(s, query[None, :], first_key, key, lse_row, scale, MASKED, BOUNDED)
         sd = scores_tangent(k_tile, q_tile, kd_tile, qd_tile, scale) - sigma_row
-        cot_v = dot((p * sd).to(do_tile.dtype), do_tile, cot_v)
+        cot_v = add_dot((p * sd).to(do_tile.dtype), do_tile, cot_v)
         dp = dot_t(v_tile, do_tile) - delta_row
-        cot_k = dot((p * dp).to(qd_tile.dtype), qd_tile, cot_k)
+        cot_k = add_dot((p * dp).to(qd_tile.dtype), qd_tile, cot_k)
         cot_s = p * dot(vd_tile, tl.trans(do_tile), dp * sd - tau_row)
-        cot_k = dot(cot_s.to(q_tile.dtype), q_tile, cot_k)
+        cot_k = add_dot(cot_s.to(q_tile.dtype), q_tile, cot_k)
         head, start = next_queries(head, start, begin, end, BLOCK_M)
     return cot_k, cot_v

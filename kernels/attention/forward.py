@@ -8,7 +8,7 @@ import triton.language as tl
 from .blocks import (
     LN_2,
     LOG2_E,
-    dot,
+    add_dot,
     dot_t,
     first_keys,
     key_blocks,
@@ -56,27 +56,14 @@ def attention_forward_kernel(
     sums = top, total, acc
     seen = query[:, None], first_key[:, None], q_tile
     keys = k, v, batch, kv_head, T
-    sums = _attend(
-        sums, seen, keys, full_end, end, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, BOUNDED
-    )
+    sums = _attend(sums, seen, keys, full_end, end, scale, D, BLOCK_D, BLOCK_N, True, BOUNDED)
     if SPLIT:
         sums = _attend(
-            sums,
-            seen,
-            keys,
-            full_begin,
-            full_end,
-            scale,
-            D,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_N,
-            False,
-            False,
+            sums, seen, keys, full_begin, full_end, scale, D, BLOCK_D, BLOCK_N, False, False
         )
         if BOUNDED:
             sums = _attend(
-                sums, seen, keys, begin, full_begin, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, True
+                sums, seen, keys, begin, full_begin, scale, D, BLOCK_D, BLOCK_N, True, True
             )
     top, total, acc = sums
     store_row(lse, (top + tl.log2(total)) * LN_2, batch, head, first, T, BLOCK_M)
@@ -93,7 +80,6 @@ def _attend(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -118,6 +104,6 @@ def _attend(
             p = tl.exp2(s * bits - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(p, 1)
-        acc = dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
+        acc = add_dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None])
         top = new_top
     return top, total, acc

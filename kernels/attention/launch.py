@@ -9,6 +9,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...ops.attention import Visible
+from ..copy_engine import describable
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
@@ -16,8 +18,6 @@ from .double_backward import (
 )
 from .forward import attention_forward_kernel
 from .tiles import Tiles, target_of, tiles_of
-
-Visible = tuple[Tensor, Tensor] | None
 
 
 class Kernel(NamedTuple):
@@ -90,11 +90,8 @@ def launch_kernel(
 
 
 def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
-    """A descriptor for the copy engine, if all of it begins at multiples of 16 bytes."""
-    aligned = t.data_ptr() % 16 == 0 and all(
-        n * t.element_size() % 16 == 0 for n in t.stride()[:-1]
-    )
-    if tiles.tma and aligned:
+    """A descriptor for the copy engine, where it can read the tensor."""
+    if tiles.tma and describable(t):
         return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
     return _strided(t)
 
@@ -137,7 +134,9 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
     return cases
 
 
-def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, Any]:
+def compile_case(
+    name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str = "bf16"
+) -> dict[str, Any]:
     """A kernel with some tiles, as ``compile_cases`` has them."""
     kernel = KERNELS[name]
     constants = _constants(kernel, tiles, dim, bounded)
@@ -155,9 +154,11 @@ def compile_case(name: str, dim: int, bounded: bool, tiles: Tiles) -> dict[str, 
         elif argument in scalars:
             signature[argument] = scalars[argument]
         elif argument in blocks and tiles.tma:
-            signature[argument] = f"tensordesc<{'fp32' if row else 'bf16'}{blocks[argument]}>"
+            signature[argument] = f"tensordesc<{'fp32' if row else dtype}{blocks[argument]}>"
         elif argument not in constants:
-            signature[argument] = ("*fp32", "i32", "i32") if row else ("*bf16", "i32", "i32", "i32")
+            signature[argument] = (
+                ("*fp32", "i32", "i32") if row else (f"*{dtype}", "i32", "i32", "i32")
+            )
     extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
     pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
     return {

@@ -124,7 +124,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown reduction": (dict(outer_reduction="max"), "outer_reduction: .*got 'max'"),
     "negative lm_weight": (dict(lm_weight=-0.1), "lm_weight: .*got -0.1"),
-    "lm_batch that is no pair": (dict(lm_batch=torch.zeros(2)), r"lm_batch: expected a pair"),
+    "lm_batch that is no pair": (
+        dict(lm_batch=torch.zeros(2)),
+        r"lm_batch: expected an LMBatch or a pair",
+    ),
     "first_order that is no bool": (dict(first_order="no"), "first_order: expected a bool"),
     "unknown recompute": (dict(recompute="all"), "recompute: expected .*got 'all'"),
     "unknown backend": (dict(backend="cuda"), "backend: expected one of .*got 'cuda'"),
@@ -223,7 +226,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(
     def fail(*_: Any) -> None:
         raise MemoryError("in the middle of the last backward")
 
-    monkeypatch.setattr(InnerLinear, "pull", fail)
+    monkeypatch.setattr(InnerLinear, "factor_cotangents", fail)
     others = {id(thing) for thing in gc.get_objects() if isinstance(thing, Factor)}
     with pytest.raises(MemoryError):
         fast_meta_step(model, make_batch(), objective="gold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from gdprompt_fast.runs import check_run as command
 
 def first_order_only(*args: Any, **options: Any) -> Any:
     """A faulty engine."""
-    return fast_meta_step(*args, **{**options, "first_order": True})
+    config = dataclasses.replace(options.pop("config"), first_order=True)
+    return fast_meta_step(*args, config=config, **options)
 
 
 @pytest.fixture

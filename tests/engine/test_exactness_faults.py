@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from gdprompt_fast import MetaBatch, check_exactness, fast_meta_step
+from gdprompt_fast import MetaBatch, MetaStepConfig, check_exactness, fast_meta_step
 from gdprompt_fast.exactness import check, engine
 from gdprompt_fast.meta import step
 from gdprompt_fast.models import architecture
@@ -24,13 +24,14 @@ GOLD: dict[str, Any] = dict(objective="gold", inner_lr=0.1)
 def scaled_second_order(by: float) -> Callable[..., Any]:
     """An engine whose second-order term is that many times what it should be."""
 
-    def step(model: nn.Module, batch: MetaBatch, first_order: bool, **options: Any) -> Any:
-        if first_order:
-            return fast_meta_step(model, batch, first_order=True, **options)
-        fast_meta_step(model, batch, first_order=True, **options)
+    def step(model: nn.Module, batch: MetaBatch, config: MetaStepConfig, **data: Any) -> Any:
+        first_order = dataclasses.replace(config, first_order=True)
+        if config.first_order:
+            return fast_meta_step(model, batch, config=first_order, **data)
+        fast_meta_step(model, batch, config=first_order, **data)
         first = {n: p.grad for n, p in model.named_parameters()}
         model.zero_grad()
-        out = fast_meta_step(model, batch, **options)
+        out = fast_meta_step(model, batch, config=config, **data)
         for name, parameter in model.named_parameters():
             parameter.grad = first[name] + by * (parameter.grad - first[name])
         return out
@@ -38,30 +39,41 @@ def scaled_second_order(by: float) -> Callable[..., Any]:
     return step
 
 
-def changed_arguments(change: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    def step(model: nn.Module, batch: MetaBatch, **options: Any) -> Any:
-        return fast_meta_step(model, **{"batch": batch, **options, **change(batch, **options)})
+def changed_config(change: Callable[[MetaStepConfig], dict[str, Any]]) -> Callable[..., Any]:
+    def step(model: nn.Module, batch: MetaBatch, config: MetaStepConfig, **data: Any) -> Any:
+        other = dataclasses.replace(config, **change(config))
+        return fast_meta_step(model, batch, config=other, **data)
 
     return step
 
 
-def without_a_group(batch: MetaBatch, **_: Any) -> dict[str, Any]:
+def changed_batch(change: Callable[[MetaBatch], MetaBatch]) -> Callable[..., Any]:
+    def step(model: nn.Module, batch: MetaBatch, **options: Any) -> Any:
+        return fast_meta_step(model, change(batch), **options)
+
+    return step
+
+
+def without_a_group(batch: MetaBatch) -> MetaBatch:
     rows = batch.query_group != batch.query_group.max()
     names = ("query_ids", "query_mask", "response_mask", "query_group")
-    return dict(batch=dataclasses.replace(batch, **{n: getattr(batch, n)[rows] for n in names}))
+    return dataclasses.replace(batch, **{n: getattr(batch, n)[rows] for n in names})
 
 
-def with_another_mask(batch: MetaBatch, **_: Any) -> dict[str, Any]:
+def with_another_mask(batch: MetaBatch) -> MetaBatch:
     mask = batch.response_mask.clone()
     mask[0, 1] = True
-    return dict(batch=dataclasses.replace(batch, response_mask=mask))
+    return dataclasses.replace(batch, response_mask=mask)
 
 
-def half_first_order(model: nn.Module, batch: MetaBatch, first_order: bool, **options: Any) -> Any:
-    fast_meta_step(model, batch, first_order=True, **options)
+def half_first_order(
+    model: nn.Module, batch: MetaBatch, config: MetaStepConfig, **data: Any
+) -> Any:
+    first_order = dataclasses.replace(config, first_order=True)
+    fast_meta_step(model, batch, config=first_order, **data)
     first = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
-    out = fast_meta_step(model, batch, first_order=first_order, **options)
+    out = fast_meta_step(model, batch, config=config, **data)
     for name, parameter in model.named_parameters():
         if "layers.0" in name:
             parameter.grad = first[name]
@@ -75,14 +87,14 @@ def no_gradient_of_a_norm(model: nn.Module, batch: MetaBatch, **options: Any) ->
 
 
 FAULTS: dict[str, Callable[..., Any]] = {
-    "first-order": changed_arguments(lambda *_, **__: dict(first_order=True)),
+    "first-order": changed_config(lambda _: dict(first_order=True)),
     "no second-order term in half": half_first_order,
     "1 % more of the second-order term": scaled_second_order(1.01),
     "0.1 % less of the second-order term": scaled_second_order(0.999),
-    "dropped group": changed_arguments(without_a_group),
-    "wrong mask": changed_arguments(with_another_mask),
-    "missing λ": changed_arguments(lambda *_, **__: dict(lm_weight=0.0)),
-    "another η": changed_arguments(lambda *_, inner_lr, **__: dict(inner_lr=1.001 * inner_lr)),
+    "dropped group": changed_batch(without_a_group),
+    "wrong mask": changed_batch(with_another_mask),
+    "missing λ": changed_config(lambda _: dict(lm_weight=0.0)),
+    "another η": changed_config(lambda own: dict(inner_lr=1.001 * own.inner_lr)),
     "no gradient of a norm": no_gradient_of_a_norm,
 }
 

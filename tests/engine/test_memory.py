@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, reference_meta_step
+from gdprompt_fast.meta.capture import tensors_of
 from gdprompt_fast.models.memory import PeakMemory, model_tensors, peak_bytes_over_model
 from gdprompt_fast.ops.eager import attention
 from gdprompt_fast.ops.vocabulary import block
@@ -96,7 +97,7 @@ def test_the_meta_gradient_becomes_grad_without_a_copy(
     model: LlamaForCausalLM, batch: MetaBatch, teacher: TeacherTargets
 ) -> None:
     model.zero_grad(set_to_none=True)
-    inputs = [*vars(batch).values(), teacher.hidden]
+    inputs = [*tensors_of(batch), teacher.hidden]
     memory = PeakMemory([*model_tensors(model), *inputs])
     before = memory.live_bytes
     with memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from gdprompt_fast import MetaBatch, check_exactness
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.layout import Layout
+from gdprompt_fast.meta import compute, step
 from gdprompt_fast.meta import inner as meta_inner
-from gdprompt_fast.meta import step
 from gdprompt_fast.ops import attention, embedding, gradient, linear, lora, phase
 from gdprompt_fast.ops.eager import attention as eager_attention
 from gdprompt_fast.ops.eager import gelu, norm, rotary, swiglu
 from gdprompt_fast.ops.vocabulary import functions
+from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update import attach, recompute, substitutes
 from gdprompt_fast.update.linear import LinearSite
 from gdprompt_fast.update.site import StepState
@@ -42,7 +45,7 @@ def of_tuple(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Any], 
 
 def first_order_only(patch: Patch) -> None:
     own = phase.Phase
-    for place in (step, meta_inner):
+    for place in (compute, meta_inner):
         patch.setattr(place, "Phase", lambda second_order: own(False))
 
 
@@ -55,20 +58,35 @@ def scaled_inner_lr(patch: Patch) -> None:
     patch.setattr(StepState, "__init__", init)
 
 
-def dropped_query(patch: Patch) -> None:
-    def weights(batch: MetaBatch, *rest: Any) -> Tensor:
-        weight = own(batch, *rest)
-        weight[: int(batch.response_mask[0].sum())] = 0
-        return weight
+def changed_queries(change: Callable[[MetaBatch], Layout]) -> Callable[[Patch], None]:
+    """The outer loss is taken on a batch with another layout."""
 
-    own = step.response_weights
-    patch.setattr(step, "response_weights", weights)
+    def plant(patch: Patch) -> None:
+        def loss(adapted: Any, batch: MetaBatch, *rest: Any) -> Tensor:
+            layout = change(batch)
+            return own(adapted, batch._like(vars_of(batch), layout, batch.host), *rest)
+
+        own = compute.query_loss
+        patch.setattr(compute, "query_loss", loss)
+
+    return plant
 
 
-def other_group(patch: Patch) -> None:
+def vars_of(batch: MetaBatch) -> dict[str, Tensor]:
+    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+
+
+def without_the_first_query(batch: MetaBatch) -> Layout:
+    weight = batch.layout.weight_S.clone()
+    weight[batch.layout.position_S < batch.query_ids.shape[1]] = 0
+    return replace(batch.layout, weight_S=weight)
+
+
+def at_the_neighbour(batch: MetaBatch) -> Layout:
     """Queries are answered at their neighbour's θ'."""
-    own = step.GroupedRows
-    patch.setattr(step, "GroupedRows", lambda group, groups: own(group.roll(1), groups))
+    return replace(
+        batch.layout, queries=GroupedRows(batch.query_group.roll(1), batch.layout.shape.groups)
+    )
 
 
 def stale_weights(patch: Patch) -> None:
@@ -85,12 +103,13 @@ def stale_weights(patch: Patch) -> None:
 
 
 def unweighted_contexts(patch: Patch) -> None:
-    def weights(*args: Any) -> tuple[Tensor, Tensor]:
-        share, weight = own(*args)
-        return share, (weight > 0) * weight.max()
+    def contexts(batch: MetaBatch) -> Any:
+        found = own(batch)
+        weight = found.weight_CT
+        return found._replace(weight_CT=(weight > 0) * weight.max())
 
-    own = meta_inner.context_weights
-    patch.setattr(meta_inner, "context_weights", weights)
+    own = compute.contexts_of
+    patch.setattr(compute, "contexts_of", contexts)
 
 
 def dropped_bias(patch: Patch) -> None:
@@ -118,8 +137,11 @@ ZERO = torch.zeros_like
 ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "the second-order term is dropped": ("llama-tied", first_order_only),
     "the inner rate is off by 1 %": ("llama-tied", scaled_inner_lr),
-    "a query is dropped": ("llama-tied", dropped_query),
-    "queries are answered at another group's weights": ("llama-tied", other_group),
+    "a query is dropped": ("llama-tied", changed_queries(without_the_first_query)),
+    "queries are answered at another group's weights": (
+        "llama-tied",
+        changed_queries(at_the_neighbour),
+    ),
     "weights are those of an earlier step": ("llama-untied", stale_weights),
     "contexts are not averaged by their lengths": ("llama-tied", unweighted_contexts),
     "biases do not move": ("llama-biases", dropped_bias),
@@ -171,7 +193,7 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "λ is forgotten": (
         "llama-tied",
-        changes(step, "take_inner_steps", lambda found: (found[0].detach(), found[1])),
+        changes(compute, "take_inner_steps", lambda found: (found[0].detach(), found[1])),
     ),
     "the tied embedding's lookups get no cotangents": (
         "llama-tied",

@@ -22,12 +22,24 @@ from gdprompt_fast.update.site import MaterialisedSite
 from helpers.models import MODELS, VOCABULARY, llama
 
 Build = Callable[..., Any]
+OPTIONS: dict[str, Any] = dict(objective="gold", inner_lr=0.05, lm_weight=0.2)
 
 
 def whole_error(got: Gradients, exact: Gradients) -> float:
     """‖got − exact‖ / ‖exact‖ over all tensors together."""
     difference = torch.stack([(got[n].double() - g).norm() for n, g in exact.items()]).norm()
     return float(difference / torch.stack([g.norm() for g in exact.values()]).norm())
+
+
+def errors(
+    fast: Gradients, in_bf16: torch.nn.Module, model: torch.nn.Module, batch: Any, **options: Any
+) -> tuple[float, float]:
+    """Of the step's gradients, and of the reference's in bf16, from the model's in fp64."""
+    _, plain = gradients_of(reference_meta_step, in_bf16, batch, **options)
+    model = model.double()
+    with without_upcasts(model):
+        _, exact = gradients_of(reference_meta_step, model, batch, **options)
+    return whole_error(fast, exact), whole_error(plain, exact)
 
 
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
@@ -37,15 +49,9 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
 ) -> None:
     # rounded once, so that all three start from the same weights
     model, batch = tiny_model(name).bfloat16(), make_batch("grouped")
-    options: dict[str, Any] = dict(
-        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
-    )
+    options = OPTIONS | dict(inner_steps=steps)
     _, fast = gradients_of(fast_meta_step, model, batch, **options)
-    _, plain = gradients_of(reference_meta_step, model, batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, model, model, batch, **options)
     assert ours <= 2 * eager + 1e-2, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 
@@ -55,17 +61,11 @@ def test_under_autocast_fp32_weights_get_the_gradient_of_bf16_products(
     name: str, steps: int, tiny_model: Build, make_batch: Build
 ) -> None:
     model, batch = tiny_model(name).float(), make_batch("grouped")
-    options: dict[str, Any] = dict(
-        objective="gold", inner_lr=0.05, inner_steps=steps, lm_weight=0.2
-    )
+    options = OPTIONS | dict(inner_steps=steps)
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = gradients_of(fast_meta_step, model, batch, **options)
-    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
     assert {g.dtype for g in fast.values()} == {torch.float32}
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, copy.deepcopy(model).bfloat16(), model, batch, **options)
     assert ours > 1e-4, "the products were not in bf16"
     assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
@@ -90,11 +90,7 @@ def test_under_autocast_adapters_do_not_widen_what_they_read(
     with torch.autocast("cpu", torch.bfloat16):
         _, fast = gradients_of(fast_meta_step, model, batch, **options)
     assert {g.dtype for g in fast.values()} == {torch.float32}
-    _, plain = gradients_of(reference_meta_step, copy.deepcopy(model).bfloat16(), batch, **options)
-    model = model.double()
-    with without_upcasts(model):
-        _, exact = gradients_of(reference_meta_step, model, batch, **options)
-    ours, eager = whole_error(fast, exact), whole_error(plain, exact)
+    ours, eager = errors(fast, copy.deepcopy(model).bfloat16(), model, batch, **options)
     assert ours <= 2 * eager, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 

@@ -27,15 +27,15 @@ from gdprompt_fast import MetaBatch, TeacherTargets
 VOCABULARY = 67
 
 # initializer_range is large so that second-order terms are of the size of first-order ones.
-SIZES: dict[str, Any] = dict(
+NEOX_SIZES: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
     num_attention_heads=4,
-    num_key_value_heads=2,
     vocab_size=VOCABULARY,
     initializer_range=0.3,
 )
+SIZES = NEOX_SIZES | dict(num_key_value_heads=2)
 
 
 def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
@@ -68,16 +68,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen3-head-norms": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
     "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
     "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(gpt2_config(VOCABULARY, positions=32)),
-    "gpt-neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            initializer_range=0.3,
-        )
-    ),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SIZES)),
 }
 
 

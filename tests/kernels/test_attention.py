@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from gdprompt_fast.testing.gates import FLOOR, relative_error
+from gdprompt_fast.testing.gates import FLOOR, judge, relative_error, widened
+from helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
@@ -145,6 +150,55 @@ def test_every_way_to_cut_a_kernel_up_is_right(
     tensors = inputs(1, 4, 2, 45, 16, BF16)
     for name, error, allowed in errors(tensors, visible_keys(tensors["q"], window)):
         assert error <= 2 * allowed + FLOOR[BF16], f"{name}: error {error:.2e}, {allowed:.2e}"
+
+
+@pytest.mark.usefixtures("dots_as_without_matrix_instructions")
+@pytest.mark.parametrize("pass_", ["attention_backward", "attention_double_backward"])
+def test_long_sums_in_fp32_keep_their_digits(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key's sums are over the queries of all heads of its group: 16,384 here, as many as of four
+    heads in a text of 4,096 tokens.
+    """
+    monkeypatch.setattr(launch, "tiles_of", lambda *_: Tiles(256, 256, num_warps=4, num_stages=1))
+    tensors = inputs(1, 64, 1, 256, 16, FP32)
+    qkv = tensors["q"], tensors["k"], tensors["v"]
+    given = tensors["dout"], *qkv, *eager.attention_forward(*qkv, 0.25, None), 0.25, None
+    if pass_ == "attention_double_backward":
+        given = tensors["cot_dq"], tensors["cot_dk"], tensors["cot_dv"], *given
+    ours, plain = (getattr(module, pass_)(*given) for module in (kernels, eager))
+    verdict = judge(ours, plain, getattr(eager, pass_)(*map(widened, given)))
+    assert verdict.status == "passed", verdict
+
+
+@pytest.fixture
+def dots_as_without_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's ``tl.dot`` adds its products one by one, as a GPU does in fp32."""
+    from triton.runtime import interpreter
+
+    def create_dot(_self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total = d.data.copy()
+        for column, row in zip(a.data.T, b.data, strict=True):
+            total += column[:, None] * row
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def test_the_compiler_leaves_long_sums_in_fp32_in_two_parts() -> None:
+    """No dot of the kernel with the longest sums has the running sum as its accumulator."""
+    script = """
+from benchmarks.ops.compile_kernels import TARGETS, compile_case
+from gdprompt_fast.kernels.attention.launch import compile_case as case_of
+from gdprompt_fast.kernels.attention.tiles import Tiles
+
+case = case_of("backward_key", 64, False, Tiles(16, 16, 8, 1), "fp32")
+print(compile_case(case, TARGETS["sm_90"]).asm["ttir"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    accumulators = re.findall(r"tt\.dot %\w+, %\w+, %(\w+)", done.stdout)
+    assert accumulators and all(name.startswith("cst") for name in accumulators), accumulators
 
 
 def test_a_negative_scale_is_one() -> None:

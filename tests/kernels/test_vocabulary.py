@@ -16,6 +16,7 @@ from gdprompt_fast.ops import backend
 from gdprompt_fast.ops.eager import vocabulary as eager
 from gdprompt_fast.ops.vocabulary import block
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
+from gdprompt_fast.testing.op_inputs import PASS_NAMES
 from helpers.materialised import (
     leaf,
     vocabulary_twice,
@@ -29,14 +30,7 @@ from gdprompt_fast.kernels import vocabulary as kernels
 
 Build = Callable[..., Any]
 FIRST = 3  # of the columns of a tile
-TILE_PASSES = (
-    "online_softmax",
-    "online_kl",
-    "accumulate_",
-    "softmax_minus_one_hot",
-    "softmax_difference",
-    "logit_cotangent",
-)
+TILE_PASSES = PASS_NAMES["vocabulary"]
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -85,25 +79,25 @@ def test_every_tile_pass_errs_at_most_twice_as_much_as_eager(
     own_columns = torch.randint(-1, FIRST + v, (G, v))
     nothing = torch.full((G, 2 * N), torch.finfo(torch.float32).min), torch.zeros(G, 2 * N)
     tops = nothing[0][:, :N], nothing[1][:, :N], torch.zeros(G, N)
-    _, *student, _ = eager.online_softmax(z_before.clone(), ids, FIRST + v, *tops, dtype)
-    _, *both, _ = eager.online_kl(z_before, t_before, *nothing, torch.zeros(G, N), dtype)
+    _, *student, _ = eager.online_softmax(z_before.clone(), ids, FIRST + v, dtype, *tops)
+    _, *both, _ = eager.online_kl(z_before, t_before, dtype, *nothing, torch.zeros(G, N))
     lse, t_lse = z.float().logsumexp(-1), every_logit.logsumexp(-1)
     sums, shares = torch.randn(G, N, 2 * v), torch.randn(G, N, 2 * v).to(dtype)
     center, weight, shrink = torch.randn(G, N), torch.rand(G, N), torch.rand(G, N)
-    b = eager.softmax_minus_one_hot(z.clone(), lse, ids, FIRST, dtype)
-    b_own = eager.softmax_minus_one_hot(z.clone(), lse, ids, own_columns, dtype)
+    b = eager.softmax_minus_one_hot(z.clone(), lse, dtype, ids, FIRST)
+    b_own = eager.softmax_minus_one_hot(z.clone(), lse, dtype, ids, own_columns)
     statistics = "e top total value shrink"
     cases: list[tuple[str, str, tuple[Any, ...]]] = [
-        ("online_softmax", statistics, (z, ids, FIRST, *student, dtype)),
-        ("online_softmax", statistics, (z, ids, FIRST, *tops, dtype)),
-        ("online_kl", statistics, (z, t, *both, dtype)),
-        ("online_kl", statistics, (z, t, *nothing, torch.zeros(G, N), dtype)),
+        ("online_softmax", statistics, (z, ids, FIRST, dtype, *student)),
+        ("online_softmax", statistics, (z, ids, FIRST, dtype, *tops)),
+        ("online_kl", statistics, (z, t, dtype, *both)),
+        ("online_kl", statistics, (z, t, dtype, *nothing, torch.zeros(G, N))),
         ("accumulate_", "sum", (sums, shares, shrink)),
-        ("softmax_minus_one_hot", "b", (z, lse, ids, FIRST, dtype)),
-        ("softmax_minus_one_hot", "b of own columns", (z, lse, ids, own_columns, dtype)),
-        ("softmax_difference", "f", (z, lse, t, t_lse, dtype)),
-        ("logit_cotangent", "z_cot", (b_bar, center, weight, b, ids, FIRST)),
-        ("logit_cotangent", "z_cot", (b_bar, center, weight, b_own, ids, own_columns)),
+        ("softmax_minus_one_hot", "b", (z, lse, dtype, ids, FIRST)),
+        ("softmax_minus_one_hot", "b of own columns", (z, lse, dtype, ids, own_columns)),
+        ("softmax_difference", "f", (z, lse, dtype, t, t_lse)),
+        ("logit_cotangent", "z_cot", (b_bar, b, dtype, center, weight, ids, FIRST)),
+        ("logit_cotangent", "z_cot", (b_bar, b_own, dtype, center, weight, ids, own_columns)),
     ]
 
     def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -131,7 +125,7 @@ def test_a_row_without_any_logit_yet_and_a_teacher_that_excludes_tokens_are_fini
     top, total = torch.full((1, 4), torch.finfo(torch.float32).min), torch.zeros(1, 4)
     gap = torch.zeros(1, 2)
     for tile in (slice(0, 4), slice(4, 8)):
-        operands = z[..., tile].clone(), teacher[..., tile], top, total, gap, torch.float32
+        operands = z[..., tile].clone(), teacher[..., tile], torch.float32, top, total, gap
         e, top, total, gap, shrink = passes.online_kl(*operands)
         assert torch.isfinite(e).all() and torch.isfinite(shrink).all()
     lse, t_lse = (top + total.log()).chunk(2, 1)
@@ -139,7 +133,7 @@ def test_a_row_without_any_logit_yet_and_a_teacher_that_excludes_tokens_are_fini
     p, log_q = teacher.softmax(-1), z.log_softmax(-1)
     exact = torch.where(p > 0, p * (teacher.log_softmax(-1) - log_q), 0.0).sum(-1)
     torch.testing.assert_close(kl, exact)
-    f = passes.softmax_difference(z.clone(), lse, teacher, t_lse, torch.float32)
+    f = passes.softmax_difference(z.clone(), lse, torch.float32, teacher, t_lse)
     torch.testing.assert_close(f, z.softmax(-1) - p)
 
 
@@ -151,9 +145,9 @@ def test_logits_that_are_not_finite_show_in_the_statistics(passes: Any, bad: flo
     top, total = torch.full((1, 2), torch.finfo(torch.float32).min), torch.zeros(1, 2)
     ids = torch.zeros(1, 1, dtype=torch.long)
     rows = top[:, :1], total[:, :1], torch.zeros(1, 1)
-    _, new_top, new_total, _, _ = passes.online_softmax(z.clone(), ids, 0, *rows, torch.float32)
+    _, new_top, new_total, _, _ = passes.online_softmax(z.clone(), ids, 0, torch.float32, *rows)
     assert not torch.isfinite(new_top + new_total.log()).any()
-    of_student = z, torch.randn(1, 1, 8), top, total, rows[2], torch.float32
+    of_student = z, torch.randn(1, 1, 8), torch.float32, top, total, rows[2]
     _, new_top, new_total, _, _ = passes.online_kl(*of_student)
     assert torch.isfinite(new_top + new_total.log()).tolist() == [[False, True]]
 

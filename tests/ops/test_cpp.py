@@ -26,34 +26,18 @@ from gdprompt_fast.ops.eager import rotary as eager_rotary
 from gdprompt_fast.ops.eager import swiglu as eager_swiglu
 from gdprompt_fast.ops.eager import vocabulary as eager_vocabulary
 from gdprompt_fast.testing.gates import relative_error
-from helpers.passes import assert_at_most_twice_eager, widen
+from helpers.passes import (
+    assert_norm_keeps_dtypes,
+    assert_norm_of_nothing_is_empty,
+    assert_norm_takes_strided_inputs,
+    check,
+    check_norm,
+    widen,
+)
 
 pytestmark = pytest.mark.usefixtures("cpp", "poisoned_empty")
 DTYPES = torch.float32, torch.bfloat16, torch.float64
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
-
-
-def check(
-    name: str, cpp: Any, eager: Any, inputs: tuple[Any, ...], saved: Any = ((), (), ())
-) -> tuple[Any, Any, Any]:
-    """Runs a pass in C++, in PyTorch and in fp64, compares, and returns what the three gave.
-
-    ``saved`` is what the forward pass of each left for this one.
-    """
-    fast = getattr(cpp, name)(*inputs, *saved[0])
-    plain = getattr(eager, name)(*inputs, *saved[1])
-    gold = getattr(eager, name)(*widen(inputs), *saved[2])
-    results = [(r,) if isinstance(r, Tensor) else r for r in (fast, plain, gold)]
-    names = [f"{name}, result {i}" for i in range(len(results[0]))]
-    assert_at_most_twice_eager(names, *results)
-    return fast, plain, gold
-
-
-def rows(B: int, D: int, dtype: torch.dtype, expanded: bool) -> Tensor:
-    """[B, D] of γ's size: of one row with a stride of 0, or with a gap between the rows."""
-    if expanded:
-        return (1 + 0.3 * torch.randn(D)).to(dtype).expand(B, D)
-    return (1 + 0.3 * torch.randn(B, D + 3)).to(dtype)[:, :D]
 
 
 @each_dtype
@@ -65,22 +49,7 @@ def rows(B: int, D: int, dtype: torch.dtype, expanded: bool) -> Tensor:
 def test_every_pass_of_norm_errs_at_most_twice_as_much_as_pytorch(
     shape: tuple[int, ...], center: bool, expanded: bool, dtype: torch.dtype
 ) -> None:
-    B, D = shape[0], shape[-1]
-    x = (torch.randn(shape) * 2 + 0.5).to(dtype)
-    dy, u = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    weight, v, w = (rows(B, D, dtype, expanded) for _ in range(3))
-    bias = rows(B, D, dtype, expanded) if center else None
-    results = check("norm_forward", cpp_norm, eager_norm, (x, weight, bias, 1e-5, center))
-    saved = [result[1:] for result in results]
-    check("norm_backward", cpp_norm, eager_norm, (dy, x, weight), saved)
-    check("norm_double_backward", cpp_norm, eager_norm, (u, v, w, dy, x, weight), saved)
-
-    results = check("add_norm_forward", cpp_norm, eager_norm, (x, u, weight, bias, 1e-5, center))
-    h = results[1][0]
-    saved = [(*result[2:], False, u.to(result[0].dtype)) for result in results]
-    check("norm_backward", cpp_norm, eager_norm, (dy, h, weight), saved)
-    saved = [result[2:] for result in results]
-    check("norm_double_backward", cpp_norm, eager_norm, (u, v, None, dy, h, weight), saved)
+    check_norm(cpp_norm, eager_norm, shape, center, expanded, dtype)
 
 
 @each_dtype
@@ -215,11 +184,11 @@ def test_every_pass_of_the_vocabulary_errs_at_most_twice_as_much_as_pytorch(
 
         return check(name, cpp_vocabulary, SimpleNamespace(**{name: plain}), inputs)
 
-    compare("online_softmax", z, ids, first, top, total, value, dtype)
-    compare("online_kl", z, teacher_z, *both, value, dtype)
-    b, *_ = compare("softmax_minus_one_hot", z, lse, ids, first, dtype)
-    compare("softmax_difference", z, lse, teacher_z, lse.exp(), dtype)
-    compare("logit_cotangent", b_bar, value, weight, b, ids, first)
+    compare("online_softmax", z, ids, first, dtype, top, total, value)
+    compare("online_kl", z, teacher_z, dtype, *both, value)
+    b, *_ = compare("softmax_minus_one_hot", z, lse, dtype, ids, first)
+    compare("softmax_difference", z, lse, dtype, teacher_z, lse.exp())
+    compare("logit_cotangent", b_bar, b, b.dtype, value, weight, ids, first)
     share = torch.randn(shape).to(dtype)
     sums = [torch.ones(shape, dtype=statistics) for _ in range(2)]
     for passes, total_GNX in zip((cpp_vocabulary, eager_vocabulary), sums, strict=True):
@@ -253,14 +222,7 @@ def test_swiglu_of_large_gates_is_finite_and_of_nan_is_nan(dtype: torch.dtype) -
 
 
 def test_strided_inputs_give_what_contiguous_ones_give() -> None:
-    x, dy, u = (torch.randn(2, 6, 5, 4).transpose(1, 3) for _ in range(3))
-    weight, v, w = (torch.randn(6, 2).t() for _ in range(3))
-    inputs = (u, v, w, dy, x, weight)
-    _, mean, rstd = cpp_norm.norm_forward(x, weight, None, 1e-5, True)
-    torch.testing.assert_close(
-        cpp_norm.norm_double_backward(*inputs, mean, rstd),
-        eager_norm.norm_double_backward(*inputs, mean, rstd),
-    )
+    assert_norm_takes_strided_inputs(cpp_norm, eager_norm)
     gate, up = torch.randn(3, 8).chunk(2, -1)
     scalar = torch.randn(()).expand(3, 4)
     torch.testing.assert_close(
@@ -270,33 +232,23 @@ def test_strided_inputs_give_what_contiguous_ones_give() -> None:
 
 
 def test_norm_of_bf16_with_weights_in_fp32_keeps_the_dtype_of_each() -> None:
-    x, weight = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 8)
-    y, mean, rstd = cpp_norm.norm_forward(x, weight, None, 1e-5, False)
-    dx, dweight, dbias = cpp_norm.norm_backward(y, x, weight, mean, rstd)
-    assert (y.dtype, dx.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert (dweight.dtype, dbias.dtype) == (torch.float32, torch.float32)
+    assert_norm_keeps_dtypes(cpp_norm, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8)], ids=["no-examples", "no-tokens"])
 def test_empty_inputs_give_empty_results_and_sums_of_zero(shape: tuple[int, ...]) -> None:
-    x, weight = torch.randn(shape), torch.randn(shape[0], 8)
-    y, mean, rstd = cpp_norm.norm_forward(x, weight, weight, 1e-5, True)
-    dx, dweight, dbias = cpp_norm.norm_backward(y, x, weight, mean, rstd)
-    inputs = (dx, dweight, dbias, y, x, weight)
-    cot_dy, cot_x, cot_weight = cpp_norm.norm_double_backward(*inputs, mean, rstd)
-    assert y.shape == dx.shape == cot_dy.shape == cot_x.shape == shape
-    for total in (dweight, dbias, cot_weight):
-        torch.testing.assert_close(total, torch.zeros(shape[0], 8))
+    assert_norm_of_nothing_is_empty(cpp_norm, shape)
+    x = torch.randn(shape)
     assert cpp_swiglu.swiglu_forward(x, x).shape == shape
 
 
 def test_results_are_the_same_with_any_number_of_threads() -> None:
     x, weight = torch.randn(3, 500, 64), torch.randn(3, 64)
     y, mean, rstd = cpp_norm.norm_forward(x, weight, None, 1e-5, True)
-    one = cpp_norm.norm_backward(y, x, weight, mean, rstd)
+    one = cpp_norm.norm_backward(y, None, True, x, weight, mean, rstd)
     torch.set_num_threads(2)
     try:
-        two = cpp_norm.norm_backward(y, x, weight, mean, rstd)
+        two = cpp_norm.norm_backward(y, None, True, x, weight, mean, rstd)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

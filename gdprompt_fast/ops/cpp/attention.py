@@ -1,42 +1,29 @@
-"""Causal attention: the three passes, a block of queries at a time. Shapes as in
-ops/attention.py; lse, the log-sum-exp of each query's scores, is [B, H, T] in fp32 or fp64.
-"""
+"""Causal attention: the three passes of ops/attention.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..attention import Kept, Visible
+
 _ops = torch.ops.gdprompt_fast
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
 ) -> tuple[Tensor, Tensor]:
     """O [B, T, H, D] and lse."""
-    batch, heads, tokens, dim = q.shape
-    out = q.new_empty(batch, tokens, heads, dim)
+    out = _empty_heads_last(q).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     first_key = _first_key(q, visible)
     _ops.attention_forward(*rows(q, k, v), scale, first_key, out.transpose(1, 2), lse)
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
+    q, k, v, _, lse, scale, visible = kept
     inputs = rows(dout.transpose(1, 2), q, k, v)
     dq, dk, dv = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
     _ops.attention_backward(*inputs, lse, scale, _first_key(q, visible), dq, dk, dv)
@@ -44,19 +31,10 @@ def attention_backward(
 
 
 def attention_double_backward(
-    cot_dq: Tensor,
-    cot_dk: Tensor,
-    cot_dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
+    cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor, dout: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
+    q, k, v, _, lse, scale, visible = kept
     dots = rows(cot_dq, cot_dk, cot_dv)
     inputs = rows(dout.transpose(1, 2), q, k, v)
     cot_dout = torch.empty_like(dout, memory_format=torch.contiguous_format)
@@ -71,7 +49,7 @@ def rows(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _first_key(q: Tensor, visible: tuple[Tensor, Tensor] | None) -> Tensor:
+def _first_key(q: Tensor, visible: Visible) -> Tensor:
     """[B, T] int32: a query sees the keys from there to itself."""
     if visible is not None:
         return visible[0]

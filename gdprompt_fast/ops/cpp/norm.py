@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..norm import Kept, Options
+
 _ops = torch.ops.gdprompt_fast
 CHUNK = 64  # rows that csrc/norm.cpp sums to one
 
@@ -23,23 +25,18 @@ def norm_forward(
 
 
 def add_norm_forward(
-    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+    x: Tensor, residual: Tensor, *options: *Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """h = x + residual, and y, μ and r of h."""
     h = x + residual
-    return h, *norm_forward(h, weight_BD, bias_BD, eps, center)
+    return h, *norm_forward(h, *options)
 
 
 def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    with_bias: bool = True,
-    dh: Tensor | None = None,
+    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    x, weight_BD, mean, rstd = kept
     dy, x = dy.contiguous(), x.contiguous()
     dx, dweight, dbias = torch.empty_like(x), _partials(x), _partials(x)
     _ops.norm_backward(dy, x, _rows(weight_BD, x), mean, rstd, dx, dweight, dbias)
@@ -50,16 +47,10 @@ def norm_backward(
 
 
 def norm_double_backward(
-    u: Tensor,
-    v_BD: Tensor,
-    w_BD: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+    u: Tensor, v_BD: Tensor, w_BD: Tensor | None, dy: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
+    x, weight_BD, mean, rstd = kept
     u, dy, x = u.contiguous(), dy.contiguous(), x.contiguous()
     w_BD = torch.zeros_like(v_BD) if w_BD is None else w_BD
     v, w, weight = (_rows(t, x) for t in (v_BD, w_BD, weight_BD))

@@ -8,52 +8,32 @@ import torch
 from torch import Tensor
 
 from ..eager import vocabulary as eager
+from ..eager.vocabulary import CotangentRows, Into, Sums
 
 _ops = torch.ops.gdprompt_fast
 
 
 def online_softmax(
-    z_GNv: Tensor,
-    ids_GN: Tensor,
-    first: int,
-    top_GN: Tensor,
-    total_GN: Tensor,
-    picked_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """e^(z − top), the statistics of all columns so far, and the factor by which older sums shrink.
-
-    Returns:
-        e, top = max z, total = Σ e^(z − top), picked = z at the row's id (0 until it is met) and
-        shrink = e^(old top − top).
-    """
+    z_GNv: Tensor, ids_GN: Tensor, first: int, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
+    """e^(z − top), top, total, picked and shrink."""
     e = torch.empty(z_GNv.shape, dtype=dtype)
-    top, total, picked, shrink = (torch.empty_like(total_GN) for _ in range(4))
-    before = top_GN, total_GN, picked_GN
+    top, total, picked, shrink = (torch.empty_like(sums[0]) for _ in range(4))
     ids = ids_GN.contiguous()
-    _ops.online_softmax(_rows(z_GNv), ids, first, *before, e, top, total, picked, shrink)
+    _ops.online_softmax(_rows(z_GNv), ids, first, *sums, e, top, total, picked, shrink)
     return e, top, total, picked, shrink
 
 
 def online_kl(
-    z_GNv: Tensor,
-    teacher_z_GNv: Tensor,
-    top_GR: Tensor,
-    total_GR: Tensor,
-    gap_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`online_softmax` for R = 2 N rows, the student's N and then the teacher's.
-
-    Returns:
-        e [G, R, v], top, total, gap = Σ e_teacher ∘ (teacher z − z) and shrink. A teacher's logit
-        of −∞ has no share in the gap.
-    """
+    z_GNv: Tensor, teacher_z_GNv: Tensor, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
+    """e^(z − top) of both, top, total, gap and shrink."""
+    top_GR, total_GR, gap_GN = sums
     z, teacher_z = _same_dtype(z_GNv, teacher_z_GNv)
     e = torch.empty(*top_GR.shape, z.shape[2], dtype=dtype)
     top, total, shrink = (torch.empty_like(total_GR) for _ in range(3))
     gap = torch.empty_like(gap_GN)
-    _ops.online_kl(z, teacher_z, top_GR, total_GR, gap_GN, e, top, total, gap, shrink)
+    _ops.online_kl(z, teacher_z, *sums, e, top, total, gap, shrink)
     return e, top, total, gap, shrink
 
 
@@ -66,53 +46,40 @@ def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, ids_GN: Tensor, columns: int | Tensor
 ) -> Tensor:
-    """e^(z − lse) − onehot(id), in ``out`` if given."""
+    """e^(z − lse) − onehot(id)."""
     if not isinstance(columns, int):
-        return eager.softmax_minus_one_hot(z_GNv, lse_GN, ids_GN, columns, dtype, out)
-    p = torch.empty(z_GNv.shape, dtype=dtype) if out is None else out
+        return eager.softmax_minus_one_hot(z_GNv, lse_GN, into, ids_GN, columns)
+    p = _room(into, z_GNv)
     _ops.softmax_minus_one_hot(_rows(z_GNv), lse_GN.contiguous(), ids_GN.contiguous(), columns, p)
     return p
 
 
 def softmax_difference(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    teacher_z_GNv: Tensor,
-    teacher_lse_GN: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, teacher_z_GNv: Tensor, teacher_lse_GN: Tensor
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
+    """e^(z − lse) − e^(teacher z − teacher lse)."""
     z, teacher_z = _same_dtype(z_GNv, teacher_z_GNv)
-    f = torch.empty(z.shape, dtype=dtype) if out is None else out
+    f = _room(into, z)
     _ops.softmax_difference(z, lse_GN.contiguous(), teacher_z, teacher_lse_GN.contiguous(), f)
     return f
 
 
-def logit_cotangent(
-    b_bar_GNv: Tensor,
-    center_GN: Tensor,
-    weight_GN: Tensor,
-    b_GNv: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
+def logit_cotangent(b_bar_GNv: Tensor, b_GNv: Tensor, into: Into, *rows: *CotangentRows) -> Tensor:
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id)."""
+    center_GN, weight_GN, ids_GN, columns = rows
     if not isinstance(columns, int):
-        return eager.logit_cotangent(b_bar_GNv, center_GN, weight_GN, b_GNv, ids_GN, columns, out)
-    z_bar = torch.empty(b_GNv.shape, dtype=b_GNv.dtype) if out is None else out
+        return eager.logit_cotangent(b_bar_GNv, b_GNv, into, *rows)
+    z_bar = _room(into, b_GNv)
     statistics = center_GN.contiguous(), weight_GN.contiguous()
     ids = ids_GN.contiguous()
     _ops.logit_cotangent(_rows(b_bar_GNv), *statistics, _rows(b_GNv), ids, columns, z_bar)
     return z_bar
+
+
+def _room(into: Into, like: Tensor) -> Tensor:
+    return into if isinstance(into, Tensor) else torch.empty(like.shape, dtype=into)
 
 
 def _rows(t_GNv: Tensor) -> Tensor:

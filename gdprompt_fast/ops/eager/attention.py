@@ -1,7 +1,5 @@
 """Causal attention: the three passes, a block of queries at a time. Shapes as in
-ops/attention.py; lse, the log-sum-exp of each query's scores, is [B, H, T] in fp32 or fp64, and
-``visible`` the first key that each query sees and the last query that sees each key, int32 [B, T],
-if that is not all before or after it.
+ops/attention.py.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..attention import Kept, Visible
 from ..blocks import block_ranges
 
 # Scores of this many elements are alive at once; queries are taken a block at a time to stay below
@@ -19,7 +18,7 @@ TILE_ELEMENTS = 1 << 21
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
 ) -> tuple[Tensor, Tensor]:
     """O [B, T, H, D] and lse."""
     batch, heads, tokens, dim = q.shape
@@ -35,17 +34,9 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV from dO [B, T, H, D]."""
+    q, k, v, out, lse, scale, visible = kept
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for block in _blocks(q, k, scale, visible):
         p, do = block.probabilities(lse), block.rows(dout.transpose(1, 2))
@@ -57,19 +48,10 @@ def attention_backward(
 
 
 def attention_double_backward(
-    cot_dq: Tensor,
-    cot_dk: Tensor,
-    cot_dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    visible: tuple[Tensor, Tensor] | None,
+    cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor, dout: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of dO, Q, K and V from those of dQ, dK and dV."""
+    q, k, v, out, lse, scale, visible = kept
     cot_dout = torch.zeros_like(dout)
     cot_q, cot_k, cot_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for block in _blocks(q, k, scale, visible):
@@ -96,12 +78,7 @@ class _Block:
     """
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        queries: range,
-        scale: float,
-        visible: tuple[Tensor, Tensor] | None,
+        self, q: Tensor, k: Tensor, queries: range, scale: float, visible: Visible
     ) -> None:
         # Which of these keys a window or a segment hides is on the device, and not waited for.
         self.queries, self.keys = slice(queries.start, queries.stop), slice(0, queries.stop)
@@ -153,9 +130,7 @@ class _Block:
         out[:, :, self.keys] += t
 
 
-def _blocks(
-    q: Tensor, k: Tensor, scale: float, visible: tuple[Tensor, Tensor] | None
-) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, scale: float, visible: Visible) -> Iterator[_Block]:
     batch, heads, tokens, _ = q.shape
     size = max(1, min(tokens, TILE_ELEMENTS // max(1, batch * heads * tokens)))
     for start, stop in block_ranges(tokens, size):

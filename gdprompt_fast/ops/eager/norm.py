@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..norm import Kept, Options
+
 
 def norm_forward(
     x: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
@@ -21,23 +23,18 @@ def norm_forward(
 
 
 def add_norm_forward(
-    x: Tensor, residual: Tensor, weight_BD: Tensor, bias_BD: Tensor | None, eps: float, center: bool
+    x: Tensor, residual: Tensor, *options: *Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """h = x + residual, and y, μ and r of h."""
     h = x + residual
-    return h, *norm_forward(h, weight_BD, bias_BD, eps, center)
+    return h, *norm_forward(h, *options)
 
 
 def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    with_bias: bool = True,
-    dh: Tensor | None = None,
+    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    x, weight_BD, mean, rstd = kept
     xhat, wide_dy = _standardise(x, mean, rstd), _wide(dy)
     dx = _project(wide_dy * _per_row(weight_BD, x), xhat, rstd, mean is not None)
     if dh is not None:
@@ -48,16 +45,10 @@ def norm_backward(
 
 
 def norm_double_backward(
-    u: Tensor,
-    v_BD: Tensor,
-    w_BD: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight_BD: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+    u: Tensor, v_BD: Tensor, w_BD: Tensor | None, dy: Tensor, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of dy, x and γ from those of dx (u), dγ (v) and, if any, dβ (w)."""
+    x, weight_BD, mean, rstd = kept
     center = mean is not None
     xhat, dy, u, gamma = _standardise(x, mean, rstd), _wide(dy), _wide(u), _per_row(weight_BD, x)
     g = dy * gamma

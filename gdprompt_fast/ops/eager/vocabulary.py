@@ -3,8 +3,8 @@
 A tile holds the columns first, …, first + v − 1 of the vocabulary, or each group's own: where a
 pass takes ``columns``, it is the number first or the ids [G, v]. A row's id is at one column of the
 vocabulary, which need not be here; ids below 0 are nowhere. z and the row statistics are fp32 or
-fp64 inside; tiles that go into a product are returned in ``dtype``. z and b̄ come fresh out of a
-product and may be overwritten; the teacher's logits and b may not.
+fp64 inside; tiles that go into a product are returned in ``dtype`` or are the tensor ``into``. z
+and b̄ come fresh out of a product and may be overwritten; the teacher's logits and b may not.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Sums = tuple[Tensor, Tensor, Tensor]  # top, total and picked or gap, of all columns so far
+Into = Tensor | torch.dtype  # the tensor to write a tile to, or the dtype of a new one
+CotangentRows = tuple[Tensor, Tensor, Tensor, int | Tensor]  # center, weight, ids, columns
+
 
 def online_softmax(
-    z_GNv: Tensor,
-    ids_GN: Tensor,
-    first: int,
-    top_GN: Tensor,
-    total_GN: Tensor,
-    picked_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z_GNv: Tensor, ids_GN: Tensor, first: int, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
     """e^(z − top), the statistics of all columns so far, and the factor by which older sums shrink.
 
     Returns:
         e, top = max z, total = Σ e^(z − top), picked = z at the row's id (0 until it is met) and
         shrink = e^(old top − top).
     """
+    top_GN, total_GN, picked_GN = sums
     z = _wide(z_GNv)
     top = torch.maximum(top_GN, z.amax(-1))
     shrink = (top_GN - top).exp_()
@@ -39,19 +38,15 @@ def online_softmax(
 
 
 def online_kl(
-    z_GNv: Tensor,
-    teacher_z_GNv: Tensor,
-    top_GR: Tensor,
-    total_GR: Tensor,
-    gap_GN: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z_GNv: Tensor, teacher_z_GNv: Tensor, dtype: torch.dtype, *sums: *Sums
+) -> tuple[Tensor, *Sums, Tensor]:
     """As :func:`online_softmax` for R = 2 N rows, the student's N and then the teacher's.
 
     Returns:
         e [G, R, v], top, total, gap = Σ e_teacher ∘ (teacher z − z) and shrink. A teacher's logit
         of −∞ has no share in the gap.
     """
+    top_GR, total_GR, gap_GN = sums
     z = _wide(z_GNv)
     teacher_z = teacher_z_GNv.to(z.dtype)
     top = torch.maximum(top_GR, torch.cat([z.amax(-1), teacher_z.amax(-1)], 1))
@@ -73,47 +68,30 @@ def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor
 
 
 def softmax_minus_one_hot(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, ids_GN: Tensor, columns: int | Tensor
 ) -> Tensor:
-    """e^(z − lse) − onehot(id), in ``out`` if given."""
+    """e^(z − lse) − onehot(id)."""
     p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, p.shape[2])
         p.scatter_add_(2, column, -here.to(p.dtype))
     else:
         p.sub_(_matches(ids_GN, columns).to(p.dtype))
-    return _in(out, p, dtype)
+    return _in(into, p)
 
 
 def softmax_difference(
-    z_GNv: Tensor,
-    lse_GN: Tensor,
-    teacher_z_GNv: Tensor,
-    teacher_lse_GN: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    z_GNv: Tensor, lse_GN: Tensor, into: Into, teacher_z_GNv: Tensor, teacher_lse_GN: Tensor
 ) -> Tensor:
-    """e^(z − lse) − e^(teacher z − teacher lse), in ``out`` if given."""
+    """e^(z − lse) − e^(teacher z − teacher lse)."""
     p = _wide(z_GNv).sub_(lse_GN[..., None]).exp_()
     p.sub_((teacher_z_GNv.to(p.dtype) - teacher_lse_GN[..., None]).exp_())
-    return _in(out, p, dtype)
+    return _in(into, p)
 
 
-def logit_cotangent(
-    b_bar_GNv: Tensor,
-    center_GN: Tensor,
-    weight_GN: Tensor,
-    b_GNv: Tensor,
-    ids_GN: Tensor,
-    columns: int | Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id), in b's dtype; in ``out`` if given."""
+def logit_cotangent(b_bar_GNv: Tensor, b_GNv: Tensor, into: Into, *rows: *CotangentRows) -> Tensor:
+    """p ∘ (b̄ − center) + weight ∘ b, with b = p − onehot(id)."""
+    center_GN, weight_GN, ids_GN, columns = rows
     x = _wide(b_bar_GNv).sub_((center_GN - weight_GN)[..., None])
     if isinstance(columns, int):
         column, here = _find(ids_GN, columns, x.shape[2])
@@ -122,11 +100,11 @@ def logit_cotangent(
     else:
         at_id = _matches(ids_GN, columns) * (x - weight_GN[..., None])
         x.mul_(b_GNv).add_(at_id)
-    return _in(out, x, b_GNv.dtype)
+    return _in(into, x)
 
 
-def _in(out: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if out is None else out.copy_(t)
+def _in(into: Into, t: Tensor) -> Tensor:
+    return into.copy_(t) if isinstance(into, Tensor) else t.to(into)
 
 
 def _wide(t: Tensor) -> Tensor:

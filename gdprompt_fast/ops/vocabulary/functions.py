@@ -172,15 +172,10 @@ def tied_lookup(
 class _TiedLookup(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        handle: Tensor,
-        ids: Tensor,
-        vocabulary: Vocabulary,
-        rows: GroupedRows,
-        level: int,
+        ctx: Any, handle: Tensor, ids: Tensor, *use: *tuple[Vocabulary, GroupedRows, int]
     ) -> Tensor:
         ctx.save_for_backward(handle, ids)
-        ctx.use = vocabulary, rows, level
+        ctx.use = vocabulary, rows, level = use
         if not vocabulary.terms(level):
             return torch.nn.functional.embedding(ids, vocabulary.weight_VD)
         found = vocabulary.rows_at(rows.to_groups(ids, fill=-1).flatten(1), level)

@@ -32,7 +32,7 @@ class OnlineSums:
     def exponentials(self, online_pass: Callable[..., tuple[Tensor, ...]], *tile: object) -> Tensor:
         """e^(z − top) of a tile, [G, R, v], by a pass that brings the statistics up to it."""
         e, self._top_GR, self.total_GR, self.value_GN, self._shrink_GR = online_pass(
-            *tile, self._top_GR, self.total_GR, self.value_GN, self.dtype
+            *tile, self.dtype, self._top_GR, self.total_GR, self.value_GN
         )
         return e
 

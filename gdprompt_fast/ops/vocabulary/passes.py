@@ -65,7 +65,8 @@ class Difference:
     ) -> Tensor:
         """[G, M, v], in the weight's dtype."""
         z = vocabulary.logits(block, self.rows, b_GSv)
-        return self.target.tile(block, z, self.lse_GM, vocabulary.weight_VD.dtype, out)
+        into = vocabulary.weight_VD.dtype if out is None else out
+        return self.target.tile(block, z, self.lse_GM, into)
 
 
 @dataclass
@@ -84,7 +85,7 @@ def response_pass(vocabulary: Vocabulary, h_GMD: Tensor, target: Target, level: 
     rows = vocabulary.project(h_GMD, level)
     online = _stream(vocabulary, rows, target, terms)
     loss = target.loss(online)
-    f = Difference(rows, online.lse_GR[:, : h_GMD.shape[1]], target)
+    f = Difference(rows, online.lse_GR[:, : h_GMD.shape[1]].contiguous(), target)
     f_w, *f_b = target.difference(online, lambda ids: vocabulary.gather(ids, terms))
     f_context = None
     if terms:

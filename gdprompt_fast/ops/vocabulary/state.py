@@ -192,10 +192,13 @@ class Vocabulary:
         for k in steps:
             step = self.steps[k]
             z = self.logits(block, step.states, b)
-            passes, dtype = implementation("vocabulary", z), self.weight_VD.dtype
             room = None if out is None else out.get(k)
-            b[k] = passes.softmax_minus_one_hot(
-                z, step.lse_GS, self.next_ids_GS, block.columns, dtype, room
+            b[k] = implementation("vocabulary", z).softmax_minus_one_hot(
+                z,
+                step.lse_GS,
+                self.weight_VD.dtype if room is None else room,
+                self.next_ids_GS,
+                block.columns,
             )
         return b
 
@@ -238,12 +241,12 @@ class Vocabulary:
             block.add_at_(b_bar, ids_GM, match_GSM)
         return implementation("vocabulary", b_bar).logit_cotangent(
             b_bar,
+            b[k],
+            b[k].dtype if out is None else out,
             step.adjoint.center_GS,
             step.nll_weight_GS,
-            b[k],
             self.next_ids_GS,
             block.columns,
-            out,
         )
 
     def gather(self, ids_GN: Tensor, terms: range) -> list[Tensor]:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from ..backend import implementation
+from ..eager.vocabulary import Into
 from .block import Block, Slice
 from .online import OnlineSums
+
+Gather = Callable[[Tensor], list[Tensor]]
 
 
 class Target(Protocol):
@@ -32,23 +35,14 @@ class Target(Protocol):
         """After :meth:`loss`, an error and a bool on the device that says whether it is one."""
         ...
 
-    def difference(
-        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
-    ) -> list[Tensor]:
+    def difference(self, online: OnlineSums, gather: Gather) -> list[Tensor]:
         """(P − T) Xᵀ after the last tile, for every X [D, V] whose products with the exponentials
         are in ``online``; ``gather(ids)`` returns their columns, [G, N, D].
         """
         ...
 
-    def tile(
-        self,
-        block: Block,
-        z_GNv: Tensor,
-        lse_GN: Tensor,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """P − T in a block, after :meth:`loss`; [G, N, v], in ``out`` if given."""
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, into: Into) -> Tensor:
+        """P − T in a block, after :meth:`loss`; [G, N, v]."""
         ...
 
 
@@ -70,21 +64,12 @@ class GoldTarget:
     def failure(self) -> None:
         return None
 
-    def difference(
-        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
-    ) -> list[Tensor]:
+    def difference(self, online: OnlineSums, gather: Gather) -> list[Tensor]:
         return [p - t for p, t in zip(online.means(), gather(self._ids_GN), strict=True)]
 
-    def tile(
-        self,
-        block: Block,
-        z_GNv: Tensor,
-        lse_GN: Tensor,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, into: Into) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
-        return passes.softmax_minus_one_hot(z_GNv, lse_GN, self._ids_GN, block.columns, dtype, out)
+        return passes.softmax_minus_one_hot(z_GNv, lse_GN, into, self._ids_GN, block.columns)
 
 
 class TeacherTarget:
@@ -115,7 +100,8 @@ class TeacherTarget:
         return online.exponentials(passes.online_kl, z_GNv, self._logits(block))
 
     def loss(self, online: OnlineSums) -> Tensor:
-        student_lse_GN, self._lse_GN = online.lse_GR.chunk(2, dim=1)
+        student_lse_GN, teacher_lse_GN = online.lse_GR.chunk(2, dim=1)
+        self._lse_GN = teacher_lse_GN.contiguous()  # once: every block of every pass reads it
         _, teacher_total_GN = online.total_GR.chunk(2, dim=1)
         return student_lse_GN - self._lse_GN + online.value_GN / teacher_total_GN
 
@@ -124,22 +110,13 @@ class TeacherTarget:
         error = "teacher: expected finite predictions, got NaN or infinite ones"
         return FloatingPointError(error), ~torch.isfinite(self._lse_GN).all()
 
-    def difference(
-        self, online: OnlineSums, gather: Callable[[Tensor], list[Tensor]]
-    ) -> list[Tensor]:
+    def difference(self, online: OnlineSums, gather: Gather) -> list[Tensor]:
         return [p - t for p, t in (mean.chunk(2, dim=1) for mean in online.means())]
 
-    def tile(
-        self,
-        block: Block,
-        z_GNv: Tensor,
-        lse_GN: Tensor,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def tile(self, block: Block, z_GNv: Tensor, lse_GN: Tensor, into: Into) -> Tensor:
         passes = implementation("vocabulary", z_GNv)
         teacher_z_GNv = self._logits(block)
-        return passes.softmax_difference(z_GNv, lse_GN, teacher_z_GNv, self._lse_GN, dtype, out)
+        return passes.softmax_difference(z_GNv, lse_GN, into, teacher_z_GNv, self._lse_GN)
 
     def _logits(self, block: Block) -> Tensor:
         if self._logits_GNV is not None:
