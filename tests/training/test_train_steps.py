@@ -238,7 +238,7 @@ def test_a_step_padded_for_graphs_is_the_same(lm_on: str, examples: list[Example
 def test_padding_is_counted_as_it_is_computed(
     micro_groups: int | None, ladder: bool, examples: list[Example]
 ) -> None:
-    lengths = [7, 40, 19, 3]
+    lengths = [7, 40, 40, 3]
     long = [
         dataclasses.replace(e, context=array("i", [5] * length))
         for e, length in zip(examples[:4], lengths, strict=True)
