@@ -24,15 +24,14 @@ def decoder_layers(
     if not has_own_forward(backbone):  # the own one calls layers by keywords
         return {}
     layers: list[Any] = [each for each in backbone.modules() if type_name(each) in _LAYERS]
-    following = [layer.input_layernorm for layer in layers[1:]] + [getattr(backbone, "norm", None)]
-    forwards = {}
-    for layer, next_norm in zip(layers, following, strict=False):
-        norm, ahead = (
-            _norm_site(layer.post_attention_layernorm, sites),
-            _norm_site(next_norm, sites),
-        )
-        if norm is not None and is_intact(layer):
-            forwards[layer] = _forward(layer, norm, ahead)
+    forwards, ahead = {}, _norm_site(getattr(backbone, "norm", None), sites)
+    for layer in reversed(layers):
+        norm = _norm_site(layer.post_attention_layernorm, sites)
+        if norm is None or not is_intact(layer):  # a hook may change what would be normed ahead
+            ahead = None
+            continue
+        forwards[layer] = _forward(layer, norm, ahead)
+        ahead = _norm_site(layer.input_layernorm, sites)
     return forwards
 
 

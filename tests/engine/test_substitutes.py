@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers.activations
 
-from gdprompt_fast import fast_meta_step
+from gdprompt_fast import fast_meta_step, reference_meta_step
 from gdprompt_fast.ops.phase import Phase
+from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.update import substitutes
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.site import StepState
@@ -67,6 +68,26 @@ def test_a_step_runs_the_ops_and_leaves_the_model_as_it_was(
     assert getattr(file, ROTARY, None) is own
     assert torch.equal(run(model), expected)
     assert not used
+
+
+@pytest.mark.parametrize("where", ["layers.1", "layers.1.input_layernorm", "norm"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["anew", "in-place"])
+def test_a_state_changed_on_its_way_is_normed_as_it_is(
+    where: str, in_place: bool, tiny_model: Build, make_batch: Build
+) -> None:
+    model, batch = tiny_model("llama-tied"), make_batch()
+
+    def change(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].mul_(1.5) if in_place else args[0] * 1.5,)
+
+    model.model.get_submodule(where).register_forward_pre_hook(change)
+    fast_meta_step(model, batch, objective="gold")
+    fast = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with without_upcasts(model):
+        reference_meta_step(model, batch, objective="gold")
+    exact = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(fast, exact, rtol=1e-9, atol=1e-9)
 
 
 def test_after_an_error_inside_the_model_runs_its_own_again(
