@@ -18,7 +18,6 @@ from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import (
     ChatEncoder,
     Example,
-    Limits,
     end_token,
     prompt_rows,
     query_rows,
@@ -26,8 +25,8 @@ from gdprompt_fast.data import (
 )
 from gdprompt_fast.evaluation import read_predictions
 from helpers.models import small_llama
+from helpers.training import ROOMY
 
-ROOMY = Limits(400, 400, 400)
 TRIPLE = {"context": "Bob sings.", "query": "Who?", "response": "Bob"}
 TURNS = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>\n"

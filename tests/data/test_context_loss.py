@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.data import (
     Example,
-    Limits,
     meta_batch,
     read_records,
     read_triples,
@@ -28,9 +27,8 @@ from gdprompt_fast.data import (
 from gdprompt_fast.data.people import make_people_data, people_tokenizer
 from gdprompt_fast.evaluation import InnerStep, evaluate, with_irrelevant_contexts
 from helpers.models import llama
-from helpers.training import GOLD, TOKENIZER, run
+from helpers.training import GOLD, ROOMY, TOKENIZER, run
 
-ROOMY = Limits(64, 64, 64)
 TRIPLE = {"context": "Ada sings loud", "query": "who?", "response": "Ada"}
 LOUD = [10, 14]
 

@@ -26,8 +26,8 @@ from gdprompt_fast.data import (
 )
 from gdprompt_fast.data.people import QUESTIONS, make_people_data, people_tokenizer
 from helpers.paths import SHARED_DATA
+from helpers.training import ROOMY
 
-ROOMY = Limits(400, 400, 400)
 TRIPLE = {"context": "Anna paints. Bob sings.", "query": "Who sings?", "response": "Bob"}
 
 

@@ -22,6 +22,9 @@ from gdprompt_fast.update.site import MaterialisedSite
 from helpers.models import MODELS, VOCABULARY, llama
 
 Build = Callable[..., Any]
+each_model = pytest.mark.parametrize(
+    ("name", "steps"), [(name, steps) for name in MODELS for steps in (1, 2)]
+)
 OPTIONS: dict[str, Any] = dict(objective="gold", inner_lr=0.05, lm_weight=0.2)
 
 
@@ -42,8 +45,7 @@ def errors(
     return whole_error(fast, exact), whole_error(plain, exact)
 
 
-@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
     name: str, steps: int, tiny_model: Build, make_batch: Build
 ) -> None:
@@ -55,8 +57,7 @@ def test_in_bf16_the_step_is_at_most_twice_as_far_from_fp64_as_the_reference(
     assert ours <= 2 * eager + 1e-2, f"error {ours:.1e}, of the reference in bf16 {eager:.1e}"
 
 
-@pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_under_autocast_fp32_weights_get_the_gradient_of_bf16_products(
     name: str, steps: int, tiny_model: Build, make_batch: Build
 ) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gdprompt_fast.data import (
-    Example,
-)
+from gdprompt_fast.data import Example, Limits
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.loading import add_lora
 from gdprompt_fast.teacher import TeacherCache
@@ -17,6 +15,7 @@ from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.options import TrainOptions
 from helpers.models import small_llama
 
+ROOMY = Limits(400, 400, 400)
 TOKENIZER = people_tokenizer()
 GOLD = TrainOptions(
     steps=7, batch_size=2, outer_lr=1e-2, warmup_steps=2, inner_lr=0.3, objective="gold",
