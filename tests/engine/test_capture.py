@@ -125,16 +125,19 @@ def check_replays(
     assert out.captured, out.eager
 
 
-@pytest.mark.parametrize("kind", ["one-each", "grouped", "uneven"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_replay_has_the_bits_of_an_eager_step(
-    tiny_model: Build,
-    make_batch: Build,
-    kind: str,
-    options: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Build, make_batch: Build, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_replays(tiny_model("llama-tied"), make_batch, kind, options, monkeypatch)
+    check_replays(tiny_model("llama-tied"), make_batch, "grouped", options, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["one-each", "uneven"])
+@pytest.mark.parametrize("options", ["kl", "micro-groups", "with L_LM on other texts"])
+def test_other_batches_are_replayed(
+    tiny_model: Build, make_batch: Build, kind: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_replays(tiny_model("llama-tied"), make_batch, kind, OPTIONS[options], monkeypatch)
 
 
 @pytest.mark.parametrize("inner", ["full", "lora"])
