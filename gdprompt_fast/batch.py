@@ -267,7 +267,8 @@ class MetaBatch:
         """Some groups of the batch, without the padding that all of their rows have; and which of
         the response tokens, in row-major order, are theirs.
         """
-        own, real, device = self.host, self.layout.real, self.context_ids.device
+        real, device = self.layout.real, self.context_ids.device
+        own = self.host  # as the layout has it now
         chosen = torch.tensor(groups)
         context = torch.isin(own.context_group, chosen).nonzero().flatten()
         query = torch.isin(own.query_group, chosen).nonzero().flatten()

@@ -278,6 +278,8 @@ def why_eager(model: nn.Module, config: MetaStepConfig, device: torch.device) ->
             return f"a hook on the gradient of {name} would not run in a replay"
         if parameter.requires_grad and not parameter.is_leaf:
             return f"{name} is no leaf"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode around the step would see nothing of a replay"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a graph is being captured already"
     return ""

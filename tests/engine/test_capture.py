@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gdprompt_fast import LMBatch, MetaBatch, MetaStepOutput, TeacherTargets, fast_meta_step
 from gdprompt_fast.meta import capture
 from gdprompt_fast.meta.failures import found_on_the_device
+from gdprompt_fast.models.memory import PeakMemory
 from helpers.tape import Tape, on_tapes
 
 Build = Callable[..., Any]
@@ -305,6 +306,15 @@ def test_without_memory_for_a_graph_the_step_is_eager(
     for _ in range(3):
         out = gold_step(model, batch)
     assert "no memory" in out.eager
+
+
+def test_under_a_dispatch_mode_the_step_is_eager(tiny_model: Build, make_batch: Build) -> None:
+    """It would count, or record, nothing of a replay."""
+    model, batch = tiny_model("llama-tied"), make_batch()
+    recorded(model, batch)
+    with PeakMemory() as memory:
+        out = gold_step(model, batch)
+    assert "a dispatch mode" in out.eager and memory.peak_bytes > 0
 
 
 def test_graphs_are_bounded_and_the_oldest_goes(

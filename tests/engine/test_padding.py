@@ -109,6 +109,13 @@ def test_a_batch_that_is_written_to_is_laid_out_again(make_batch: Build) -> None
         _ = batch.layout
 
 
+def test_groups_of_a_batch_that_was_written_to_are_those_of_now(make_batch: Build) -> None:
+    batch = make_batch().map(torch.clone)  # as on another device: the host has its own
+    batch.response_mask[0, 2] = True
+    some, tokens = batch.select([0])
+    assert some.layout.tokens == len(tokens) == int(batch.response_mask[0].sum())
+
+
 def test_moved_batches_are_not_looked_at_again(
     make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
