@@ -14,7 +14,7 @@ from gdprompt_fast.ops.gradient import WeightGradient
 from gdprompt_fast.ops.linear import Factor, InnerLinear, Use
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
-from gdprompt_fast.ops.vocabulary import TeacherTarget, Vocabulary
+from gdprompt_fast.ops.vocabulary import KLTarget, Vocabulary
 from gdprompt_fast.ops.vocabulary.passes import (
     adjoint_pass,
     context_pass,
@@ -99,7 +99,7 @@ def loss_calls(draw: Draw, shape: Shape) -> dict[str, Callable[[], tuple[Tensor,
         return nll_GS, state_gradient(vocabulary, step, 0)
 
     def response_loss() -> tuple[Tensor, ...]:
-        target = TeacherTarget(None, teacher_GMD, weight)
+        target = KLTarget(None, teacher_GMD, weight)
         response = response_pass(vocabulary, h_GMD, target, 1)
         vocabulary.response, vocabulary.uses = response.f.tile, [response.use]
         return response.loss_GM, response.dh_GMD

@@ -1,8 +1,8 @@
 """The ways to take a training step on one batch, all with the same model, tokens and loss.
 
 Each way adds its gradient to ``.grad``. The exact ways, this package's and those of
-``gdprompt_fast/reference/frugal.py``, have the same one. Each baseline is written as those who need
-it fast would.
+``gdprompt_fast/reference/lean_maml.py``, have the same one. Each baseline is written as those who
+need it fast would.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.func import grad, jvp, vjp, vmap
 
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.meta.config import MetaStepOutput
-from gdprompt_fast.reference.frugal import Example, Task, all_alive, sequential
+from gdprompt_fast.reference.lean_maml import Episode, LeanMAML, all_alive, sequential
 from gdprompt_fast.reference.step import Parameters
 from gdprompt_fast.update.masks import attention_by
 
-Way = Callable[[Task], object]
+Way = Callable[[LeanMAML], object]
 
 
-def ordinary(task: Task) -> None:
+def ordinary(task: LeanMAML) -> None:
     """The ordinary training step on every context and its query as one text: the floor.
 
     Holds the activations of all examples and the logits of all tokens.
@@ -34,22 +34,22 @@ def ordinary(task: Task) -> None:
     task.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def fast(task: Task) -> None:
+def fast(task: LeanMAML) -> None:
     """This package. Holds two sets of activations of all examples, and no copy of θ."""
     meta_step(task)
 
 
-def fast_recomputed(task: Task) -> None:
+def fast_recomputed(task: LeanMAML) -> None:
     """This package, making each block's activations again where a pass needs them."""
     meta_step(task, recompute="block")
 
 
-def fast_first_order(task: Task) -> None:
+def fast_first_order(task: LeanMAML) -> None:
     """This package without the second-order term. Holds one set of activations."""
     meta_step(task, first_order=True)
 
 
-def meta_step(task: Task, **options: Any) -> MetaStepOutput:
+def meta_step(task: LeanMAML, **options: Any) -> MetaStepOutput:
     """This package's step on a task, with options of :func:`gdprompt_fast.fast_meta_step`."""
     return fast_meta_step(
         task.model,
@@ -63,7 +63,7 @@ def meta_step(task: Task, **options: Any) -> MetaStepOutput:
     )
 
 
-def sequential_first_order(task: Task) -> None:
+def sequential_first_order(task: LeanMAML) -> None:
     """First-order MAML: the gradient at θ' is taken for the one at θ. Another gradient.
 
     Holds one adapted copy of θ and its gradient.
@@ -73,25 +73,25 @@ def sequential_first_order(task: Task) -> None:
         (task.outer_loss(theta, example) / len(task)).backward(inputs=task.trained)
 
 
-def _inner_gradient(task: Task, example: Example) -> Parameters:
+def _inner_gradient(task: LeanMAML, example: Episode) -> Parameters:
     _one_inner_step(task)
     loss = task.inner_loss(task.inner, example)
     return dict(zip(task.inner, torch.autograd.grad(loss, list(task.inner.values())), strict=True))
 
 
-def _one_inner_step(task: Task) -> None:
+def _one_inner_step(task: LeanMAML) -> None:
     if task.inner_steps != 1:
         raise ValueError(f"inner_steps: expected 1 for this way, got {task.inner_steps}")
 
 
-def vmapped(task: Task) -> None:
+def vmapped(task: LeanMAML) -> None:
     """All examples at once with torch.func.vmap over the inner step and the outer loss.
 
     Holds an adapted copy of θ, its gradient and a graph per example.
     """
     _one_inner_step(task)
 
-    def loss(example: Example) -> Tensor:
+    def loss(example: Episode) -> Tensor:
         with attention_by(task.model, None):
             gradient = grad(task.inner_loss)(task.inner, example)
         return task.outer_loss(task.adapted(gradient), example)
@@ -99,7 +99,7 @@ def vmapped(task: Task) -> None:
     vmap(loss)(task.examples).mean().backward(inputs=task.trained)
 
 
-def forward_over_reverse(task: Task) -> None:
+def forward_over_reverse(task: LeanMAML) -> None:
     """H v by forward mode through the gradient's own computation, as in MixFlow-MG.
 
     One example at a time. Holds v, ∇L and H v, each as large as θ, and one example's activations
@@ -118,7 +118,9 @@ def forward_over_reverse(task: Task) -> None:
             parameter.grad.add_(gradient, alpha=1 / len(task))
 
 
-def _gradients_at(task: Task, theta: Parameters, example: Example) -> tuple[Parameters, Parameters]:
+def _gradients_at(
+    task: LeanMAML, theta: Parameters, example: Episode
+) -> tuple[Parameters, Parameters]:
     """Of the outer loss at θ' by the outer parameters, θ' held fixed where it is not one of them,
     and by θ'.
     """
@@ -133,7 +135,7 @@ def _gradients_at(task: Task, theta: Parameters, example: Example) -> tuple[Para
     )
 
 
-def _hessian_vector_product(task: Task, v: Parameters, example: Example) -> Parameters:
+def _hessian_vector_product(task: LeanMAML, v: Parameters, example: Episode) -> Parameters:
     """The derivative of ∇_outer L(c, θ) as θ moves along v."""
     everything = {name: p.detach() for name, p in {**task.outer, **task.inner}.items()}
     tangent = {n: v[n] if n in v else torch.zeros_like(p) for n, p in everything.items()}

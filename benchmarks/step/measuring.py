@@ -17,7 +17,7 @@ from gdprompt_fast import reference_meta_step
 from gdprompt_fast.models.memory import model_tensors
 from gdprompt_fast.ops.backend import resolve_backend
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts, worst_error
-from gdprompt_fast.reference.frugal import Task
+from gdprompt_fast.reference.lean_maml import LeanMAML
 
 from ..harness.isolate import is_out_of_memory
 from ..harness.rows import Row
@@ -42,10 +42,12 @@ class Settings:
     tiny: bool
 
 
-def task_of(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> Task:
+def task_of(case: Case, device: torch.device, dtype: torch.dtype, **options: Any) -> LeanMAML:
     model = random_model(case, device, dtype)
     batch = random_batch(case, device)
-    return Task(model, batch, self_teacher(model, batch), inner_params=case.inner_params, **options)
+    return LeanMAML(
+        model, batch, self_teacher(model, batch), inner_params=case.inner_params, **options
+    )
 
 
 def gate_of(case: Case) -> Case:
@@ -57,7 +59,7 @@ def gate_name(case: Case) -> str:
     return f"tiny, LoRA outside, {case.inner_params} inside" if case.rank else "tiny"
 
 
-def gradients_by(way: Way, task: Task) -> Gradients:
+def gradients_by(way: Way, task: LeanMAML) -> Gradients:
     """What a way alone adds to ``.grad``."""
     task.model.zero_grad(set_to_none=True)
     way(task)
@@ -119,7 +121,7 @@ def measure(case: Case, way: str, settings: Settings) -> Row:
 
 
 def in_turns(
-    device: torch.device, task: Task, way: str, seconds: float
+    device: torch.device, task: LeanMAML, way: str, seconds: float
 ) -> tuple[list[float], list[float]]:
     """Milliseconds of a way and of the ordinary step after it, as many rounds as fit; at least
     three, or one where there is no time.
@@ -161,7 +163,7 @@ def process_peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def flops_of(case: Case, way: str, task: Task) -> float:
+def flops_of(case: Case, way: str, task: LeanMAML) -> float:
     """What a step must compute, whatever the way computes: the passes of :func:`passes_of` of the
     matrices, the head only where there are logits to make (every token of a context, the predicted
     ones of a query), and causal attention to T tokens as hidden · T more a layer.

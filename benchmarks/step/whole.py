@@ -15,7 +15,7 @@ from torch import Tensor
 from gdprompt_fast import TeacherTargets, fast_meta_step, reference_meta_step
 from gdprompt_fast.models.memory import model_tensors
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
-from gdprompt_fast.reference.frugal import Example, Task, sequential
+from gdprompt_fast.reference.lean_maml import Episode, LeanMAML, sequential
 from gdprompt_fast.testing.op_inputs import drawer
 
 from ..harness.bench import Bench
@@ -139,17 +139,17 @@ def gate_jobs(bench: Bench) -> Iterator[Job]:
 Step = Callable[[], object]  # what it returns may know whether it was captured, and its loss
 
 
-def autocast(task: Task) -> torch.autocast:
+def autocast(task: LeanMAML) -> torch.autocast:
     """Inside a step, so that the copies of the weights that autocast keeps are the step's own."""
     enabled = next(task.model.parameters()).dtype == torch.float32
     return torch.autocast(device_of(task).type, torch.bfloat16, enabled=enabled)
 
 
-def device_of(task: Task) -> torch.device:
+def device_of(task: LeanMAML) -> torch.device:
     return task.batch.context_ids.device
 
 
-def plain(step: Callable[[Task], object], task: Task) -> Step:
+def plain(step: Callable[[LeanMAML], object], task: LeanMAML) -> Step:
     def call() -> object:
         with autocast(task):
             return step(task)
@@ -157,16 +157,16 @@ def plain(step: Callable[[Task], object], task: Task) -> Step:
     return call
 
 
-def meta(task: Task, **options: Any) -> Step:
+def meta(task: LeanMAML, **options: Any) -> Step:
     return plain(lambda each: meta_step(each, backend="triton", **options), task)
 
 
-def ordinary_graph(task: Task) -> Step:
+def ordinary_graph(task: LeanMAML) -> Step:
     with causal_attention(task.model):
         return as_graph(plain(ordinary, task), device_of(task))
 
 
-def ordinary_compiled(task: Task) -> Step:
+def ordinary_compiled(task: LeanMAML) -> Step:
     """By inductor on a GPU; on a CPU, which stands for one, only traced."""
     backend = "inductor" if device_of(task).type == "cuda" else "aot_eager"
     compiled = torch.compile(task.model, dynamic=False, backend=backend)
@@ -180,9 +180,9 @@ def ordinary_compiled(task: Task) -> Step:
     return call
 
 
-def sequential_graph(task: Task) -> Step:
+def sequential_graph(task: LeanMAML) -> Step:
     """The strongest sequential loop: one example's step captured once, replayed for each."""
-    buffers = Example(*(rows[0].clone() for rows in task.examples))
+    buffers = Episode(*(rows[0].clone() for rows in task.examples))
 
     def one() -> None:
         with autocast(task):
@@ -200,7 +200,7 @@ def sequential_graph(task: Task) -> Step:
     return call
 
 
-def with_adam(make: Callable[[Task], Step], task: Task) -> Step:
+def with_adam(make: Callable[[LeanMAML], Step], task: LeanMAML) -> Step:
     """And an update by fused Adam, whose rate of 0 leaves the weights as they are."""
     optimizer = torch.optim.Adam(task.trained, lr=0.0, fused=True)
     step = make(task)
@@ -226,7 +226,7 @@ class Way:
         captures: whether it is captured only after some steps.
     """
 
-    make: Callable[[Task], Step]
+    make: Callable[[LeanMAML], Step]
     gates: tuple[str, ...] = ()
     seconds: float = 1.5
     least: int = 3
@@ -275,10 +275,10 @@ TIMED: list[tuple[str, str, tuple[str, ...]]] = [
 ]
 
 
-_last: list[tuple[Case, Task]] = []
+_last: list[tuple[Case, LeanMAML]] = []
 
 
-def task_of(shape: Case, bench: Bench) -> Task:
+def task_of(shape: Case, bench: Bench) -> LeanMAML:
     """That of the job before in this process, if it is of the same shape."""
     if not _last or _last[0][0] != shape:
         _last.clear()
@@ -287,7 +287,7 @@ def task_of(shape: Case, bench: Bench) -> Task:
         batch = random_batch(shape, bench.device)
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=is_autocast(shape)):
             teacher = self_teacher(model, batch)
-        _last.append((shape, Task(model, batch, teacher, inner_params=shape.inner_params)))
+        _last.append((shape, LeanMAML(model, batch, teacher, inner_params=shape.inner_params)))
     return _last[0][1]
 
 

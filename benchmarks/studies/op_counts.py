@@ -29,10 +29,10 @@ from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops import gradient
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.vocabulary import TeacherTarget, block
+from gdprompt_fast.ops.vocabulary import KLTarget, block
 from gdprompt_fast.rows import GroupedRows
+from gdprompt_fast.update.adapted_layer import StepState
 from gdprompt_fast.update.attach import AdaptedModel
-from gdprompt_fast.update.site import StepState
 
 from ..step.cases import LLAMA_1B, llama
 
@@ -125,7 +125,7 @@ def step_counts(
             adapted.inner_step(adapted.vocabulary.context_loss(hidden, weight).sum(), False)
             hidden = adapted.hidden_states(ids[1], rows, level=1)
             predicting = hidden[:, -response - 1 : -1].flatten(0, 1)
-            target = TeacherTarget(None, teacher, model.lm_head.weight.detach())
+            target = KLTarget(None, teacher, model.lm_head.weight.detach())
             losses = adapted.vocabulary.response_loss(predicting, target, responses)
             losses.sum().backward()
             adapted.release()

@@ -19,8 +19,8 @@ from ..models.inner_params import select_inner
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..rows import GroupedRows
+from ..update.adapted_layer import StepState
 from ..update.attach import AdaptedModel
-from ..update.site import StepState
 from .objective import LOGITS, StepArguments
 from .weights import Vector
 

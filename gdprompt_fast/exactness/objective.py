@@ -1,7 +1,7 @@
 """The objective of a meta step by the model's own forward: what the engine is checked against.
 
-Nothing of the engine is in here: no sites, no ops of its own, no second derivative. Every row runs
-alone and without padding, as ``model(input_ids=row)``.
+Nothing of the engine is in here: no adapted layers, no ops of its own, no second derivative. Every
+row runs alone and without padding, as ``model(input_ids=row)``.
 """
 
 from __future__ import annotations

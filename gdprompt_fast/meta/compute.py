@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
+from ..update.adapted_layer import StepState
 from ..update.attach import AdaptedModel
-from ..update.site import StepState
 from .capture import Done, Graphs, Unit
 from .config import MetaStepConfig, MetaStepOutput
 from .failures import Failures, clean_after_error
@@ -109,7 +109,7 @@ class MetaStep:
             failures.add(done.errors, done.tensors[losses:])
             return done.tensors[:losses]
 
-        autocast = torch.autocast(device.type, enabled=False)  # sites cast themselves
+        autocast = torch.autocast(device.type, enabled=False)  # adapted layers cast themselves
         backend, clean = use_backend(self.backend), clean_after_error(self.model)
         with torch.enable_grad(), autocast, backend, clean:
             lm_on_contexts = not lm_parts

@@ -16,8 +16,8 @@ from ..models.architecture import check_ids, check_model, check_row_lengths, com
 from ..models.inner_params import InnerParams, select_inner
 from ..ops.phase import Phase
 from ..rows import GroupedRows
+from ..update.adapted_layer import StepState
 from ..update.attach import AdaptedModel
-from ..update.site import StepState
 from .config import check_inner, check_verify
 from .failures import Failures, nothing_changed_in_place
 from .verify import verify_model
@@ -45,7 +45,7 @@ def take_inner_steps(
     keep_graph: bool = False,
     first_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the inner steps; afterwards the sites of ``adapted`` are at θ'.
+    """Takes the inner steps; afterwards the adapted layers of ``adapted`` are at θ'.
 
     Args:
         first_group: the number of the first group, for messages.

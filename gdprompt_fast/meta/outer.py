@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..batch import MetaBatch
 from ..ops.phase import Phase
-from ..ops.vocabulary import GoldTarget, Target, TeacherTarget
+from ..ops.vocabulary import KLTarget, NLLTarget, Target
+from ..update.adapted_layer import StepState
 from ..update.attach import AdaptedModel
-from ..update.site import StepState
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
 
@@ -43,9 +43,9 @@ def _target(batch: MetaBatch, teacher: TeacherTargets | None, state: StepState) 
     layout = batch.layout
     if teacher is None:
         ids_S = batch.query_ids.flatten().index_select(0, layout.position_S)
-        return GoldTarget(layout.slots.to_groups(ids_S))
+        return NLLTarget(layout.slots.to_groups(ids_S))
     logits, hidden = teacher.logits, teacher.hidden
-    return TeacherTarget(
+    return KLTarget(
         None if logits is None else layout.slots.to_groups(logits),
         None if hidden is None else layout.slots.to_groups(state.cast(hidden)),
         teacher.head,
@@ -68,7 +68,7 @@ def lm_backward(
         hidden_BTD = adapted.hidden_states(lm_batch.ids, lm_batch.rows, level=0)
         hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, lm_batch.position_P)
         next_ids_P = lm_batch.ids.flatten().index_select(0, lm_batch.position_P + 1)
-        target = GoldTarget(lm_batch.predictions.to_groups(next_ids_P))
+        target = NLLTarget(lm_batch.predictions.to_groups(next_ids_P))
         losses_P = adapted.vocabulary.response_loss(hidden_PD, target, lm_batch.predictions)
         loss = (losses_P * (lm_batch.weight_P / count).to(losses_P.dtype)).sum()
         if weight is not None:

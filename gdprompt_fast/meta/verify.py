@@ -26,8 +26,8 @@ from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..ops.vocabulary.block import tile_elements
 from ..rows import GroupedRows
+from ..update.adapted_layer import StepState
 from ..update.attach import AdaptedModel
-from ..update.site import StepState
 from .fingerprint import fingerprint
 
 # Largest difference of the logits, over their spread, that rounding explains.
@@ -106,7 +106,9 @@ def _engine_pass(
             leaves = check_twice_differentiable(loss.sum(), "the context pass to be")
             logits = adapted.vocabulary.logits(hidden_BTD.detach()[:, -keep:])
         parameters = {id(parameter) for parameter in model.parameters()}
-        handles = {id(t) for site in adapted.all_sites for t in site.tensors} - parameters
+        handles = {
+            id(t) for adapted_layer in adapted.all_layers for t in adapted_layer.tensors
+        } - parameters
         adapted.release()
     return logits[0], {id(leaf) for leaf in leaves} - handles
 

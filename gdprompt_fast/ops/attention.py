@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .backend import implementation
-from .guard import differentiable_no_further
+from .guard import forbid_higher_order
 
 # The first key that each query sees and the last query that sees each key, int32 [B, T]; None where
 # that is all before or after it.
@@ -102,7 +102,7 @@ class _AttentionBackward(Function):
         #   P̄ = (dP − δ) ∘ (Ṡ − σ) + dO V̇ᵀ;  S̄ = P ∘ (P̄ − τ);  τ = rowsum(P ∘ P̄)
         #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO
         #   cot Q = scale (S̄ K + dS K̇);  cot K = scale (S̄ᵀ Q + dSᵀ Q̇)
-        differentiable_no_further("attention", "twice")
+        forbid_higher_order("attention", "twice")
         cotangents = implementation("attention", cot_dq).attention_double_backward(
             cot_dq, cot_dk, cot_dv, *ctx.saved_tensors, *ctx.options
         )

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..rows import GroupedRows
 from .gradient import WeightGradient
-from .guard import differentiable_no_further, used_twice
+from .guard import forbid_higher_order, used_twice
 from .phase import Phase
 from .rate import Rate
 
@@ -135,7 +135,7 @@ class _InnerEmbedding(Function):
         if table.phase.inner_backward:
             dhandle = _InnerEmbeddingBackward.apply(e, handle, ids, table, rows, level)
         else:
-            differentiable_no_further("inner_embedding", "once outside an inner step")
+            forbid_higher_order("inner_embedding", "once outside an inner step")
             table.push(ids, table.without_padding(e, ids), rows, level)
             dhandle = None
         return dhandle, None, None, None, None
@@ -158,7 +158,7 @@ class _InnerEmbeddingBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, _: None) -> Any:
-        differentiable_no_further("inner_embedding", "twice")
+        forbid_higher_order("inner_embedding", "twice")
         cot_e = ctx.table.pull(ctx.factor)
         if cot_e is not None:
             cot_e = ctx.rows.tokens_from_groups(cot_e, tuple(ctx.ids.shape[1:]))

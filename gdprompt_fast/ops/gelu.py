@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from ..errors import UserError
 from .backend import implementation
-from .guard import differentiable_no_further
+from .guard import forbid_higher_order
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -50,6 +50,6 @@ class _GELUBackward(Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> Any:
         # Cotangent a of dx:  cot dy = a ∘ gelu'(x);  cot x = a ∘ dy ∘ gelu''(x)
-        differentiable_no_further("gelu", "twice")
+        forbid_higher_order("gelu", "twice")
         passes = implementation("gelu", a)
         return *passes.gelu_double_backward(a, *ctx.saved_tensors, ctx.approximate), None

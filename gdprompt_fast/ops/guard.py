@@ -7,7 +7,7 @@ import torch
 from ..errors import UserError
 
 
-def differentiable_no_further(op: str, times: str) -> None:
+def forbid_higher_order(op: str, times: str) -> None:
     """Raises inside the last backward an op has, when the caller asks for a graph of it.
 
     ``once_differentiable`` is no such guard: autograd prunes its error node when the gradient is

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from ..rows import GroupedRows
 from .backend import implementation
-from .guard import differentiable_no_further
+from .guard import forbid_higher_order
 from .linear import InnerLinear, Matches, forms_update
 
 Layers = Sequence[InnerLinear]
@@ -77,7 +77,7 @@ class _InnerLinears(Function):
                 anchor, x.detach(), layers, rows, level, x_cots, *es, *handles
             )
             return dx if needs_dx else None, None, None, None, *dhandles
-        differentiable_no_further("inner_linear", "once outside an inner step")
+        forbid_higher_order("inner_linear", "once outside an inner step")
         dx_GMI = ctx.x_cots.pop() if ctx.x_cots else None
         x_GMI, each = rows.tokens_to_groups(x), len(matches) // len(layers)
         e_GMOs = [rows.tokens_to_groups(e) for e in es]
@@ -133,7 +133,7 @@ class _InnerLinearsBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, cot_dx: Tensor | None, *_: None) -> Any:
-        differentiable_no_further("inner_linear", "twice")
+        forbid_higher_order("inner_linear", "twice")
         layers, rows, level = ctx.use
         factors, ctx.factors = ctx.factors, []
         matches, cot_x, cot_es = Matches(), None, []

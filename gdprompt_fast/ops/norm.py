@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .backend import implementation
-from .guard import differentiable_no_further
+from .guard import forbid_higher_order
 
 # γ, β, ε and whether the mean is taken off: of the forward passes of each backend.
 Options = tuple[Tensor, Tensor | None, float, bool]
@@ -112,7 +112,7 @@ class _NormBackward(Function):
         #   cot dy = (P u) ∘ γ + v ∘ x̂ + w;   cot γ = Σ_t (P u) ∘ dy;   cot dh = u
         #   cot x  = P (v ∘ dy − r mean(g ∘ x̂) u − r mean(u ∘ x̂) g) − r x̂ mean(u ∘ dx),
         # where dx is without dh
-        differentiable_no_further("norm", "twice")
+        forbid_higher_order("norm", "twice")
         saved = ctx.saved_tensors
         cot_dy, *cotangents = implementation("norm", u).norm_double_backward(u, v, w, *saved)
         return cot_dy, u if ctx.adds_dh else None, None, *cotangents, None, None

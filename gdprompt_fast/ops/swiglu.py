@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .backend import implementation
-from .guard import differentiable_no_further
+from .guard import forbid_higher_order
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -39,5 +39,5 @@ class _SwiGLUBackward(Function):
         # Cotangents a of dgate, b of dup:
         #   cot dy = a ∘ up ∘ silu' + b ∘ silu;  cot up = a ∘ dy ∘ silu'
         #   cot gate = dy ∘ (a ∘ up ∘ silu'' + b ∘ silu')
-        differentiable_no_further("swiglu", "twice")
+        forbid_higher_order("swiglu", "twice")
         return implementation("swiglu", a).swiglu_double_backward(a, b, *ctx.saved_tensors)

@@ -22,11 +22,11 @@ from ..meta.step import fast_meta_step
 from ..meta.targets import TeacherTargets
 from ..models.architecture import causal_lm
 from ..ops.blocks import abridged_loops
-from ..reference.frugal import Task, all_alive, sequential
-from ..update.embedding import EmbeddingSite
-from ..update.linear import LinearSite
-from ..update.site import MaterialisedSite
-from ..update.vocabulary import VocabularySite
+from ..reference.lean_maml import LeanMAML, all_alive, sequential
+from ..update.adapted_layer import MaterialisedLayer
+from ..update.embedding import AdaptedEmbedding
+from ..update.linear import AdaptedLinear
+from ..update.vocabulary import AdaptedVocabulary
 from .layers import Run, run_layers
 from .parts import LOSS_TILES, PeakParts
 from .shapes import ShapesOnly
@@ -121,14 +121,14 @@ def _prediction(run: Run) -> Prediction:
 
 def predict_sequential(config: PreTrainedConfig, planned: PlannedStep) -> Prediction:
     """The memory of exact MAML by autograd's own double backward, one example at a time: that of
-    ``reference.frugal.sequential`` on an example after the first, when the gradients are there.
+    ``reference.lean_maml.sequential`` on an example after the first, when the gradients are there.
     """
     return _predict_autograd(config, replace(planned, batch=1), sequential, with_gradients=True)
 
 
 def predict_materialised(config: PreTrainedConfig, planned: PlannedStep) -> Materialised:
     """The memory with every example's θ' and its graph alive at once: that of
-    ``reference.frugal.all_alive``, run for one, two and three examples.
+    ``reference.lean_maml.all_alive``, run for one, two and three examples.
     """
     one, two, three = (
         _predict_autograd(config, replace(planned, batch=batch), all_alive, with_gradients=False)
@@ -141,7 +141,7 @@ def predict_materialised(config: PreTrainedConfig, planned: PlannedStep) -> Mate
 def _predict_autograd(
     config: PreTrainedConfig,
     planned: PlannedStep,
-    step: Callable[[Task], None],
+    step: Callable[[LeanMAML], None],
     with_gradients: bool,
 ) -> Prediction:
     return _prediction(
@@ -152,7 +152,7 @@ def _predict_autograd(
 def run_autograd(
     config: PreTrainedConfig,
     planned: PlannedStep,
-    step: Callable[[Task], None],
+    step: Callable[[LeanMAML], None],
     with_gradients: bool,
 ) -> Run:
     """MAML by autograd and the optimizer's step, on the whole model."""
@@ -168,7 +168,7 @@ def run_autograd(
         memory.mark(GRADIENTS, _gradients(model))
         with memory, _autocast(planned):
             step(
-                Task(
+                LeanMAML(
                     model,
                     batch,
                     teacher,
@@ -333,16 +333,16 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 
 def _factors(model: nn.Module) -> Iterator[Tensor]:
-    """What makes θ' of θ, of all sites: X and E of layers, θ' itself of small parameters."""
+    """What makes θ' of θ in all adapted layers: X and E, or θ' itself of small parameters."""
     for module in model.modules():
-        site = getattr(vars(module).get("forward"), "__self__", None)
-        if isinstance(site, LinearSite):
-            for linear in site.layer.factors:
+        adapted_layer = getattr(vars(module).get("forward"), "__self__", None)
+        if isinstance(adapted_layer, AdaptedLinear):
+            for linear in adapted_layer.layer.factors:
                 yield from (linear.x_GSI, linear.e_GSO)
-        elif isinstance(site, EmbeddingSite):
-            yield from (factor.e_GSD for factor in site.table.factors)
-        elif isinstance(site, VocabularySite):
-            steps = site.vocabulary.steps
+        elif isinstance(adapted_layer, AdaptedEmbedding):
+            yield from (factor.e_GSD for factor in adapted_layer.table.factors)
+        elif isinstance(adapted_layer, AdaptedVocabulary):
+            steps = adapted_layer.vocabulary.steps
             yield from (step.lookup_GSD for step in steps if step.lookup_GSD is not None)
-        elif isinstance(site, MaterialisedSite):
-            yield from site.moved
+        elif isinstance(adapted_layer, MaterialisedLayer):
+            yield from adapted_layer.moved

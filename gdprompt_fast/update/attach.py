@@ -1,4 +1,4 @@
-"""A model at θ and at every group's θ' at once: its layers replaced by sites while attached."""
+"""A model at θ and at every group's θ' at once: adapted layers in the place of its own."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
 from . import norm  # noqa: F401
+from .adapted_layer import AdaptedLayer, StepState, find_rule
 from .decoder import decoder_layers
-from .embedding import EmbeddingSite
-from .linear import LinearSite
-from .lora import LowRankSite
+from .embedding import AdaptedEmbedding
+from .linear import AdaptedLinear
+from .lora import AdaptedLowRank
 from .masks import ATTENTION, attention_by, engine_attention, positions_in_order
 from .recompute import recomputed
-from .site import Site, StepState, find_rule
 from .substitutes import substitute_for
-from .vocabulary import VocabularySite
+from .vocabulary import AdaptedVocabulary
 
 
 class AdaptedModel:
-    """The sites of a model and the inner steps taken on them.
+    """The adapted layers of a model and the inner steps taken on them.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
         inner: the parameters the inner step moves, by name.
-        state: what the sites share.
+        state: what the adapted layers share.
 
     Raises:
         ValueError: naming an inner parameter without a rule, or shared by two layers.
@@ -49,51 +49,51 @@ class AdaptedModel:
         moved = {id(parameter) for parameter in inner.values()}
         self.head = head
         head_name = next(name for name, module in model.named_modules() if module is head)
-        self.vocabulary = VocabularySite(
+        self.vocabulary = AdaptedVocabulary(
             head,
             tokens if tied else None,
             id(head.weight) in moved,
             state,
             state.rate(head_name, head.weight),
         )
-        self.sites: dict[nn.Module, Site] = {}
+        self.adapted_layers: dict[nn.Module, AdaptedLayer] = {}
         _check_not_shared(model, moved, {tokens, head})
         for name, module in model.named_modules():
             if module is head or not any(True for _ in module.parameters(recurse=False)):
                 continue
             if tied and module is tokens and has_own_forward(module):
-                self.sites[module] = self.vocabulary
-            elif (site := _site(name, module, moved, state)) is not None:
-                self.sites[module] = site
+                self.adapted_layers[module] = self.vocabulary
+            elif (adapted_layer := _adapted_layer(name, module, moved, state)) is not None:
+                self.adapted_layers[module] = adapted_layer
         state.check_rates()
 
     @property
-    def all_sites(self) -> list[Site]:
+    def all_layers(self) -> list[AdaptedLayer]:
         """Each once."""
-        return list(dict.fromkeys([*self.sites.values(), self.vocabulary]))
+        return list(dict.fromkeys([*self.adapted_layers.values(), self.vocabulary]))
 
     @contextmanager
     def differentiable(self, recompute: str = "none") -> Iterator[None]:
-        """Inside, the model's modules run as sites, with ops that are twice differentiable, and
-        with ``recompute="block"`` its transformer blocks keep their input only.
+        """Inside, the model's modules run as adapted layers, with twice differentiable ops,
+        and with ``recompute="block"`` its transformer blocks keep their input only.
         """
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {
-            module: _outside_autocast(site.forward, type(module).__name__)
-            for module, site in self.sites.items()
+            module: _outside_autocast(adapted_layer.forward, type(module).__name__)
+            for module, adapted_layer in self.adapted_layers.items()
         }
         if recompute == "none":  # a block recomputed alone must norm its own input
-            forwards |= decoder_layers(self.backbone, self.sites)
+            forwards |= decoder_layers(self.backbone, self.adapted_layers)
         ours = engine_attention(self.model)
         self.state.phase.recomputing = recompute == "block"
         for module in self.model.modules():
             if "forward" in vars(module):
                 continue
             if module not in forwards:
-                forward = substitute_for(module, self.state.dtype, ours, self.sites)
+                forward = substitute_for(module, self.state.dtype, ours, self.adapted_layers)
                 forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
-                forwards[module] = recomputed(module, self.sites, self.state)
+                forwards[module] = recomputed(module, self.adapted_layers, self.state)
         try:
             with _replaced(forwards), attention_by(self.model, ATTENTION if ours else None):
                 yield
@@ -105,15 +105,15 @@ class AdaptedModel:
     def inference(self, rows: GroupedRows) -> Iterator[None]:
         """Inside, row b of any input runs at the last θ' of its group; no gradients.
 
-        The sites compute in the precision of the step that made θ', also where autocast is entered
-        inside; what a matrix product gives then has autocast's dtype, as without the sites.
+        The adapted layers compute in the precision of the step that made θ', also where autocast is
+        entered inside; what a matrix product gives then has autocast's dtype, as without them.
         """
         self._check_unchanged()
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {
-            module: self._at_inference(site.forward, site, rows)
-            for module, site in self.sites.items()
+            module: self._at_inference(adapted_layer.forward, adapted_layer, rows)
+            for module, adapted_layer in self.adapted_layers.items()
         }
         forwards[self.head] = self._at_inference(self.vocabulary.logits, self.vocabulary, None)
         device = self.head.weight.device.type
@@ -121,11 +121,11 @@ class AdaptedModel:
             yield
 
     def _check_unchanged(self) -> None:
-        """Nothing has come between the sites and their modules since the inner step: another
-        update that is applied, a forward of the user's, merged adapters.
+        """Nothing has come between the adapted layers and their modules since the inner step:
+        another update that is applied, a forward of the user's, merged adapters.
         """
         check_adapters(self.model)
-        for module in (*self.sites, self.head):
+        for module in (*self.adapted_layers, self.head):
             if not has_own_forward(module):
                 raise UserError(
                     f"model: expected one update applied at a time, and the forwards as they were "
@@ -133,14 +133,16 @@ class AdaptedModel:
                 )
 
     def _at_inference(
-        self, forward: Callable[..., Tensor], site: Site, rows: GroupedRows | None
+        self, forward: Callable[..., Tensor], adapted_layer: AdaptedLayer, rows: GroupedRows | None
     ) -> Callable[..., Tensor]:
-        """A site's forward without gradients that refuses other rows than were announced."""
+        """The layer's forward without gradients that refuses other rows than were announced."""
         dtype = self.state.dtype or self.head.weight.dtype
-        product = isinstance(site, LinearSite | LowRankSite) or rows is None
+        product = isinstance(adapted_layer, AdaptedLinear | AdaptedLowRank) or rows is None
 
         def run(x: Tensor) -> Tensor:
-            shared = isinstance(site, EmbeddingSite) and len(x) == 1  # positions, of all rows
+            shared = (
+                isinstance(adapted_layer, AdaptedEmbedding) and len(x) == 1
+            )  # positions, of all rows
             if rows is not None and len(x) != len(rows) and not shared:
                 raise UserError(
                     f"groups: expected one group for each of the {len(x)} rows, got {len(rows)}"
@@ -168,7 +170,7 @@ class AdaptedModel:
         """θ ← θ − η ∇θ loss, for all groups at once; differentiable if the state is of second
         order.
         """
-        moved = [tensor for site in self.all_sites for tensor in site.moved]
+        moved = [tensor for adapted_layer in self.all_layers for tensor in adapted_layer.moved]
         with self.state.phase.inner():
             grads = torch.autograd.grad(
                 loss,
@@ -179,29 +181,31 @@ class AdaptedModel:
             )
         self._check_used(moved, grads)
         each = iter(grads)
-        for site in self.all_sites:
-            site.step([next(each) for _ in site.moved])
+        for adapted_layer in self.all_layers:
+            adapted_layer.step([next(each) for _ in adapted_layer.moved])
 
     def release(self) -> None:
-        """Drops what the sites hold, after a step or an error.
+        """Drops what the adapted layers hold, after a step or an error.
 
-        What they hold has a graph, whose nodes hold the sites: a cycle that nobody else breaks.
+        What they hold has a graph, whose nodes hold them: a cycle that nobody else breaks.
         Autograd keeps the graph of a failed backward until its next one.
         """
-        for site in self.all_sites:
-            site.release()
+        for adapted_layer in self.all_layers:
+            adapted_layer.release()
 
     def detach(self, level: int) -> None:
         """Keeps the values of θ' after ``level`` steps and drops their graph, for inference."""
         self.state.level = level
-        for site in self.all_sites:
-            site.tensors = [tensor.detach() for tensor in site.tensors]
+        for adapted_layer in self.all_layers:
+            adapted_layer.tensors = [tensor.detach() for tensor in adapted_layer.tensors]
 
     def _check_used(self, moved: list[Tensor], grads: tuple[Tensor | None, ...]) -> None:
         unused = {id(tensor) for tensor, grad in zip(moved, grads, strict=True) if grad is None}
         for name, module in self.model.named_modules():
-            site = self.sites.get(module)
-            if site is not None and any(id(tensor) in unused for tensor in site.moved):
+            adapted_layer = self.adapted_layers.get(module)
+            if adapted_layer is not None and any(
+                id(tensor) in unused for tensor in adapted_layer.moved
+            ):
                 raise UserError(
                     "inner_params: expected parameters that the inner loss depends on, "
                     f"got those of {name}, on which it does not"
@@ -209,7 +213,7 @@ class AdaptedModel:
 
 
 def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -> None:
-    """Each rule knows the uses of its own layer only; head and tokens are one site when tied."""
+    """Each rule knows the uses of its own layer only; tied head and tokens are one layer."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -221,12 +225,14 @@ def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -
                 )
 
 
-def _site(name: str, module: Any, moved: set[int], state: StepState) -> Site | None:
-    """The site of a layer; None for one of an unknown type that the inner step does not move."""
+def _adapted_layer(
+    name: str, module: Any, moved: set[int], state: StepState
+) -> AdaptedLayer | None:
+    """A layer adapted; None for one of an unknown type that the inner step does not move."""
     inner = {key: id(p) in moved for key, p in module.named_parameters(recurse=False)}
     rule, own = find_rule(module), has_own_forward(module)
     if own and inner.get("weight") and name.rpartition(".")[0].endswith((".lora_A", ".lora_B")):
-        rule = LowRankSite if type(module) is nn.Linear else None
+        rule = AdaptedLowRank if type(module) is nn.Linear else None
     if own and rule is not None and inner.keys() <= {"weight", "bias"} and "weight" in inner:
         return rule(module, inner, state, state.rate(name, module.weight))
     if any(inner.values()):
@@ -241,7 +247,7 @@ def _site(name: str, module: Any, moved: set[int], state: StepState) -> Site | N
 
 
 def _outside_autocast(forward: Callable[..., Tensor], layer: str) -> Callable[..., Tensor]:
-    """A site's forward that refuses an autocast in the model: the site would not cast as it does.
+    """Its forward that refuses an autocast in the model: it would not cast as autocast does.
 
     One around the step or the whole model is known (``compute_dtype``), and off inside.
     """
@@ -260,7 +266,7 @@ def _outside_autocast(forward: Callable[..., Tensor], layer: str) -> Callable[..
 @contextmanager
 def _nothing_recomputed() -> Iterator[None]:
     """Refuses activation checkpoints in the model: their second forward would run in a backward
-    pass, when the sites are at other weights and rows.
+    pass, when the adapted layers are at other weights and rows.
 
     Hooks for saved tensors that are held open around a step (``save_on_cpu``) recompute nothing.
     """

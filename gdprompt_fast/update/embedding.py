@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.handle import weight_handle
 from ..ops.rate import Rate
-from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
+from .adapted_layer import AdaptedLayer, FactoredLayer, StepState, outer_gradient, rule_for
 
 
 def check_embedding(module: Any) -> None:
@@ -25,7 +25,7 @@ def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
     return ids.expand(rows, -1) if len(ids) == 1 else ids
 
 
-class EmbeddingSite(FactoredSite):
+class AdaptedEmbedding(FactoredLayer):
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:
         check_embedding(module)
         gradient = outer_gradient(module.weight)
@@ -51,5 +51,5 @@ class EmbeddingSite(FactoredSite):
 
 
 @rule_for("torch.nn.modules.sparse.Embedding")
-def embedding(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
-    return EmbeddingSite(module, inner, state, rate)
+def embedding(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
+    return AdaptedEmbedding(module, inner, state, rate)

@@ -12,10 +12,10 @@ from ..ops.handle import weight_handle
 from ..ops.inner_linear import inner_linears
 from ..ops.linear import InnerLinear
 from ..ops.rate import Rate
-from .site import FactoredSite, Site, StepState, outer_gradient, rule_for
+from .adapted_layer import AdaptedLayer, FactoredLayer, StepState, outer_gradient, rule_for
 
 
-class LinearSite(FactoredSite):
+class AdaptedLinear(FactoredLayer):
     """y = x W'ᵀ + b'. ``transposed``: the module stores its weight as [I, O]."""
 
     def __init__(
@@ -52,28 +52,33 @@ class LinearSite(FactoredSite):
         return y
 
 
-def linears(sites: Sequence[LinearSite], x: Tensor) -> tuple[Tensor, ...]:
+def linears(adapted_layers: Sequence[AdaptedLinear], x: Tensor) -> tuple[Tensor, ...]:
     """Layers :func:`alike` at the same input."""
-    state, handles = sites[0].state, [site.handle for site in sites]
-    layers = [site.layer for site in sites]
+    state, handles = (
+        adapted_layers[0].state,
+        [adapted_layer.handle for adapted_layer in adapted_layers],
+    )
+    layers = [adapted_layer.layer for adapted_layer in adapted_layers]
     return inner_linears(state.cast(x), handles, layers, state.rows, state.level)
 
 
-def alike(sites: Sequence[Site | None]) -> bool:
+def alike(adapted_layers: Sequence[AdaptedLayer | None]) -> bool:
     """Whether layers can share the products of an input that they all read."""
     kinds = {
-        (site.rate, site.layer.inner_weight, site.layer.inner_bias)
-        for site in sites
-        if isinstance(site, LinearSite)
+        (adapted_layer.rate, adapted_layer.layer.inner_weight, adapted_layer.layer.inner_bias)
+        for adapted_layer in adapted_layers
+        if isinstance(adapted_layer, AdaptedLinear)
     }
-    return len(kinds) == 1 and all(isinstance(site, LinearSite) for site in sites)
+    return len(kinds) == 1 and all(
+        isinstance(adapted_layer, AdaptedLinear) for adapted_layer in adapted_layers
+    )
 
 
 @rule_for("torch.nn.modules.linear.Linear")
-def linear(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
-    return LinearSite(module, inner, state, rate)
+def linear(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
+    return AdaptedLinear(module, inner, state, rate)
 
 
 @rule_for("transformers.pytorch_utils.Conv1D")
-def conv1d(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
-    return LinearSite(module, inner, state, rate, transposed=True)
+def conv1d(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
+    return AdaptedLinear(module, inner, state, rate, transposed=True)

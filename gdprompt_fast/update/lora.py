@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..ops.lora import lora_product
 from ..ops.rate import Rate
-from .site import MaterialisedSite, StepState
+from .adapted_layer import MaterialisedLayer, StepState
 
 
-class LowRankSite(MaterialisedSite):
+class AdaptedLowRank(MaterialisedLayer):
     """y = x W'ᵀ + b' with W' [G, O, I] of every group, where I or O is a LoRA rank."""
 
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 from ..models.families import FAMILIES
 from ..ops.norm import add_norm, norm
 from ..ops.rate import Rate
-from .site import MaterialisedSite, Site, StepState, rule_for
+from .adapted_layer import AdaptedLayer, MaterialisedLayer, StepState, rule_for
 
 
-class NormSite(MaterialisedSite):
+class AdaptedNorm(MaterialisedLayer):
     def __init__(
         self,
         module: Any,
@@ -57,10 +57,10 @@ class NormSite(MaterialisedSite):
 
 
 @rule_for("torch.nn.modules.normalization.LayerNorm")
-def layer_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
-    return NormSite(module, inner, state, rate, module.eps, center=True)
+def layer_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
+    return AdaptedNorm(module, inner, state, rate, module.eps, center=True)
 
 
 @rule_for(*(family.named(family.rms_norm) for family in FAMILIES if family.rms_norm))
-def rms_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> Site:
-    return NormSite(module, inner, state, rate, module.variance_epsilon, center=False)
+def rms_norm(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
+    return AdaptedNorm(module, inner, state, rate, module.variance_epsilon, center=False)

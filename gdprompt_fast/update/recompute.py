@@ -1,9 +1,9 @@
 """Recomputation of transformer blocks, exact through the inner step.
 
-A block is y = f(h, P), P being what its sites read in autograd (handles of weights, each group's
-own small parameters, shared ones) and the trained parameters of layers without a site. Between
+A block is y = f(h, P), P being what its adapted layers read in autograd (handles of weights, each
+group's own small parameters, shared ones) and the trained parameters of its other layers. Between
 the passes of a meta step it keeps its input h, the cotangent of its output and the factors of its
-sites, which other passes need; everything else is computed again where a pass needs it:
+adapted layers, which other passes need; everything else is computed again where a pass needs it:
 
     forward            f
     inner backward     f and its gradient, which records the factors
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..errors import UserError
-from ..ops.guard import differentiable_no_further
+from ..ops.guard import forbid_higher_order
 from ..rows import GroupedRows
-from .site import Site, StepState
+from .adapted_layer import AdaptedLayer, StepState
 
 Gradients = Sequence[Tensor | None]
 
@@ -36,32 +36,42 @@ class BlockUse:
 
     Args:
         forward: f, of the hidden states alone.
-        sites: those inside the block.
-        parameters: the trained ones inside the block that no site reads.
+        adapted_layers: those inside the block.
+        parameters: the trained ones inside the block that no adapted layer reads.
         state: as it is at this use.
     """
 
     def __init__(
         self,
         forward: Callable[[Tensor], Tensor],
-        sites: list[Site],
+        adapted_layers: list[AdaptedLayer],
         parameters: list[nn.Parameter],
         state: StepState,
     ) -> None:
-        self._forward, self._sites, self._parameters = forward, sites, parameters
+        self._forward, self._adapted_layers, self._parameters = forward, adapted_layers, parameters
         self._state, self._rows, self._level = state, state.rows, state.level
         self.phase = state.phase
 
     def inputs(self) -> list[Tensor]:
         """P."""
-        return [*(tensor for site in self._sites for tensor in site.tensors), *self._parameters]
+        return [
+            *(tensor for adapted_layer in self._adapted_layers for tensor in adapted_layer.tensors),
+            *self._parameters,
+        ]
 
     def run(self, h: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """f(h, P), P in place of what the sites read."""
+        """f(h, P), P in place of what the adapted layers read."""
         state = self._state
-        present = state.rows, state.level, [site.tensors for site in self._sites]
+        present = (
+            state.rows,
+            state.level,
+            [adapted_layer.tensors for adapted_layer in self._adapted_layers],
+        )
         remaining = iter(inputs)
-        at_use = [[next(remaining) for _ in site.tensors] for site in self._sites]
+        at_use = [
+            [next(remaining) for _ in adapted_layer.tensors]
+            for adapted_layer in self._adapted_layers
+        ]
         self._set(self._rows, self._level, at_use)
         try:
             return self._forward(h)
@@ -102,20 +112,22 @@ class BlockUse:
 
     def _set(self, rows: GroupedRows, level: int, tensors: list[list[Tensor]]) -> None:
         self._state.rows, self._state.level = rows, level
-        for site, at_use in zip(self._sites, tensors, strict=True):
-            site.tensors = at_use
+        for adapted_layer, at_use in zip(self._adapted_layers, tensors, strict=True):
+            adapted_layer.tensors = at_use
 
 
 def recomputed(
-    block: nn.Module, sites: dict[nn.Module, Site], state: StepState
+    block: nn.Module, adapted_layers: dict[nn.Module, AdaptedLayer], state: StepState
 ) -> Callable[..., Tensor]:
     """The forward of a transformer block that keeps its input only.
 
     Raises:
         UserError: inside a step, if a gradient would go another way than through that input.
     """
-    own = [sites[module] for module in block.modules() if module in sites]
-    read = {id(p) for m in block.modules() if m in sites for p in m.parameters(recurse=False)}
+    own = [adapted_layers[module] for module in block.modules() if module in adapted_layers]
+    read = {
+        id(p) for m in block.modules() if m in adapted_layers for p in m.parameters(recurse=False)
+    }
     others = [p for p in block.parameters() if p.requires_grad and id(p) not in read]
     forward = block.forward
 
@@ -150,7 +162,7 @@ class _Block(Function):
         if ctx.use.phase.inner_backward:
             dh, *dinputs = _BlockBackward.apply(e, h, ctx.use, *inputs)
         else:
-            differentiable_no_further("a recomputed block", "once outside an inner step")
+            forbid_higher_order("a recomputed block", "once outside an inner step")
             dh, *dinputs = ctx.use.gradient(h, inputs, e)
         return dh, None, *dinputs
 
@@ -164,7 +176,7 @@ class _BlockBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        differentiable_no_further("a recomputed block", "twice")
+        forbid_higher_order("a recomputed block", "twice")
         e, h, *inputs = ctx.saved_tensors
         cot_e, cot_h, *cot_inputs = ctx.use.double_backward(h, inputs, e, cotangents)
         return cot_e, cot_h, None, *cot_inputs

@@ -19,9 +19,9 @@ from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
+from .adapted_layer import AdaptedLayer
 from .linear import alike, linears
 from .masks import causal_window, check_attention_options
-from .site import Site
 
 Forward = Callable[..., Any]
 
@@ -40,55 +40,57 @@ def substitute_for(
     module: Any,
     dtype: torch.dtype | None,
     engine_attention: bool = True,
-    sites: Mapping[nn.Module, Site] | None = None,
+    adapted_layers: Mapping[nn.Module, AdaptedLayer] | None = None,
 ) -> Forward | None:
     """The forward to use in place of the module's own, if there is a better one.
 
     Args:
         dtype: of the products under mixed precision, or None.
         engine_attention: the masks are the engine's own (``masks.py``).
-        sites: of the model's layers.
+        adapted_layers: of the model's layers.
     """
     name = type_name(module)
     if not is_shipped(type(module).forward, type(module)):
         return None
     if name in _GATED_MLPS:
-        return _gated_mlp(module, sites or {})
+        return _gated_mlp(module, adapted_layers or {})
     if name in _GELUS:
         return lambda x: gelu(x, _GELUS[name])
     if name in _ATTENTIONS and engine_attention:
-        return _attention(module, _ATTENTIONS[name], sites or {})
+        return _attention(module, _ATTENTIONS[name], adapted_layers or {})
     if name == "peft.tuners.lora.layer.Linear":
         return _lora(module, dtype)
     return None
 
 
 def _together(
-    modules: Sequence[nn.Module], sites: Mapping[nn.Module, Site]
+    modules: Sequence[nn.Module], adapted_layers: Mapping[nn.Module, AdaptedLayer]
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Modules at the same input, as one product of several layers where they are just linear."""
-    own = [sites.get(module) for module in modules]
+    own = [adapted_layers.get(module) for module in modules]
     if alike(own) and all(is_intact(module) for module in modules):
         return lambda x: linears(own, x)  # type: ignore[arg-type]
     return lambda x: tuple(module(x) for module in modules)
 
 
-def _gated_mlp(mlp: Any, sites: Mapping[nn.Module, Site]) -> Forward | None:
+def _gated_mlp(mlp: Any, adapted_layers: Mapping[nn.Module, AdaptedLayer]) -> Forward | None:
     """down(silu(gate(x)) ∘ up(x)) of an MLP with an activation that is just that."""
     if type_name(mlp.act_fn) not in _SILUS or not is_intact(mlp.act_fn):
         return None
-    gate_and_up = _together([mlp.gate_proj, mlp.up_proj], sites)
+    gate_and_up = _together([mlp.gate_proj, mlp.up_proj], adapted_layers)
     return lambda x: mlp.down_proj(swiglu(*gate_and_up(x)))
 
 
-def _attention(module: Any, family: Family, sites: Mapping[nn.Module, Site]) -> Forward | None:
+def _attention(
+    module: Any, family: Family, adapted_layers: Mapping[nn.Module, AdaptedLayer]
+) -> Forward | None:
     """o(softmax attention of rotary(q), rotary(k), v); None where the modeling file would call
     other functions than its own.
     """
     file = sys.modules[type(module).__module__]
     if not all(is_shipped(getattr(file, each), type(module)) for each in family.functions):
         return None
-    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms, sites)
+    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms, adapted_layers)
 
     def forward(
         hidden_states: Tensor,
@@ -111,10 +113,10 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def _separate(
-    module: Any, head_norms: bool, sites: Mapping[nn.Module, Site]
+    module: Any, head_norms: bool, adapted_layers: Mapping[nn.Module, AdaptedLayer]
 ) -> tuple[Callable[[Tensor], QKV], nn.Module]:
     """Queries [B, H, T, D], keys and values [B, K, T, D] of a layer each."""
-    products = _together([module.q_proj, module.k_proj, module.v_proj], sites)
+    products = _together([module.q_proj, module.k_proj, module.v_proj], adapted_layers)
 
     def project(x_BTD: Tensor) -> QKV:
         heads = (*x_BTD.shape[:-1], -1, module.head_dim)

@@ -13,11 +13,11 @@ from ..ops.handle import weight_handle
 from ..ops.rate import Rate
 from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
 from ..rows import GroupedRows
+from .adapted_layer import FactoredLayer, StepState, outer_gradient
 from .embedding import check_embedding, rows_of_ids
-from .site import FactoredSite, StepState, outer_gradient
 
 
-class VocabularySite(FactoredSite):
+class AdaptedVocabulary(FactoredLayer):
     """The head as losses and logits, and (:meth:`forward`) the tied embedding's lookup."""
 
     def __init__(

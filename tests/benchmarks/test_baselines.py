@@ -52,7 +52,7 @@ def task(
     model = lora_model() if outside == "lora" else tiny_model()
     batch = make_batch("one-each")
     teacher = teacher_of(model, batch)
-    return baselines.Task(model, batch, teacher, inner_lr=INNER_LR, inner_params=inside)
+    return baselines.LeanMAML(model, batch, teacher, inner_lr=INNER_LR, inner_params=inside)
 
 
 KINDS = pytest.mark.parametrize("task", ["full-full", "lora-full", "lora-lora"], indirect=True)
@@ -98,7 +98,7 @@ def test_sequential_ways_hold_one_adapted_copy_and_the_others_all() -> None:
     case = cases.Case(cases.llama(64, 2, 4, 2, 192, 512), 6, 4, 6)
     model = cases.random_model(case, torch.device("cpu"), torch.float32)
     batch = cases.random_batch(case, torch.device("cpu"))
-    task = baselines.Task(model, batch, cases.self_teacher(model, batch))
+    task = baselines.LeanMAML(model, batch, cases.self_teacher(model, batch))
     one = sum(4 * p.numel() for p in model.parameters())
     peaks = {
         way: peak_bytes_over_model(model, functools.partial(step, task))
@@ -123,7 +123,7 @@ def test_what_a_plan_predicts_has_the_gradient_of_the_reference(
     model, batch = tiny_model(), make_batch("one-each")
     teacher = teacher_of(model, batch) if objective == "kl" else None
     options = dict(inner_lr=INNER_LR, inner_steps=inner_steps)
-    task = baselines.Task(model, batch, teacher, **options)
+    task = baselines.LeanMAML(model, batch, teacher, **options)
     with without_upcasts(model):
         _, got = gradients_of(lambda *_: step(task), model, batch)
         options |= dict(objective=objective, teacher=teacher)
@@ -136,7 +136,7 @@ def test_groups_of_several_are_refused(
 ) -> None:
     model, batch = tiny_model(), make_batch("grouped")
     with pytest.raises(ValueError, match="one context and query per group"):
-        baselines.Task(model, batch, teacher_of(model, batch))
+        baselines.LeanMAML(model, batch, teacher_of(model, batch))
 
 
 # Sequential MAML of other libraries
@@ -148,7 +148,7 @@ def test_higher_has_the_gradient_of_the_reference(
     higher = pytest.importorskip("higher", reason="higher is an optional cross-check")
     # It cannot patch Llama, which slices its list of layers.
     model, batch = tiny_model("gpt2-conv1d-positions"), make_batch("one-each")
-    task = baselines.Task(model, batch, teacher_of(model, batch), inner_lr=INNER_LR)
+    task = baselines.LeanMAML(model, batch, teacher_of(model, batch), inner_lr=INNER_LR)
 
     def step(*_: Any) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=INNER_LR)

@@ -21,8 +21,8 @@ from gdprompt_fast.ops.eager import gelu, norm, rotary, swiglu
 from gdprompt_fast.ops.vocabulary import functions
 from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update import attach, recompute, substitutes
-from gdprompt_fast.update.linear import LinearSite
-from gdprompt_fast.update.site import StepState
+from gdprompt_fast.update.adapted_layer import StepState
+from gdprompt_fast.update.linear import AdaptedLinear
 
 Build = Callable[..., Any]
 Patch = pytest.MonkeyPatch
@@ -92,14 +92,14 @@ def at_the_neighbour(batch: MetaBatch) -> Layout:
 def stale_weights(patch: Patch) -> None:
     """A layer's weights are kept from one step to the next."""
     kept: dict[tuple[int, torch.dtype], Tensor] = {}
-    own = LinearSite.__init__
+    own = AdaptedLinear.__init__
 
     def init(self: Any, module: Any, *rest: Any, **options: Any) -> None:
         own(self, module, *rest, **options)
         weight = self.layer.weight_OI
         self.layer.weight_OI = kept.setdefault((id(module), weight.dtype), weight.clone())
 
-    patch.setattr(LinearSite, "__init__", init)
+    patch.setattr(AdaptedLinear, "__init__", init)
 
 
 def unweighted_contexts(patch: Patch) -> None:
@@ -203,8 +203,8 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "llama-untied",
         lambda patch: patch.setattr(
             attach,
-            "VocabularySite",
-            lambda head, tokens, inner, *rest, own=attach.VocabularySite: own(
+            "AdaptedVocabulary",
+            lambda head, tokens, inner, *rest, own=attach.AdaptedVocabulary: own(
                 head, tokens, False, *rest
             ),
         ),

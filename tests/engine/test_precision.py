@@ -18,7 +18,7 @@ from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.reference.compare import Gradients, gradients_of, without_upcasts
 from gdprompt_fast.rows import GroupedRows
-from gdprompt_fast.update.site import MaterialisedSite
+from gdprompt_fast.update.adapted_layer import MaterialisedLayer
 from helpers.models import MODELS, VOCABULARY, llama
 
 Build = Callable[..., Any]
@@ -169,9 +169,9 @@ def test_small_parameters_keep_their_update_in_bf16_too(
         )
         pairs = [
             (moved, getattr(module, name))
-            for module, site in update._adapted.sites.items()
-            if isinstance(site, MaterialisedSite)
-            for moved, name in zip(site.moved, site.names, strict=False)
+            for module, adapted_layer in update._adapted.adapted_layers.items()
+            if isinstance(adapted_layer, MaterialisedLayer)
+            for moved, name in zip(adapted_layer.moved, adapted_layer.names, strict=False)
         ]
         return torch.cat([(moved - weight.float()).flatten() for moved, weight in pairs]).detach()
 

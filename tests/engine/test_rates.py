@@ -18,12 +18,12 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.vocabulary import GoldTarget
+from gdprompt_fast.ops.vocabulary import NLLTarget
 from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.rows import GroupedRows
+from gdprompt_fast.update.adapted_layer import StepState
 from gdprompt_fast.update.attach import AdaptedModel
 from gdprompt_fast.update.masks import attention_by
-from gdprompt_fast.update.site import StepState
 
 Build = Callable[..., Any]
 Rates = dict[str, Tensor]
@@ -55,7 +55,7 @@ def by_engine(
         hidden = adapted.hidden_states(batch.query_ids, queries, steps)
         row, position = batch.response_mask.nonzero(as_tuple=True)
         tokens = GroupedRows(batch.query_group[row], batch.groups)
-        target = GoldTarget(tokens.to_groups(batch.query_ids[row, position]))
+        target = NLLTarget(tokens.to_groups(batch.query_ids[row, position]))
         loss = adapted.vocabulary.response_loss(hidden[row, position - 1], target, tokens).sum()
         loss.backward()
         adapted.release()

@@ -17,10 +17,10 @@ from gdprompt_fast import MetaBatch
 from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.backend import use_backend
 from gdprompt_fast.ops.phase import Phase
-from gdprompt_fast.ops.vocabulary import GoldTarget, TeacherTarget
+from gdprompt_fast.ops.vocabulary import KLTarget, NLLTarget
 from gdprompt_fast.rows import GroupedRows
+from gdprompt_fast.update.adapted_layer import StepState
 from gdprompt_fast.update.attach import AdaptedModel
-from gdprompt_fast.update.site import StepState
 from helpers.models import MODELS
 
 Build = Callable[..., Any]
@@ -74,9 +74,9 @@ class Step:
                 adapted.inner_step(nll_C.sum(), retain_graph=False)
             hidden = adapted.hidden_states(self.batch.query_ids, self.queries, steps)
             target = (
-                GoldTarget(self.tokens.to_groups(self.ids))
+                NLLTarget(self.tokens.to_groups(self.ids))
                 if teacher is None
-                else TeacherTarget(self.tokens.to_groups(teacher), None, None)
+                else KLTarget(self.tokens.to_groups(teacher), None, None)
             )
             predicting = hidden[self.row, self.predicting]
             losses = adapted.vocabulary.response_loss(predicting, target, self.tokens)

@@ -14,8 +14,8 @@ from gdprompt_fast import fast_meta_step, reference_meta_step
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.update import substitutes
+from gdprompt_fast.update.adapted_layer import StepState
 from gdprompt_fast.update.attach import AdaptedModel
-from gdprompt_fast.update.site import StepState
 from helpers.models import MODELS
 
 Build = Callable[..., Any]

@@ -13,9 +13,9 @@ from gdprompt_fast.ops.handle import depend_on, weight_handle
 from gdprompt_fast.ops.phase import Phase
 from gdprompt_fast.ops.rate import Rate
 from gdprompt_fast.ops.vocabulary import (
-    GoldTarget,
+    KLTarget,
+    NLLTarget,
     Target,
-    TeacherTarget,
     Vocabulary,
     context_loss,
     response_loss,
@@ -102,9 +102,9 @@ def vocabulary_twice(
         (step,) = torch.autograd.grad(loss.sum(), handle, create_graph=True)
     handle = depend_on(handle, step)
     h_RD = states(ids[1], handle, queries, 1)[:, -1]
-    target: Target = GoldTarget(queries.to_groups(ids[1][:, 0]))
+    target: Target = NLLTarget(queries.to_groups(ids[1][:, 0]))
     if teacher_RV is not None:
-        target = TeacherTarget(queries.to_groups(teacher_RV), None, None)
+        target = KLTarget(queries.to_groups(teacher_RV), None, None)
     return response_loss(h_RD, target, handle, vocabulary, queries, 1)
 
 

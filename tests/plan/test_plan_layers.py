@@ -12,7 +12,7 @@ from gdprompt_fast.plan import PlannedStep
 from gdprompt_fast.plan.layers import Run, run_layers
 from gdprompt_fast.plan.prediction import run_autograd, run_step
 from gdprompt_fast.plan.timeline import Timeline
-from gdprompt_fast.reference.frugal import all_alive, sequential
+from gdprompt_fast.reference.lean_maml import all_alive, sequential
 from helpers.plans import BASE, SIZES, VOCABULARY
 
 

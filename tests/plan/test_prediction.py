@@ -27,7 +27,7 @@ from gdprompt_fast.plan import (
     predict_materialised,
     predict_sequential,
 )
-from gdprompt_fast.reference.frugal import Task, all_alive, sequential
+from gdprompt_fast.reference.lean_maml import LeanMAML, all_alive, sequential
 from helpers.plans import BASE, MODELS, SIZES
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -116,7 +116,7 @@ class RealStep:
             self.optimizer.step()
         return memory.peak_bytes, after.peak_bytes
 
-    def measure_autograd(self, step: Callable[[Task], None], with_gradients: bool) -> int:
+    def measure_autograd(self, step: Callable[[LeanMAML], None], with_gradients: bool) -> int:
         """The peak of MAML by autograd."""
         for parameter in self.model.parameters():
             if parameter.requires_grad and with_gradients:
@@ -127,7 +127,7 @@ class RealStep:
         planned = self.planned
         with memory, self.autocast:
             step(
-                Task(
+                LeanMAML(
                     self.model,
                     self.batch,
                     teacher,

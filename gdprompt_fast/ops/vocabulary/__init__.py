@@ -4,12 +4,12 @@ updates.
 
 from .functions import context_loss, response_loss, tied_lookup
 from .state import Vocabulary
-from .target import GoldTarget, Target, TeacherTarget
+from .target import KLTarget, NLLTarget, Target
 
 __all__ = [
-    "GoldTarget",
+    "KLTarget",
+    "NLLTarget",
     "Target",
-    "TeacherTarget",
     "Vocabulary",
     "context_loss",
     "response_loss",

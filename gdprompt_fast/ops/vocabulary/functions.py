@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from ...rows import GroupedRows
 from ..embedding import drop_padding
-from ..guard import differentiable_no_further, used_twice
+from ..guard import forbid_higher_order, used_twice
 from .block import wide
 from .passes import (
     adjoint_pass,
@@ -76,7 +76,7 @@ class _ContextLoss(Function):
                 anchor, handle, token_weight, vocabulary, level
             )
             return dhidden, dhandle, None, None, None
-        differentiable_no_further("context_loss", "once outside an inner step")
+        forbid_higher_order("context_loss", "once outside an inner step")
         rows = vocabulary.contexts
         vocabulary.steps[level].nll_weight_GS = rows.to_groups(token_weight).flatten(1)
         dhidden = rows.tokens_from_groups(adjoint_pass(vocabulary, level), weight.shape[1:])
@@ -104,7 +104,7 @@ class _ContextLossBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, cot_dhidden: Tensor, _: Tensor) -> Any:
-        differentiable_no_further("context_loss", "twice")
+        forbid_higher_order("context_loss", "twice")
         vocabulary, level = ctx.use
         step = vocabulary.steps[level]
         direction = vocabulary.contexts.tokens_to_groups(cot_dhidden)
@@ -146,7 +146,7 @@ class _ResponseLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, cot_loss: Tensor) -> Any:
-        differentiable_no_further("response_loss", "once")
+        forbid_higher_order("response_loss", "once")
         response, vocabulary, rows, level = ctx.use
         weight_GM1 = rows.to_groups(cot_loss)[..., None]
         use = response.use
@@ -189,7 +189,7 @@ class _TiedLookup(Function):
         if vocabulary.phase.inner_backward:
             dhandle = _TiedLookupBackward.apply(e, handle, ids, vocabulary, level)
             return dhandle, None, None, None, None
-        differentiable_no_further("tied_lookup", "once outside an inner step")
+        forbid_higher_order("tied_lookup", "once outside an inner step")
         u = drop_padding(e, ids, vocabulary.padding_idx)
         if vocabulary.gradient is not None:
             vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
@@ -216,7 +216,7 @@ class _TiedLookupBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, _: None) -> Any:
-        differentiable_no_further("tied_lookup", "twice")
+        forbid_higher_order("tied_lookup", "twice")
         cot_e = None
         if ctx.vocabulary.inner:
             cot_GSD = lookup_cotangent(ctx.vocabulary).to(ctx.vocabulary.weight_VD.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .block import Block, Columns, Slice, add_product_, column_blocks, wide, wide_product
 from .online import OnlineSums
 from .state import Adjoint, HeadStep, Projection, Room, Use, Vocabulary
-from .target import GoldTarget, Target
+from .target import NLLTarget, Target
 
 
 def _stream(vocabulary: Vocabulary, rows: Projection, target: Target, terms: range) -> OnlineSums:
@@ -30,7 +30,7 @@ def context_pass(vocabulary: Vocabulary, h_GSD: Tensor, level: int) -> Tensor:
     """
     terms = range(vocabulary.terms(level))
     assert vocabulary.next_ids_GS is not None and vocabulary.context_ids_GS is not None
-    states, target = vocabulary.project(h_GSD, level), GoldTarget(vocabulary.next_ids_GS)
+    states, target = vocabulary.project(h_GSD, level), NLLTarget(vocabulary.next_ids_GS)
     online = _stream(vocabulary, states, target, terms)
     mean_row_GSD, *p_b_GSS = online.means()
     step = HeadStep(states, online.lse_GR, mean_row_GSD, torch.zeros_like(online.lse_GR))

@@ -46,7 +46,7 @@ class Target(Protocol):
         ...
 
 
-class GoldTarget:
+class NLLTarget:
     """All mass on the gold token: KL(T ‖ P) is its NLL."""
 
     rows_per_token = 1
@@ -72,7 +72,7 @@ class GoldTarget:
         return passes.softmax_minus_one_hot(z_GNv, lse_GN, into, self._ids_GN, block.columns)
 
 
-class TeacherTarget:
+class KLTarget:
     """softmax of teacher logits, or of teacher states times the teacher's head; the teacher's rows
     are summed below the student's.
 

@@ -29,7 +29,7 @@ from .step import Parameters
 NO_TARGET = -100  # what cross_entropy ignores
 
 
-class Example(NamedTuple):
+class Episode(NamedTuple):
     """One context and the query asked about it; or all of them, with a leading dimension."""
 
     context_ids: Tensor  # [Tc]
@@ -40,7 +40,7 @@ class Example(NamedTuple):
     teacher_hidden: Tensor  # [J, d], the teacher's final states there; d = 0 without a teacher
 
 
-class Task:
+class LeanMAML:
     """What a step is taken on.
 
     Args:
@@ -85,7 +85,7 @@ class Task:
         self.positions = batch.response_mask[:, 1:].any(0).nonzero().flatten()
         self.examples = self._examples()
 
-    def _examples(self) -> Example:
+    def _examples(self) -> Episode:
         batch = self.batch
         targets = batch.context_ids.masked_fill(~batch.context_loss_mask, NO_TARGET).roll(-1, 1)
         targets[:, -1] = NO_TARGET
@@ -93,7 +93,7 @@ class Task:
         hidden = self.head.new_zeros(*predicts.shape, self.head.shape[1])
         if self.teacher is not None and self.teacher.hidden is not None:
             hidden[predicts] = self.teacher.hidden
-        return Example(
+        return Episode(
             batch.context_ids,
             targets,
             batch.query_ids,
@@ -102,8 +102,8 @@ class Task:
             hidden,
         )
 
-    def __iter__(self) -> Iterator[Example]:
-        return (Example(*rows) for rows in zip(*self.examples, strict=True))
+    def __iter__(self) -> Iterator[Episode]:
+        return (Episode(*rows) for rows in zip(*self.examples, strict=True))
 
     def __len__(self) -> int:
         return self.batch.groups
@@ -114,12 +114,12 @@ class Task:
         logits: Tensor = functional_call(self.model, theta, kwargs=inputs).logits
         return logits[0]
 
-    def inner_loss(self, theta: Parameters, example: Example) -> Tensor:
+    def inner_loss(self, theta: Parameters, example: Episode) -> Tensor:
         """L(c, θ), the mean next-token NLL of the context."""
         logits = self.logits(theta, example.context_ids)
         return F.cross_entropy(logits, example.context_targets, ignore_index=NO_TARGET)
 
-    def outer_loss(self, theta: Parameters, example: Example) -> Tensor:
+    def outer_loss(self, theta: Parameters, example: Episode) -> Tensor:
         """Σ_j KL(teacher ‖ student), or NLL without a teacher, over the response tokens."""
         logits = self.logits(theta, example.query_ids, logits_to_keep=self.positions)
         if self.teacher is None:
@@ -134,14 +134,14 @@ class Task:
         theta = self.inner if theta is None else theta
         return {n: w.sub(gradient.pop(n), alpha=self.inner_lr) for n, w in theta.items()}
 
-    def loss(self, example: Example) -> Tensor:
+    def loss(self, example: Episode) -> Tensor:
         """The example's share of the outer loss, its graph through the inner steps."""
         theta = self.inner
         for _ in range(self.inner_steps):
             theta = self.adapted(self._gradient(theta, example), theta)
         return self.outer_loss(theta, example) / len(self)
 
-    def _gradient(self, theta: Parameters, example: Example) -> Parameters:
+    def _gradient(self, theta: Parameters, example: Episode) -> Parameters:
         # Only what is differentiated twice gives up PyTorch's fused attention.
         with attention_by(self.model, None):
             loss = self.inner_loss(theta, example)
@@ -149,7 +149,7 @@ class Task:
         return dict(zip(theta, grads, strict=True))
 
 
-def sequential(task: Task) -> None:
+def sequential(task: LeanMAML) -> None:
     """One example at a time, as with higher or TorchOpt; adds to ``.grad``.
 
     Holds one adapted copy of θ, its gradient, and one example's graph through both passes.
@@ -158,7 +158,7 @@ def sequential(task: Task) -> None:
         task.loss(example).backward(inputs=task.trained)
 
 
-def all_alive(task: Task) -> None:
+def all_alive(task: LeanMAML) -> None:
     """All examples with a single backward at the end, as the paper describes; adds to ``.grad``.
 
     Holds an adapted copy of θ and a graph per example.

@@ -1,4 +1,4 @@
-"""A site: one layer of the model at θ and at every group's θ'; and the registry of layer types."""
+"""A layer of the model at θ and at every group's θ'; and the registry of layer types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..rows import GroupedRows
 
 @dataclass
 class StepState:
-    """What all sites of one meta step share.
+    """What all adapted layers of one meta step share.
 
     Attributes:
         groups: G, the number of adapted models.
@@ -74,7 +74,7 @@ class StepState:
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
-class Site:
+class AdaptedLayer:
     """A layer whose parameters the inner step may move.
 
     Attributes:
@@ -110,7 +110,7 @@ class Site:
         raise NotImplementedError
 
 
-class FactoredSite(Site):
+class FactoredLayer(AdaptedLayer):
     """A layer whose update is kept in factors: one handle stands for its weights in autograd."""
 
     def __init__(self, state: StepState, rate: Rate, handle: Tensor, inner: bool) -> None:
@@ -125,7 +125,7 @@ class FactoredSite(Site):
         return depend_on(tensor, gradient)
 
 
-class MaterialisedSite(Site):
+class MaterialisedLayer(AdaptedLayer):
     """A layer of small parameters: every group has its own, [G, *shape].
 
     They are fp32 at least: an update rounded into bf16 would be lost.
@@ -159,7 +159,7 @@ def _per_group(parameter: Tensor, groups: int) -> Tensor:
     return expanded if parameter.requires_grad else expanded.detach().requires_grad_()
 
 
-Rule = Callable[[Any, dict[str, bool], StepState, Rate], Site]
+Rule = Callable[[Any, dict[str, bool], StepState, Rate], AdaptedLayer]
 _RULES: dict[str, Rule] = {}
 
 
