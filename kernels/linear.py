@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .copy_engine import begins_aligned, describable
+from .launching import descriptor, run_kernel
 from .linear_tiles import HOPPER, POINTERS, POINTERS_FP32, Tiles, choose_tiles
 
 SUM_BLOCK = 1024  # of _sum_parts_kernel
@@ -229,35 +229,38 @@ def fused_product(
         parts = y.new_empty(tiles.split, groups * rows, outputs, dtype=torch.float32)
     blocks = triton.cdiv(groups * rows, tiles.rows) * triton.cdiv(outputs, tiles.outputs)
     bias = bias_O if bias_O is not None else y
-    with torch.cuda.device_of(x_GMI):
-        _updated_product_kernel[blocks, tiles.split](
-            *operands,
-            bias,
+    run_kernel(
+        _updated_product_kernel,
+        (blocks, tiles.split),
+        *operands,
+        bias,
+        parts,
+        groups * rows,
+        rows,
+        inputs,
+        outputs,
+        context,
+        weight.stride(0),
+        HAS_BIAS=bias_O is not None,
+        TRANSPOSED=transposed,
+        TMA=tma,
+        **tiles.constexprs(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if tiles.split > 1:
+        run_kernel(
+            _sum_parts_kernel,
+            (triton.cdiv(y.numel(), SUM_BLOCK),),
             parts,
+            bias,
+            y,
             groups * rows,
-            rows,
-            inputs,
             outputs,
-            context,
-            weight.stride(0),
             HAS_BIAS=bias_O is not None,
-            TRANSPOSED=transposed,
-            TMA=tma,
-            **tiles.constexprs(),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            SPLIT=tiles.split,
+            BLOCK=SUM_BLOCK,
         )
-        if tiles.split > 1:
-            _sum_parts_kernel[triton.cdiv(y.numel(), SUM_BLOCK),](
-                parts,
-                bias,
-                y,
-                groups * rows,
-                outputs,
-                HAS_BIAS=bias_O is not None,
-                SPLIT=tiles.split,
-                BLOCK=SUM_BLOCK,
-            )
     return y
 
 
@@ -279,7 +282,7 @@ def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list
         (match, (tiles.update_rows, tiles.context)),
         (factor, (tiles.context, tiles.outputs)),
     ]
-    return [TensorDescriptor.from_tensor(tensor, [1, *block]) for tensor, block in blocks]
+    return [descriptor(tensor, [1, *block]) for tensor, block in blocks]
 
 
 def compile_cases(target: str) -> list[dict[str, Any]]:

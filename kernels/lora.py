@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
+
 if TYPE_CHECKING:
     from ..rows import GroupedRows
 
@@ -128,22 +130,23 @@ def lora_product(x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: Gro
     y = x.new_empty(*x.shape[:-1], O)
     blocks = _product_blocks(T, I, O)
     programs = triton.cdiv(T, blocks["BLOCK_T"])
-    with torch.cuda.device_of(x):
-        _lora_product_kernel[(B * programs, triton.cdiv(O, blocks["BLOCK_O"]))](
-            x,
-            w,
-            own_GOI,
-            rows.group_B,
-            y,
-            T,
-            I,
-            O,
-            programs,
-            *(w.stride() if w is not None else (0, 0)),
-            *own_GOI.stride(),
-            **blocks,
-            **LAUNCH,
-        )
+    run_kernel(
+        _lora_product_kernel,
+        (B * programs, triton.cdiv(O, blocks["BLOCK_O"])),
+        x,
+        w,
+        own_GOI,
+        rows.group_B,
+        y,
+        T,
+        I,
+        O,
+        programs,
+        *(w.stride() if w is not None else (0, 0)),
+        *own_GOI.stride(),
+        **blocks,
+        **LAUNCH,
+    )
     return y
 
 
@@ -157,22 +160,23 @@ def lora_materialise(
     after_GOI = x.new_empty(rows.groups, O, I, dtype=torch.float32)
     blocks = _materialise_blocks(I, O)
     grid = rows.groups, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
-    with torch.cuda.device_of(x):
-        _lora_materialise_kernel[grid](
-            own_GOI,
-            e,
-            x,
-            rows.order_B,
-            rows.offset_G,
-            after_GOI,
-            math.prod(tokens),
-            I,
-            O,
-            *(own_GOI.stride() if own_GOI is not None else (0, 0, 0)),
-            scale,
-            **blocks,
-            **LAUNCH,
-        )
+    run_kernel(
+        _lora_materialise_kernel,
+        grid,
+        own_GOI,
+        e,
+        x,
+        rows.order_B,
+        rows.offset_G,
+        after_GOI,
+        math.prod(tokens),
+        I,
+        O,
+        *(own_GOI.stride() if own_GOI is not None else (0, 0, 0)),
+        scale,
+        **blocks,
+        **LAUNCH,
+    )
     return after_GOI
 
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
+
 TILE_ELEMENTS = 1024  # of half a rotated head, over the heads taken at once
 NUM_WARPS = 8  # with four, ptxas spills on sm_100
 
@@ -111,22 +113,23 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> tu
     cos, sin = cos.contiguous(), sin.contiguous()
     q_out, k_out = _token_major(q), _token_major(k)
     batch, heads, tokens, dim = q.shape
-    with torch.cuda.device_of(q):
-        _rotary_kernel[(batch * tokens,)](
-            q,
-            k,
-            cos,
-            sin,
-            q_out,
-            k_out,
-            *(t.stride()[:3] for t in (q, k, q_out, k_out)),
-            *(0 if len(t) == 1 else t.stride(0) for t in (cos, sin)),
-            heads,
-            k.shape[1],
-            tokens,
-            ADJOINT=adjoint,
-            **_tile(heads, k.shape[1], dim, cos.shape[-1]),
-        )
+    run_kernel(
+        _rotary_kernel,
+        (batch * tokens,),
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        *(t.stride()[:3] for t in (q, k, q_out, k_out)),
+        *(0 if len(t) == 1 else t.stride(0) for t in (cos, sin)),
+        heads,
+        k.shape[1],
+        tokens,
+        ADJOINT=adjoint,
+        **_tile(heads, k.shape[1], dim, cos.shape[-1]),
+    )
     return q_out, k_out
 
 

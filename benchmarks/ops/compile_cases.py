@@ -35,12 +35,13 @@ def elementwise_case(kernel: Any, variant: str = "", **constants: Any) -> Case:
 
 
 def swiglu_cases(_target: str) -> list[Case]:
-    kernels = (
-        swiglu._swiglu_forward_kernel,
-        swiglu._swiglu_backward_kernel,
-        swiglu._swiglu_double_backward_kernel,
-    )
-    return [elementwise_case(kernel) for kernel in kernels]
+    backward = swiglu._swiglu_backward_kernel
+    return [
+        elementwise_case(swiglu._swiglu_forward_kernel),
+        elementwise_case(backward, ADD=False),
+        elementwise_case(backward, " adding", ADD=True),
+        elementwise_case(swiglu._swiglu_double_backward_kernel),
+    ]
 
 
 def gelu_cases(_target: str) -> list[Case]:

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from .backend import implementation
 from .guard import forbid_higher_order
+from .left import Left
 
 # The first key that each query sees and the last query that sees each key, int32 [B, T]; None where
 # that is all before or after it.
@@ -18,6 +19,7 @@ Visible = tuple[Tensor, Tensor] | None
 # q, k, v, O [B, T, H, D], the log-sum-exp of each query's scores, [B, H, T] in fp32 or fp64, the
 # scale and the keys visible: what a forward leaves for the backward passes of each backend.
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, Visible]
+FUSED_FROM = 1 << 30  # tokens
 
 
 def attention(
@@ -28,6 +30,7 @@ def attention(
     scale: float,
     window: int | None = None,
     segment_BT: Tensor | None = None,
+    once: bool = False,
 ) -> Tensor:
     """O = softmax(scale · Q Kᵀ + mask) V, twice differentiable.
 
@@ -42,11 +45,24 @@ def attention(
         segment_BT: integers; a segment is a run of equal ones, and a query sees keys of its own
             segment only. For texts packed into a row, and for padding, a segment of its own whose
             values do not matter as long as no product of them overflows. None for one segment.
+        once: one derivative is enough: PyTorch's own attention runs where it is faster.
 
     Returns:
         [B, T, H, D], contiguous, as transformers' attention functions return it.
     """
-    return _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
+    visible = visible_keys(q, window, segment_BT)
+    if once and visible is None and fused_is_faster(q):
+        fused = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return fused.transpose(1, 2)
+    out, _ = _Attention.apply(q, k, v, scale, visible)
+    return out
+
+
+def fused_is_faster(q: Tensor) -> bool:
+    """Whether PyTorch's attention, forward and backward, is faster than the passes here."""
+    return q.is_cuda and q.shape[2] >= FUSED_FROM and q.dtype in (torch.float16, torch.bfloat16)
 
 
 def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None = None) -> Visible:
@@ -68,32 +84,45 @@ def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None
 
 
 class _Attention(Function):
+    # The second output is an anchor (ops/left.py): the double backward runs before the last
+    # backward, which adds to the cotangents of q, k and v that it leaves.
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.options = scale, visible
+        anchor, ctx.left = q.new_empty(0), Left()
         out, lse = implementation("attention", q).attention_forward(q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        ctx.save_for_backward(anchor, q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, anchor
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        # Detached: how O depends on q, k and v is part of the double backward.
-        dq, dk, dv = _AttentionBackward.apply(dout, q, k, v, out.detach(), lse, *ctx.options)
-        return dq, dk, dv, None, None
+    def backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> Any:
+        anchor, *tensors = ctx.saved_tensors
+        if dout is None:
+            return *(ctx.left.take() or (None, None, None)), None, None
+        # Detached: how they and O depend on each other is part of the double backward.
+        kept = *(each.detach() for each in tensors), *ctx.options
+        if torch.is_grad_enabled():
+            gradients = _AttentionBackward.apply(dout, anchor, ctx.left, *kept)
+        else:
+            passes = implementation("attention", dout)
+            gradients = passes.attention_backward(dout, ctx.left.take(), *kept)
+        return *gradients, None, None
 
 
 class _AttentionBackward(Function):
     # P = exp(scale Q Kᵀ − lse);  dP = dO Vᵀ;  δ = rowsum(dO ∘ O);  dS = P ∘ (dP − δ)
     # dQ = scale dS K;  dK = scale dSᵀ Q;  dV = Pᵀ dO
     @staticmethod
-    def forward(ctx: Any, dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, dout: Tensor, anchor: Tensor, left: Left, *kept: *Kept
+    ) -> tuple[Tensor, ...]:
         *tensors, scale, visible = kept
         ctx.save_for_backward(dout, *tensors)
-        ctx.options = scale, visible
-        return implementation("attention", dout).attention_backward(dout, *kept)
+        ctx.options, ctx.left = (scale, visible), left
+        return implementation("attention", dout).attention_backward(dout, None, *kept)
 
     @staticmethod
     def backward(ctx: Any, cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor) -> Any:
@@ -103,7 +132,8 @@ class _AttentionBackward(Function):
         #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO
         #   cot Q = scale (S̄ K + dS K̇);  cot K = scale (S̄ᵀ Q + dSᵀ Q̇)
         forbid_higher_order("attention", "twice")
-        cotangents = implementation("attention", cot_dq).attention_double_backward(
+        cot_dout, *cotangents = implementation("attention", cot_dq).attention_double_backward(
             cot_dq, cot_dk, cot_dv, *ctx.saved_tensors, *ctx.options
         )
-        return *cotangents, None, None, None, None
+        ctx.left.put(*cotangents)
+        return cot_dout, *(None for _ in range(9))

@@ -27,6 +27,7 @@ class StepState:
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
+        last_level: that no inner step is taken from; None if that is not known.
         flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
@@ -37,10 +38,16 @@ class StepState:
     phase: Phase
     dtype: torch.dtype | None = None
     rates: Mapping[str, Tensor] | None = None
+    last_level: int | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
     flags: list[tuple[Exception, Tensor]] = field(init=False, default_factory=list)
     _rates: dict[str | None, Rate] = field(init=False, default_factory=dict)
+
+    @property
+    def once(self) -> bool:
+        """Whether what runs now is differentiated once only."""
+        return not self.phase.second_order or self.level == self.last_level
 
     def flag(self, error: Exception, failed: Tensor) -> None:
         """Notes what ``failed``, a bool on the device, would mean: nothing waits for it here."""

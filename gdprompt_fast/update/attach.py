@@ -90,7 +90,7 @@ class AdaptedModel:
             if "forward" in vars(module):
                 continue
             if module not in forwards:
-                forward = substitute_for(module, self.state.dtype, ours, self.adapted_layers)
+                forward = substitute_for(module, self.state, ours, self.adapted_layers)
                 forwards |= {} if forward is None else {module: forward}
             if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
                 forwards[module] = recomputed(module, self.adapted_layers, self.state)

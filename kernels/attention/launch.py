@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...ops.attention import Visible
 from ..copy_engine import describable
+from ..launching import descriptor, run_kernel
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
@@ -53,8 +54,11 @@ def launch_kernel(
     rows: tuple[Tensor, ...],
     scale: float,
     visible: Visible,
+    add: bool = False,
 ) -> None:
-    """Runs a kernel on [B, H or K, T, D] tensors and the row statistics [B, H, T]."""
+    """Runs a kernel on [B, H or K, T, D] tensors and the row statistics [B, H, T]; with ``add``,
+    what it makes is added to the outputs.
+    """
     kernel = KERNELS[name]
     batch, heads, tokens, dim = inputs["q"].shape
     kv_heads = inputs["k"].shape[1]
@@ -75,24 +79,25 @@ def launch_kernel(
     else:
         grid = (batch * heads, triton.cdiv(tokens, tiles.queries))
         bounds = bounds[:1]
-    with torch.cuda.device_of(inputs["q"]):
-        kernel.function[grid](
-            *arguments,
-            *bounds,
-            heads,
-            heads // kv_heads,
-            tokens,
-            scale,
-            **_constants(kernel, tiles, dim, visible is not None),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+    run_kernel(
+        kernel.function,
+        grid,
+        *arguments,
+        *bounds,
+        heads,
+        heads // kv_heads,
+        tokens,
+        scale,
+        **_constants(kernel, tiles, dim, visible is not None, add),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
 
 
 def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
     """A descriptor for the copy engine, where it can read the tensor."""
     if tiles.tma and describable(t):
-        return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
+        return descriptor(t, [1, 1, *block])
     return _strided(t)
 
 
@@ -100,7 +105,7 @@ def _strided(t: Tensor) -> tuple[Any, ...]:
     return (t, *t.stride()[:-1])
 
 
-def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
+def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool, add: bool) -> dict[str, Any]:
     constants = {
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
@@ -109,6 +114,7 @@ def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[st
         "BOUNDED": bounded,
         "SPLIT": tiles.split,
         "SWEEPS": tiles.sweeps,
+        "ADD": add,
     }
     return {name: constants[name] for name in kernel.function.arg_names if name in constants}
 
@@ -125,9 +131,10 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
     short = [(64, 256, False), (128, 256, False), (64, 256, True)]
     cases, seen = [], set()
     for name in KERNELS:
-        for dim, tokens, is_bounded in [*long, *bounded, *short]:
+        adds = (False, True) if "ADD" in KERNELS[name].function.arg_names else (False,)
+        for (dim, tokens, is_bounded), add in itertools.product([*long, *bounded, *short], adds):
             tiles = tiles_of(name, dim, tokens, torch.bfloat16, target)
-            case = (name, dim, is_bounded, tiles)
+            case = (name, dim, is_bounded, tiles, add)
             if case not in seen:
                 seen.add(case)
                 cases.append(compile_case(*case))
@@ -135,11 +142,11 @@ def compile_cases(target: str) -> list[dict[str, Any]]:
 
 
 def compile_case(
-    name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str = "bf16"
+    name: str, dim: int, bounded: bool, tiles: Tiles, add: bool = False, dtype: str = "bf16"
 ) -> dict[str, Any]:
     """A kernel with some tiles, as ``compile_cases`` has them."""
     kernel = KERNELS[name]
-    constants = _constants(kernel, tiles, dim, bounded)
+    constants = _constants(kernel, tiles, dim, bounded, add)
     block_d = constants["BLOCK_D"]
     blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
     blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}
@@ -159,7 +166,7 @@ def compile_case(
             signature[argument] = (
                 ("*fp32", "i32", "i32") if row else (f"*{dtype}", "i32", "i32", "i32")
             )
-    extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
+    extras = f"{', bounded' * bounded}{', adding' * add}, {tiles.queries}x{tiles.keys}"
     pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
     return {
         "name": f"{kernel.function.fn.__name__} D={dim}{extras}",
