@@ -14,14 +14,13 @@ from helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from benchmarks.ops.compile_cases import CASES
+from gdprompt_fast import kernels
 
 
 def test_every_kernel_has_a_case_to_compile() -> None:
     found = {
         name
-        for module in pkgutil.walk_packages(
-            gdprompt_fast.kernels.__path__, "gdprompt_fast.kernels."
-        )
+        for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
         for name, member in vars(importlib.import_module(module.name)).items()
         if name.endswith("_kernel") and hasattr(member, "arg_names")
     }
