@@ -59,6 +59,8 @@ class MetaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self)
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
         self.check()
 
     def check(self) -> None:
@@ -67,6 +69,11 @@ class MetaTrainingArguments(TrainingArguments):
             UserError: naming the argument, what was expected and what was given.
         """
         check_arguments(self)
+        if self.accelerator_config.dispatch_batches:
+            raise UserError(
+                "accelerator_config: expected dispatch_batches to be off, got True: a batch is "
+                "made where its step is taken"
+            )
         if self.inner_params not in ("full", "lora"):
             raise UserError(f'inner_params: expected "full" or "lora", got {self.inner_params!r}')
         self.step_config.check()

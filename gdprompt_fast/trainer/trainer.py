@@ -17,6 +17,7 @@ from ..batch import MetaBatch
 from ..errors import UserError
 from ..meta.step import fast_meta_step
 from ..meta.targets import TeacherTargets
+from ..models.architecture import check_model
 from ..models.walk import parameters_of
 from .arguments import MetaTrainingArguments
 from .card import add_section
@@ -77,7 +78,7 @@ class MetaTrainer(Trainer):
         if teacher is not None and args.objective == "gold":
             raise UserError('teacher: expected None with objective="gold", got a model')
         collator = data_collator or MetaCollator(processing_class, args.chat_template)
-        model.eval().to(args.device)
+        check_model(model.eval().to(args.device))
         if args.objective == "kl":
             teacher = model if teacher is None else teacher.eval().to(args.device)
         self._prepared = Prepared(args, collator, model, teacher)
@@ -251,8 +252,10 @@ def _with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
     if hasattr(model, "peft_config"):
         raise UserError("peft_config: expected None with a model that has adapters already")
     try:
-        from peft import get_peft_model
+        from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("peft_config: expected PEFT to be installed (pip install peft)") from None
+    if not isinstance(peft_config, LoraConfig):
+        raise UserError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
     set_seed(seed)
     return get_peft_model(model, peft_config).eval()  # type: ignore[arg-type]

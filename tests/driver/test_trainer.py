@@ -305,7 +305,7 @@ def test_workers_and_batches_by_length(tmp_path: Path) -> None:
 def test_the_card_says_how_the_model_is_used(tmp_path: Path) -> None:
     trainer = trainer_on(tmp_path, eval_strategy="steps", eval_steps=3)
     trainer.train()
-    trainer.create_model_card(tags=["mine"], dataset="people")
+    trainer.create_model_card(tags=["mine"], dataset_tags="people")
     card = (tmp_path / "README.md").read_text()
     assert "- gdprompt_fast" in card and "- mine" in card and "datasets:\n- people" in card
     assert "| `inner_lr` | 0.3 |" in card and "inner_lr=0.3" in card
