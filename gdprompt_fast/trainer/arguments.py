@@ -59,8 +59,9 @@ class MetaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_arguments(self)
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        of_accelerate: Any = self.accelerator_config
+        if of_accelerate.dispatch_batches is None:
+            of_accelerate.dispatch_batches = False
         self.check()
 
     def check(self) -> None:
@@ -69,7 +70,8 @@ class MetaTrainingArguments(TrainingArguments):
             UserError: naming the argument, what was expected and what was given.
         """
         check_arguments(self)
-        if self.accelerator_config.dispatch_batches:
+        of_accelerate: Any = self.accelerator_config
+        if of_accelerate.dispatch_batches:
             raise UserError(
                 "accelerator_config: expected dispatch_batches to be off, got True: a batch is "
                 "made where its step is taken"

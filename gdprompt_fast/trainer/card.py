@@ -46,7 +46,7 @@ with update.applied_to(model, groups=torch.arange(len(context_ids))):
 
 def add_section(args: MetaTrainingArguments) -> None:
     """Adds to the card in ``output_dir`` what the step was, and how the model is used."""
-    path = Path(args.output_dir, "README.md")
+    path = Path(str(args.output_dir), "README.md")
     card = ModelCard.load(path)
     options = "\n".join(f"| `{name}` | {getattr(args, name)} |" for name in OPTIONS)
     card.data.tags = [*(tag for tag in card.data.tags or [] if tag != TAG), TAG]

@@ -107,7 +107,7 @@ class Prepared:
                 "MetaTrainer, whose rows the initial model has answered, got another"
             )
         args = self._args
-        folder = Path(args.teacher_cache or Path(args.output_dir, "_teacher")) / name
+        folder = Path(args.teacher_cache or f"{args.output_dir}/_teacher", name)
         with args.main_process_first(desc="the teacher's answers"):
             cache = TeacherCache.build(
                 folder, self._teacher, examples, args.answer_tokens, args.teacher_batch_size

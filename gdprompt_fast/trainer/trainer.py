@@ -57,6 +57,7 @@ class MetaTrainer(Trainer):
     """
 
     args: MetaTrainingArguments
+    model: nn.Module
 
     def __init__(
         self,
@@ -127,8 +128,9 @@ class MetaTrainer(Trainer):
             FloatingPointError: if an inner loss or the teacher's predictions are not finite; the
                 optimizer has not stepped on them.
         """
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        schedule_free = getattr(self.optimizer, "train", None)
+        if callable(schedule_free):
+            schedule_free()
         batch, teacher = self._step_data(inputs)
         real = batch.layout.real
         whole = (real.queries, real.contexts)
@@ -190,7 +192,7 @@ class MetaTrainer(Trainer):
         loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        batch: MetaBatch = self._prepare_inputs(inputs)[BATCH]
+        batch, _ = self._step_data(inputs)
         return loss, outputs["logits"], batch.query_ids.masked_fill(~batch.response_mask, -100)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -258,4 +260,4 @@ def _with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:
     if not isinstance(peft_config, LoraConfig):
         raise UserError(f"peft_config: expected a LoraConfig, got {type(peft_config).__name__}")
     set_seed(seed)
-    return get_peft_model(model, peft_config).eval()  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config).eval()
