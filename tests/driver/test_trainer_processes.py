@@ -49,7 +49,7 @@ def test_two_processes_give_what_one_gives_with_the_whole_batch(tmp_path: Path) 
 
 
 def test_the_example_learns(tmp_path: Path) -> None:
-    steps = ("--max_steps", "4", "--use_cpu", "--report_to", "none", "--disable_tqdm")
+    steps = ("--max_steps", "4", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
     said = python(str(ROOT / "examples" / "meta_trainer.py"), "--output_dir", str(tmp_path), *steps)
     before, after = map(float, re.findall(r"(?:before|after) ([\d.]+)", said))
     assert after < before
