@@ -14,7 +14,7 @@ from ..data.tokenise import Texts
 from ..errors import UserError
 
 COLUMNS = ("context", "query", "response")
-NUMBER = "row_number"  # among all rows that the trainer has prepared
+NUMBER = "gdprompt_row"  # among all rows that the trainer has prepared
 BATCH = "batch"
 
 Row = Mapping[str, Any]
@@ -46,7 +46,7 @@ class MetaCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """
         Returns:
-            ``{"batch": MetaBatch}``; of rows that a MetaTrainer has prepared their "row_number"
+            ``{"batch": MetaBatch}``; of rows that a MetaTrainer has prepared their "gdprompt_row"
             too, a LongTensor [Q].
 
         Raises:

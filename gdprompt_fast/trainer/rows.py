@@ -41,6 +41,7 @@ class Prepared:
     ) -> None:
         self._args, self._collator, self._model = args, collator, model
         self._teacher: nn.Module | None = teacher
+        self._ended = False
         self._caches: list[TeacherCache] = []
         self._starts: list[int] = []
         self._answered = 0
@@ -58,7 +59,7 @@ class Prepared:
         """
         if isinstance(given, dict):
             return {key: self.data(f"{name}-{key}", each) for key, each in given.items()}
-        if given is None or _is_prepared(given):
+        if given is None or (self._ended and _is_prepared(given)):
             return given
         kl = self._args.objective == "kl"
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__"):
@@ -81,7 +82,7 @@ class Prepared:
 
     def end(self) -> None:
         """From here on the teacher is no longer what it was, or no longer needed."""
-        self._teacher = None
+        self._teacher, self._ended = None, True
 
     def targets(self, numbers: Tensor) -> TeacherTargets:
         """The teacher's predictions of the responses of these rows, all of one data set."""
@@ -118,6 +119,7 @@ class Prepared:
 
 
 def _is_prepared(given: Any) -> bool:
+    """Whether it is a data set of this trainer's, or rows selected from one."""
     return isinstance(given, Dataset) and NUMBER in given.column_names
 
 

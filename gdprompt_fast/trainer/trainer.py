@@ -110,7 +110,7 @@ class MetaTrainer(Trainer):
         samples = list(islice(epoch_iterator, num_batches))
         real = [inputs[BATCH].layout.real for inputs in samples]
         own = [sum(each.queries for each in real), sum(each.contexts for each in real)]
-        return samples, self._over_processes(torch.tensor(own, device=device)).cpu()
+        return samples, self._over_processes(torch.tensor(own)).cpu()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -236,7 +236,7 @@ class MetaTrainer(Trainer):
         """Their sum over all processes."""
         if self.accelerator.num_processes == 1:
             return numbers
-        return self.accelerator.reduce(numbers, "sum")
+        return self.accelerator.reduce(numbers.to(self.args.device), "sum")
 
     def _sum_gradients(self) -> None:
         """Leaves in ``.grad`` the sum over all processes, whose shares have one denominator."""

@@ -111,7 +111,7 @@ def test_the_loss_of_an_evaluation_is_that_of_the_step(
     loss = trainer.compute_loss(trainer.model, inputs)
     targets = None
     if options["objective"] == "kl":
-        targets = trainer._prepared.targets(inputs["row_number"])
+        targets = trainer._prepared.targets(inputs["gdprompt_row"])
     out = fast_meta_step(
         trainer.model, inputs["batch"], teacher=targets, config=trainer.args.step_config
     )
@@ -281,6 +281,19 @@ def test_streams_train_on_gold_responses_and_have_no_teacher(tmp_path: Path) -> 
     assert same(weights(model), weights(other))
     with pytest.raises(UserError, match=r"train_dataset: .* got a stream"):
         MetaTrainer(model, arguments(tmp_path, objective="kl"), stream, processing_class=TOKENIZER)
+
+
+def test_a_part_of_a_set_is_evaluated_and_another_trainers_set_is_answered_anew(
+    tmp_path: Path,
+) -> None:
+    trainer = trainer_on(tmp_path / "a", objective="kl", answer_tokens=3)
+    one = trainer.eval_dataset.select([5])
+    targets = trainer._prepared.targets(torch.tensor(one["gdprompt_row"][:]))
+    assert targets.tokens == len(one[0]["response"])
+    assert trainer.evaluate(one)["eval_loss"] > 0
+    other: dict[str, Any] = dict(objective="kl", answer_tokens=2, teacher=tiny_llama(seed=1))
+    again = trainer_on(tmp_path / "b", rows=trainer.train_dataset, **other)
+    assert list(again.train_dataset) == list(trainer_on(tmp_path / "c", **other).train_dataset)
 
 
 def test_rows_that_cannot_be_used_are_left_out(tmp_path: Path) -> None:

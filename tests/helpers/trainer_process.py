@@ -20,7 +20,8 @@ class InOrder(MetaTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         size, collate = self.args.per_device_train_batch_size, self.data_collator
-        loader = DataLoader(self.train_dataset, batch_size=size, collate_fn=collate)
+        rows: Any = self.train_dataset
+        loader = DataLoader(rows, batch_size=size, collate_fn=collate)
         return self.accelerator.prepare(loader)
 
 
