@@ -78,7 +78,7 @@ class MetaTrainer(Trainer):
         check_others(others)
         if teacher is not None and args.objective == "gold":
             raise UserError('teacher: expected None with objective="gold", got a model')
-        collator = data_collator or MetaCollator(processing_class, args.chat_template)
+        collator = MetaCollator(processing_class, args.chat_template)
         check_model(model.eval().to(args.device))
         if args.objective == "kl":
             teacher = model if teacher is None else teacher.eval().to(args.device)
@@ -93,7 +93,7 @@ class MetaTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -125,8 +125,8 @@ class MetaTrainer(Trainer):
             The batch's share of the outer loss, on all processes together, detached.
 
         Raises:
-            FloatingPointError: if an inner loss or the teacher's predictions are not finite; the
-                optimizer has not stepped on them.
+            FloatingPointError: if a loss or the teacher's predictions are not finite; the optimizer
+                has not stepped on them.
         """
         schedule_free = getattr(self.optimizer, "train", None)
         if callable(schedule_free):
@@ -146,6 +146,11 @@ class MetaTrainer(Trainer):
                 config=self.args.step_config,
             )
         out.check()
+        if not out.outer_loss.isfinite():
+            raise FloatingPointError(
+                f"outer loss: expected a finite number, got {float(out.outer_loss)} "
+                f"at step {self.state.global_step + 1}"
+            )
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()

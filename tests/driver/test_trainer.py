@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.data import ShuffledSampler, tokenise_triples
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.models.intact import has_own_forward
 from gdprompt_fast.trainer import MetaCollator, MetaTrainer
 from gdprompt_fast.training.optim import warmup_then_cosine
 from helpers.trainer import ROWS, arguments, same, trainer_on, weights
@@ -206,6 +207,10 @@ def test_bfloat16_is_near_float32_and_trains_float32_weights(tmp_path: Path) -> 
         )
         trainer.train()
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        around = "forward" in vars(trainer.model)  # what accelerate has put there, if anything
+        with trainer._computing():
+            assert has_own_forward(trainer.model)
+        assert around == ("forward" in vars(trainer.model)) == changes.get("bf16", False)
         return [
             v for log in trainer.state.log_history for k, v in log.items() if k.endswith("loss")
         ]
@@ -213,6 +218,25 @@ def test_bfloat16_is_near_float32_and_trains_float32_weights(tmp_path: Path) -> 
     exact, rounded = losses(), losses(bf16=True)
     assert rounded == pytest.approx(exact, rel=0.03)
     assert all(a != b for a, b in zip(exact, rounded, strict=True))
+
+
+def test_a_step_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
+    trainer = trainer_on(tmp_path, inner_lr=1e30)
+    before = weights(trainer.model)
+    with pytest.raises(FloatingPointError, match=r"^outer loss: expected a finite number"):
+        trainer.train()
+    assert same(weights(trainer.model), before)
+
+
+def test_another_collator_gets_the_prepared_rows(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        seen.extend(rows)
+        return MetaCollator()(rows)
+
+    trainer_on(tmp_path, data_collator=collate, objective="kl", answer_tokens=3).train()
+    assert len(seen) >= 6 and all(isinstance(row["context"], list) for row in seen)
 
 
 def test_callbacks_reports_and_the_best_checkpoint_are_the_trainers(tmp_path: Path) -> None:
