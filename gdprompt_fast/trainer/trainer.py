@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
@@ -19,6 +20,7 @@ from ..meta.step import fast_meta_step
 from ..meta.targets import TeacherTargets
 from ..models.architecture import check_model
 from ..models.walk import parameters_of
+from ..training.optim import check_norm
 from .arguments import MetaTrainingArguments
 from .card import add_section
 from .collate import BATCH, NUMBER, MetaCollator
@@ -125,8 +127,8 @@ class MetaTrainer(Trainer):
             The batch's share of the outer loss, on all processes together, detached.
 
         Raises:
-            FloatingPointError: if a loss or the teacher's predictions are not finite; the optimizer
-                has not stepped on them.
+            FloatingPointError: if an inner loss, the teacher's predictions or, of the whole step,
+                the meta-gradient are not finite; the optimizer has not stepped on them.
         """
         schedule_free = getattr(self.optimizer, "train", None)
         if callable(schedule_free):
@@ -146,17 +148,14 @@ class MetaTrainer(Trainer):
                 config=self.args.step_config,
             )
         out.check()
-        if not out.outer_loss.isfinite():
-            raise FloatingPointError(
-                f"outer loss: expected a finite number, got {float(out.outer_loss)} "
-                f"at step {self.state.global_step + 1}"
-            )
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         last = self.accelerator.sync_gradients
         if last:
             self._sum_gradients()
+            grads = [p.grad for _, p in parameters_of(self.model) if p.grad is not None]
+            check_norm(float(get_total_norm(grads)), self.state.global_step)
         losses = self._over_processes(StepMeans.of(out, real.contexts / whole[1]))
         self._means.add(losses, ends_step=last)
         return losses[0]

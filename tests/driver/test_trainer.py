@@ -223,7 +223,7 @@ def test_bfloat16_is_near_float32_and_trains_float32_weights(tmp_path: Path) -> 
 def test_a_step_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     trainer = trainer_on(tmp_path, inner_lr=1e30)
     before = weights(trainer.model)
-    with pytest.raises(FloatingPointError, match=r"^outer loss: expected a finite number"):
+    with pytest.raises(FloatingPointError, match=r"^meta-gradient: its norm is"):
         trainer.train()
     assert same(weights(trainer.model), before)
 
