@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import run_kernel
+from .sizes import cdiv
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -50,7 +51,7 @@ def launch(
     dense = [t.contiguous() for t in inputs]
     run_kernel(
         kernel,
-        (triton.cdiv(n, BLOCK),),
+        (cdiv(n, BLOCK),),
         *dense,
         *out,
         n,

@@ -31,7 +31,7 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
         with torch.cuda.device(device):
             run_kernel(kernel, grid, *arguments, **constants)
         return
-    key = (kernel.fn, device, *map(_kind, arguments), *constants.values())
+    key = (kernel.fn, device, *_kinds(arguments), *constants.values())
     found = _compiled.get(key)
     if found is None or _is_watched():
         _compiled[key] = kernel[grid](*arguments, **constants), kernel.arg_names[len(arguments) :]
@@ -57,10 +57,10 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _device_of(arguments: tuple[Any, ...]) -> int:
-    first = next(argument for argument in arguments if argument is not None)
-    while not isinstance(first, Tensor):  # a tensor with its strides, or a descriptor
-        first = first[0] if isinstance(first, tuple) else first.base
-    return first.get_device()
+    first = arguments[0] if arguments[0] is not None else arguments[1]
+    if isinstance(first, tuple):
+        first = first[0]
+    return (first.base if isinstance(first, TensorDescriptor) else first).get_device()
 
 
 def _is_watched() -> bool:
@@ -69,12 +69,16 @@ def _is_watched() -> bool:
     return bool(getattr(hooks, "calls", hooks))
 
 
-def _kind(argument: Any) -> Any:
-    """Equal for two arguments that the same compiled kernel can take."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, tuple(argument.block_shape)
-    return float if isinstance(argument, float) else argument
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """Equal for two lists of arguments that the same compiled kernel can take."""
+    kinds: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kinds += argument.dtype, argument.data_ptr() % 16
+        elif isinstance(argument, tuple):  # sizes, or a tensor with its strides
+            kinds += _kinds(argument)
+        elif isinstance(argument, TensorDescriptor):
+            kinds += argument.base.dtype, *argument.block_shape
+        else:
+            kinds.append(float if isinstance(argument, float) else argument)
+    return kinds

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.norm import Kept, Options
@@ -17,6 +16,7 @@ from .norm_kernels import (
     norm_forward_kernel,
     sum_kernel,
 )
+from .sizes import cdiv, next_power_of_2
 
 MAX_D = 16384
 
@@ -180,9 +180,9 @@ def _walk(pass_: str, x: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict
     if D > MAX_D:
         raise ValueError(f"x: expected at most {MAX_D} elements in a row, got {D}")
     T, launch = math.prod(tokens), _launch(pass_, D)
-    blocks = triton.cdiv(T, launch.rows)
-    steps = triton.cdiv(max(1, blocks), min(max(1, blocks), max(1, launch.programs // max(1, B))))
-    P = triton.cdiv(blocks, steps)
+    blocks = cdiv(T, launch.rows)
+    steps = cdiv(max(1, blocks), min(max(1, blocks), max(1, launch.programs // max(1, B))))
+    P = cdiv(blocks, steps)
     return (B * P,), (T, P, steps), _constants(pass_, launch, D)
 
 
@@ -191,7 +191,7 @@ def _launch(pass_: str, D: int) -> Launch:
 
 
 def _constants(pass_: str, launch: Launch, D: int) -> dict[str, Any]:
-    block_d = triton.next_power_of_2(D)
+    block_d = next_power_of_2(D)
     constants = {"D": D, "BLOCK_T": launch.rows, "BLOCK_D": block_d, "STAGES": launch.stages}
     most = 16 if torch.version.hip else 32  # 1024 threads
     constants["num_warps"] = warps = min(most, launch.warps)
@@ -213,54 +213,6 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if P == 1:
         return parts[:, :, 0].unbind(0)
     sums = torch.empty(n, B, D, dtype=dtype, device=parts.device)
-    grid = n * B, triton.cdiv(D, SUM_TILE["BLOCK_D"])
+    grid = n * B, cdiv(D, SUM_TILE["BLOCK_D"])
     run_kernel(sum_kernel, grid, parts, sums, P, D, **SUM_TILE)
     return sums.unbind(0)
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: norms of heads and of Llama 1B and 8B, with
-    a residual and without.
-    """
-    kernels = {
-        "forward": norm_forward_kernel,
-        "backward": norm_backward_kernel,
-        "double_backward": norm_double_backward_kernel,
-    }
-    cases = [_compile_case("sum_kernel", sum_kernel, dict(SUM_TILE), ())]
-    for kind, D in (("rms", 128), ("rms", 2048), ("rms", 4096), ("layer", 4096)):
-        for pass_, kernel in kernels.items():
-            for add in (False, True) if kind == "rms" and pass_ != "double_backward" else (False,):
-                absent: tuple[str, ...] = () if add else ("residual_ptr", "h_ptr", "dh_ptr")
-                if kind == "rms":
-                    absent += ("mean_ptr", "bias_ptr", "dbias_ptr", "w_ptr")
-                constants = _constants(pass_, _launch(pass_, D), D)
-                name = f"{'add_' * add}norm_{pass_} {kind} D={D}"
-                if pass_ == "backward":  # what is added is a residual's, and the double backward's
-                    constants["ADD"] = add
-                cases.append(_compile_case(name, kernel, constants, absent))
-    return cases
-
-
-def _compile_case(
-    name: str, kernel: Any, constants: dict[str, Any], absent: tuple[str, ...]
-) -> dict[str, Any]:
-    fp32 = ("rstd", "mean", "dweight", "dbias", "cot_weight", "part")
-    types = {f"{each}_ptr": "*fp32" for each in fp32} | {"eps": "fp32"}
-    warps = constants.pop("num_warps")
-    constants |= dict.fromkeys(absent)
-    constexprs = {n: value for n, value in constants.items() if n in kernel.arg_names}
-    signature = {
-        n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32")
-        for n in kernel.arg_names
-        if n not in constexprs
-    }
-    return {
-        "name": name,
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": constexprs,
-        "aligned": ["D", "weight_stride", "bias_stride", "v_stride", "w_stride"],
-        "num_warps": warps,
-        "num_stages": 3,
-    }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launching import run_kernel
+from .sizes import next_power_of_2
 
 TILE_ELEMENTS = 1024  # of half a rotated head, over the heads taken at once
 NUM_WARPS = 8  # with four, ptxas spills on sm_100
@@ -142,42 +141,14 @@ def _token_major(x: Tensor) -> Tensor:
 
 def _tile(heads: int, kv_heads: int, dim: int, rotated: int) -> dict[str, int]:
     """The compile-time constants for this many heads of queries and keys of this size."""
-    block_r = triton.next_power_of_2(rotated // 2)
+    block_r = next_power_of_2(rotated // 2)
     most = max(1, TILE_ELEMENTS // block_r)
     return {
         "HALF": rotated // 2,
         "REST": dim - rotated,
-        "BLOCK_H": min(triton.next_power_of_2(heads), most),
-        "BLOCK_K": min(triton.next_power_of_2(kv_heads), most),
+        "BLOCK_H": min(next_power_of_2(heads), most),
+        "BLOCK_K": min(next_power_of_2(kv_heads), most),
         "BLOCK_R": block_r,
-        "BLOCK_REST": triton.next_power_of_2(max(1, dim - rotated)),
+        "BLOCK_REST": next_power_of_2(max(1, dim - rotated)),
         "num_warps": NUM_WARPS,
     }
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: heads of Llama 1B and 8B and of Pythia."""
-    cases = []
-    for heads, kv_heads, dim, rotated in ((32, 8, 64, 64), (32, 8, 128, 128), (16, 16, 64, 16)):
-        for adjoint in (False, True):
-            constexprs = {"ADJOINT": adjoint, **_tile(heads, kv_heads, dim, rotated)}
-            warps = constexprs.pop("num_warps")
-            signature: dict[str, Any] = {}
-            for name in _rotary_kernel.arg_names:
-                if name.endswith("_strides"):
-                    signature[name] = ("i32", "i32", "i32")
-                elif name not in constexprs:
-                    signature[name] = "*bf16" if name.endswith("_ptr") else "i32"
-            pass_ = "backward" if adjoint else "forward"
-            cases.append(
-                {
-                    "name": f"rotary_{pass_} D={dim} R={rotated}",
-                    "kernel": _rotary_kernel,
-                    "signature": signature,
-                    "constexprs": constexprs,
-                    "aligned": [n for n in signature if n.endswith(("_strides", "_stride"))],
-                    "num_warps": warps,
-                    "num_stages": 3,
-                }
-            )
-    return cases

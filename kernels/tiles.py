@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -28,31 +28,10 @@ def rows_of(t_GNv: Tensor) -> Tensor:
 
 def elementwise(width: int) -> dict[str, int]:
     """The constants of a program to a block of columns of a row."""
-    return {"BLOCK": min(BLOCK, triton.next_power_of_2(width)), "num_warps": NUM_WARPS}
+    return {"BLOCK": min(BLOCK, next_power_of_2(width)), "num_warps": NUM_WARPS}
 
 
 def grid(t_GNv: Tensor) -> tuple[int, int]:
     """Of the elementwise kernels."""
     groups, rows, width = t_GNv.shape
-    return groups * rows, triton.cdiv(width, elementwise(width)["BLOCK"])
-
-
-def compile_case(kernel: Any, kind: str, dtype: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """A kernel on tiles of a dtype, for benchmarks/ops/compile_kernels.py."""
-    rows = ("lse", "t_lse", "top", "total", "picked", "gap", "new", "new_gap", "sum", "shrink")
-    types = {f"{name}_ptr": "*fp32" for name in (*rows, "center", "weight")}
-    types |= dict.fromkeys(("id_ptr", "columns_ptr"), "*i64")
-    warps = constants.pop("num_warps")
-    return {
-        "name": f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {dtype}{kind}",
-        "kernel": kernel,
-        "signature": {
-            n: types.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32")
-            for n in kernel.arg_names
-            if n not in constants
-        },
-        "constexprs": constants,
-        "aligned": ["v", "z_stride", "t_stride", "stride", "X"],
-        "num_warps": warps,
-        "num_stages": 3,
-    }
+    return groups * rows, cdiv(width, elementwise(width)["BLOCK"])

@@ -142,7 +142,7 @@ class MetaStep:
         own = part.rate(numbers.inner_lr)
         layers = own if isinstance(own, Mapping) else None
         rate = 0.0 if isinstance(own, Mapping) else own  # of layers that are not moved
-        state = StepState(part.batch.groups, rate, phase, self.dtype, layers, steps)
+        state = StepState(part.batch.groups, rate, phase, self.dtype, layers)
         adapted = AdaptedModel(self.model, self.inner, state)
         with adapted.differentiable(self.config.recompute):
             keep_graph = inputs.lm_on_contexts and self.has_lm

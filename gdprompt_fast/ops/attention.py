@@ -19,7 +19,6 @@ Visible = tuple[Tensor, Tensor] | None
 # q, k, v, O [B, T, H, D], the log-sum-exp of each query's scores, [B, H, T] in fp32 or fp64, the
 # scale and the keys visible: what a forward leaves for the backward passes of each backend.
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, Visible]
-FUSED_FROM = 1 << 30  # tokens
 
 
 def attention(
@@ -30,7 +29,6 @@ def attention(
     scale: float,
     window: int | None = None,
     segment_BT: Tensor | None = None,
-    once: bool = False,
 ) -> Tensor:
     """O = softmax(scale · Q Kᵀ + mask) V, twice differentiable.
 
@@ -45,24 +43,12 @@ def attention(
         segment_BT: integers; a segment is a run of equal ones, and a query sees keys of its own
             segment only. For texts packed into a row, and for padding, a segment of its own whose
             values do not matter as long as no product of them overflows. None for one segment.
-        once: one derivative is enough: PyTorch's own attention runs where it is faster.
 
     Returns:
         [B, T, H, D], contiguous, as transformers' attention functions return it.
     """
-    visible = visible_keys(q, window, segment_BT)
-    if once and visible is None and fused_is_faster(q):
-        fused = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return fused.transpose(1, 2)
-    out, _ = _Attention.apply(q, k, v, scale, visible)
+    out, _ = _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
     return out
-
-
-def fused_is_faster(q: Tensor) -> bool:
-    """Whether PyTorch's attention, forward and backward, is faster than the passes here."""
-    return q.is_cuda and q.shape[2] >= FUSED_FROM and q.dtype in (torch.float16, torch.bfloat16)
 
 
 def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None = None) -> Visible:

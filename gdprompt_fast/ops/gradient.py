@@ -2,54 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from torch import Tensor
-
-LAG = 0  # products that may be under way beside a captured step
-
-
-class Beside:
-    """Products of a captured step on a stream of their own.
-
-    Nothing waits for a weight's gradient before the end, so what is bound by memory in the step,
-    or does not fill the GPU, can run at the same time.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._under_way: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
-
-    def add_product_(self, *tensors: Tensor) -> None:
-        """As :func:`_add_product_`; the tensors live until the step has waited for it."""
-        self._stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
-        with torch.cuda.stream(self._stream):
-            _add_product_(*tensors)
-        self._under_way.append((self._stream.record_event(), tensors))
-        self.join(LAG)
-
-    def join(self, under_way: int = 0) -> None:
-        """The step waits until so many products are under way."""
-        while len(self._under_way) > under_way:
-            event, tensors = self._under_way.popleft()
-            torch.cuda.current_stream(tensors[0].device).wait_event(event)
-
-    def release(self) -> None:
-        """Drops what is under way, after an error."""
-        self._under_way.clear()
-
-
-_beside: dict[torch.device, Beside] = {}
-
-
-def beside(total: Tensor) -> Beside | None:
-    """What a sum's products run on beside the step; None if they run in it."""
-    if not (LAG and total.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    if total.device not in _beside:
-        _beside[total.device] = Beside(total.device)
-    return _beside[total.device]
 
 
 class WeightGradient:
@@ -87,15 +41,14 @@ class WeightGradient:
             if self._sum is None and self._in_place() is None:
                 self._sum = (left.T @ right).to(self._parameter.dtype)
             else:
-                self._add_product(self._buffer(), left.T, right)
+                _add_product_(self._buffer(), left.T, right)
 
     def add_product_to_rows(self, start: int, stop: int, f_Nv: Tensor, u_NI: Tensor) -> None:
         """The rows [start, stop) += Fᵀ U."""
-        self._add_product(self._buffer()[start:stop], f_Nv.T, u_NI)
+        _add_product_(self._buffer()[start:stop], f_Nv.T, u_NI)
 
     def add_rows(self, index_N: Tensor, rows_NI: Tensor) -> None:
         """Adds a row for every index."""
-        self._join()
         self._buffer().index_add_(0, index_N, rows_NI.to(self._parameter.dtype))
 
     def add(self, value: Tensor) -> None:
@@ -104,25 +57,13 @@ class WeightGradient:
     def release(self) -> None:
         """Drops what waits, after an error."""
         self._waiting.clear()
-        for each in _beside.values():
-            each.release()
 
     def take(self) -> Tensor | None:
         """What autograd still has to add to ``.grad``: None if it is there already."""
         if self._waiting:
             self._add_waiting()
-        self._join()
         total, self._sum = self._sum, None
         return total
-
-    def _add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        on = beside(total)
-        (_add_product_ if on is None else on.add_product_)(total, left, right)
-
-    def _join(self) -> None:
-        """Before the sum is written to, or read, in the step."""
-        if (on := beside(self._parameter)) is not None:
-            on.join()
 
     def _in_place(self) -> Tensor | None:
         """The ``.grad`` to add to; None if autograd has to see the sum, to run a hook on it."""

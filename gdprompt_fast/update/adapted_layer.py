@@ -27,7 +27,6 @@ class StepState:
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
-        last_level: that no inner step is taken from; None if that is not known.
         flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.
         level: the number of inner steps behind the weights in use now.
@@ -38,16 +37,10 @@ class StepState:
     phase: Phase
     dtype: torch.dtype | None = None
     rates: Mapping[str, Tensor] | None = None
-    last_level: int | None = None
     rows: GroupedRows = field(init=False)
     level: int = 0
     flags: list[tuple[Exception, Tensor]] = field(init=False, default_factory=list)
     _rates: dict[str | None, Rate] = field(init=False, default_factory=dict)
-
-    @property
-    def once(self) -> bool:
-        """Whether what runs now is differentiated once only."""
-        return not self.phase.second_order or self.level == self.last_level
 
     def flag(self, error: Exception, failed: Tensor) -> None:
         """Notes what ``failed``, a bool on the device, would mean: nothing waits for it here."""
@@ -108,6 +101,10 @@ class AdaptedLayer:
         """One of ``moved`` after an inner step."""
         return self.rate.step(tensor, gradient)
 
+    def factor_tensors(self) -> list[Tensor]:
+        """What makes θ' of θ: the factors, or θ' itself of small parameters."""
+        return []
+
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
         self.tensors = []
@@ -144,6 +141,9 @@ class MaterialisedLayer(AdaptedLayer):
         parameters = [getattr(module, name) for name in self.names]
         own = [_per_group(parameter, state.groups) for parameter in parameters[:moving]]
         super().__init__(state, rate, [*own, *parameters[moving:]], moving)
+
+    def factor_tensors(self) -> list[Tensor]:
+        return self.moved
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""

@@ -19,7 +19,7 @@ from ..ops.attention import attention
 from ..ops.gelu import gelu
 from ..ops.rotary import rotary
 from ..ops.swiglu import swiglu
-from .adapted_layer import AdaptedLayer, StepState
+from .adapted_layer import AdaptedLayer
 from .linear import alike, linears
 from .masks import causal_window, check_attention_options
 
@@ -38,14 +38,14 @@ _GATED_MLPS = {family.named(family.gated_mlp) for family in FAMILIES if family.g
 
 def substitute_for(
     module: Any,
-    state: StepState,
+    dtype: torch.dtype | None,
     engine_attention: bool = True,
     adapted_layers: Mapping[nn.Module, AdaptedLayer] | None = None,
 ) -> Forward | None:
     """The forward to use in place of the module's own, if there is a better one.
 
     Args:
-        state: of the step.
+        dtype: of the products under mixed precision, or None.
         engine_attention: the masks are the engine's own (``masks.py``).
         adapted_layers: of the model's layers.
     """
@@ -57,9 +57,9 @@ def substitute_for(
     if name in _GELUS:
         return lambda x: gelu(x, _GELUS[name])
     if name in _ATTENTIONS and engine_attention:
-        return _attention(module, _ATTENTIONS[name], state, adapted_layers or {})
+        return _attention(module, _ATTENTIONS[name], adapted_layers or {})
     if name == "peft.tuners.lora.layer.Linear":
-        return _lora(module, state.dtype)
+        return _lora(module, dtype)
     return None
 
 
@@ -82,10 +82,7 @@ def _gated_mlp(mlp: Any, adapted_layers: Mapping[nn.Module, AdaptedLayer]) -> Fo
 
 
 def _attention(
-    module: Any,
-    family: Family,
-    state: StepState,
-    adapted_layers: Mapping[nn.Module, AdaptedLayer],
+    module: Any, family: Family, adapted_layers: Mapping[nn.Module, AdaptedLayer]
 ) -> Forward | None:
     """o(softmax attention of rotary(q), rotary(k), v); None where the modeling file would call
     other functions than its own.
@@ -106,7 +103,7 @@ def _attention(
         q, k, v = project(hidden_states)
         q, k = rotary(q, k, *position_embeddings)
         window = causal_window(attention_mask)
-        out = attention(q, k, v, scale=module.scaling, window=window, once=state.once)
+        out = attention(q, k, v, scale=module.scaling, window=window)
         return out_projection(out.flatten(-2)), None
 
     return forward

@@ -15,13 +15,13 @@ Shapes: B batch, H heads, K key/value heads, G = H / K, T tokens, D head dim.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ops.attention import Kept, Visible
-from .launch import compile_cases, launch_kernel
+from ..sizes import cdiv
+from .launch import launch_kernel
 
-__all__ = ["attention_backward", "attention_double_backward", "attention_forward", "compile_cases"]
+__all__ = ["attention_backward", "attention_double_backward", "attention_forward"]
 
 
 def attention_forward(
@@ -78,4 +78,4 @@ def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _statistic(q: Tensor) -> Tensor:
     """An fp32 number for each query, [B, H, T], its rows aligned for the copy engine."""
     batch, heads, tokens, _ = q.shape
-    return q.new_empty(batch, heads, triton.cdiv(tokens, 4) * 4, dtype=torch.float32)[..., :tokens]
+    return q.new_empty(batch, heads, cdiv(tokens, 4) * 4, dtype=torch.float32)[..., :tokens]

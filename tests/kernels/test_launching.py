@@ -58,6 +58,8 @@ def test_a_kernel_is_looked_at_once_and_started_with_all_arguments_in_order(
         dict(x=torch.zeros(8, dtype=torch.bfloat16)),
         dict(x=torch.zeros(9)[1:]),  # not aligned
         dict(n=1),
+        dict(n=(8, 4)),
+        dict(n=(torch.zeros(8), 4)),
         dict(BLOCK=32),
         dict(ADD=False),
         dict(num_warps=8),
