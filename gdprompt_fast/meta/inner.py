@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..batch import MetaBatch, check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
+from ..keep.adapter import Adapter
+from ..keep.folder import save_adapter
 from ..layout import context_weights
 from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..models.inner_params import InnerParams, select_inner
@@ -113,6 +116,16 @@ class InnerUpdate:
             )
         with self._adapted.inference(GroupedRows(groups, self.groups)):
             yield
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        group: int = 0,
+        rank: int | None = None,
+        form: str = "lora",
+        for_vllm: bool = False,
+    ) -> Adapter:
+        return save_adapter(self._adapted, Path(folder), group, rank, for_vllm)
 
 
 def inner_step(
