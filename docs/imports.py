@@ -38,6 +38,7 @@ FLOORS = {
     "measuring": ("evaluation", "report", "plan"),
     "training": ("training",),
     "experiments": ("experiments", "bundled"),
+    "page": ("app",),
     "runs": ("runs",),
     "command line": ("cli", "__main__"),
     "tests and benchmarks": ("testing",),

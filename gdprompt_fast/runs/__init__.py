@@ -3,6 +3,7 @@
 What a configuration says is checked when it is made, and all that it names before the long work.
 """
 
+from .app_run import AppConfig, app
 from .check_run import CheckConfig, check
 from .command import Command
 from .commands import COMMANDS
@@ -19,6 +20,7 @@ from .train_run import TrainConfig, train
 
 __all__ = [
     "COMMANDS",
+    "AppConfig",
     "CheckConfig",
     "Command",
     "DataConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "TrainConfig",
+    "app",
     "check",
     "data",
     "demo",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .app_run import app
 from .check_run import check
 from .command import Command
 from .data_run import data
@@ -29,5 +30,6 @@ COMMANDS: dict[str, Command[Any, Any]] = {
         plan,
         experiment,
         report,
+        app,
     )
 }
