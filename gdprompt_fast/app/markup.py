@@ -10,9 +10,9 @@ from .lesson import Answer, AnswerToken, Learnt, PassageToken
 
 # What each setting is, in the words of the page.
 ASKED = {
-    "no_context": "the question alone, weights θ",
-    "prompt": "passages and question, weights θ",
-    "fine_tuning": "the question alone, weights θ′, one step away",
+    "no_context": "the question alone, at θ",
+    "prompt": "passages and question, at θ",
+    "fine_tuning": "the question alone, at θ′",
 }
 END = "end"
 

@@ -56,7 +56,9 @@ class AdaptedVocabulary(FactoredLayer):
             if change.holds(change.rank + len(a_SD)):
                 change.add(torch.cat([*self._differences(own, k)], dim=1), a_SD)
             else:
-                change.add_dense(torch.cat([b.T.to(a_SD) @ a_SD for b in self._differences(own, k)]))
+                change.add_dense(
+                    torch.cat([b.T.to(a_SD) @ a_SD for b in self._differences(own, k)])
+                )
         if (lookup_GSD := own.lookup_sum(level)) is not None:
             assert own.context_ids_GS is not None
             add_rows(change, own.context_ids_GS[0], -eta * lookup_GSD[0])
