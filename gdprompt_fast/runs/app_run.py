@@ -110,17 +110,20 @@ class AppConfig(WeightsConfig, DeviceConfig):
 
 @command("A page in the browser: learn passages, ask, and see three answers side by side.")
 def app(config: AppConfig) -> Callable[[], None]:
-    """Loads the model and takes the address; the work is to serve the page until interrupted."""
+    """Sees that the address is free and loads the model; the work is to serve the page until it is
+    interrupted.
+    """
     if importlib.util.find_spec("gradio") is None:
         raise UserError('app: expected gradio, got none; pip install "gdprompt_fast[app]"')
     from ..app.server import listening_socket, opened, url_of
 
+    listening_socket(config.host, config.port).close()
     model, tokenizer = config.load()
     select_inner(model, config.inner_params)
     max_prompt_length(model, config.answer_tokens)
-    listening = listening_socket(config.host, config.port)
 
     def work() -> None:
+        listening = listening_socket(config.host, config.port)
         page = config.about, config.rate, config.samples
         with opened(model, tokenizer, config.options, *page, listening) as server:
             print(f"{url_of(listening)}: to be opened in a browser; Ctrl-C ends it", flush=True)

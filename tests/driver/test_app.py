@@ -62,6 +62,7 @@ def test_a_sample_of_the_page_is_answered_right_after_the_step(
     assert found["prompt"] in sample.passage
 
 
+@torch.no_grad()
 def test_probabilities_are_those_of_the_models_own_forward(student: Student) -> None:
     model = student.model
     starts, ends = [[1, 8, 9], [1, 7, 30, 31, 32]], [[5, 6], [9]]
@@ -219,7 +220,7 @@ def test_without_a_question_another_rate_is_only_learnt_at(tmp_path: Path) -> No
 
 
 def test_an_adapter_gives_the_same_answer_by_plain_peft(student: Student, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
     person = PEOPLE[3]
     answer = answers(student, person)["fine_tuning"]
     with zipfile.ZipFile(student.adapter(lesson_of(person))) as archive:
