@@ -20,9 +20,9 @@ MOST_WAITING = 32  # requests; whoever comes then is told to come back
 FURTHEST = 4  # the slider goes up to so many times the rate that it begins at
 NOTCHES = 200  # of the slider
 LEGEND = (
-    '<div class="legend"><span>probability 0</span><span class="scale"></span><span>1</span>'
-    "<span>· under each token: its probability in that setting; then, after the question alone, "
-    "before → after the inner step</span></div>"
+    '<div class="legend"><span>0</span><span class="scale"></span><span>1</span>'
+    "<span>probability of a token in that setting; below it, after the question alone, before → "
+    "after the inner step</span></div>"
 )
 SAVE = """(file) => {
   if (!file) return;
@@ -36,15 +36,6 @@ SAVE = """(file) => {
 PROGRESS = gr.Progress()  # gradio gives every request its own in the place of this
 # One request at a time is at the model, whichever button it is of.
 AT_MODEL: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-
-
-class Rate(gr.Slider):
-    """A slider whose value is checked with all else that is asked, not by gradio."""
-
-    is_template = True  # to the browser it is a slider
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
 
 
 def build_page(desk: Desk, about: str, inner_lr: float, samples: Sequence[Sample]) -> gr.Blocks:
@@ -90,9 +81,11 @@ class _Left:
             max_lines=16,
             elem_id="passages",
         )
-        self.rate = Rate(
+        self.rate = gr.Slider(
             0, most, inner_lr, step=most / NOTCHES, label="Inner rate η", elem_id="rate"
         )
+        # checked with all else that is asked, not by gradio, which breaks off on what is no number
+        self.rate.preprocess = lambda payload: payload  # type: ignore[method-assign]
         with gr.Row():
             self.learn = gr.Button("Learn", variant="primary", elem_id="learn")
             self.adapter = gr.Button("Download adapter", elem_id="adapter")
@@ -124,7 +117,7 @@ def _samples(samples: Sequence[Sample], left: _Left, right: _Right) -> Any:
         [list(each) for each in samples],
         [left.passages, right.question],
         example_labels=[each.question for each in samples],
-        label="Passages about people that it never saw",
+        label="Samples, about people that it has never read about",
         api_visibility="private",
     ).load_input_event
 

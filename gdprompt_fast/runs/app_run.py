@@ -26,13 +26,13 @@ from .groups import DeviceConfig, WeightsConfig, dtype_field
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 INNER_LR = 1e-3  # of a model that nothing is known of
 ABOUT = (
-    "learns the passages in one gradient step, θ′ = θ − η ∇L, and is asked without them: "
-    "**Fine-Tuning**. Beside it what it says without having learnt them, **No Context**, and with "
-    "them in its prompt, **Prompt**."
+    "learns the passages in one gradient step, θ′ = θ − η ∇L, and answers without them in its "
+    "prompt: **Fine-Tuning**. Beside it, at the old θ: the question alone, **No Context**, and the "
+    "passages in the prompt, **Prompt**."
 )
 ABOUT_BUNDLED = (
-    f"A Llama of 0.9 M parameters, meta-trained by `gdprompt demo`, {ABOUT} It knows the words of "
-    "passages such as these alone, and none of the people in them."
+    f"A Llama of 0.9 M parameters, meta-trained by `gdprompt demo`, {ABOUT} It knows only the words "
+    "of passages such as these, and has never read about the people in them."
 )
 
 

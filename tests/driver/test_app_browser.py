@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium to lead a browser with")
+pytest.importorskip("selenium", reason="no selenium to lead a browser with")
 
+from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -109,7 +110,7 @@ class Visit:
         ]
         asked = [each["params"] for each in sent if each["method"] == "Network.requestWillBeSent"]
         urls = [urlsplit(each["request"]["url"]) for each in asked]
-        return {str(url.hostname) for url in urls if url.scheme not in ("data", "blob", "chrome")}
+        return {str(url.hostname) for url in urls if url.scheme in ("http", "https", "ws", "wss")}
 
 
 @pytest.fixture

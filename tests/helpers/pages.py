@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +20,13 @@ RATE = META_TRAINED_INNER_LR
 PEOPLE = [dict(triple) for triple in make_people_data(1, 12, seed=5).test]
 
 
-def student_in(folder: Path, **options: int) -> Student:
+def student_in(folder: Path, **options: Any) -> Student:
     """The bundled meta-trained model, which writes its adapters there."""
     model, tokenizer = load_model(meta_trained_folder(), "float32", torch.device("cpu"))
     return Student(model, tokenizer, Options(**options), folder)
 
 
-def desk_in(folder: Path, **options: int) -> Desk:
+def desk_in(folder: Path, **options: Any) -> Desk:
     return Desk(student_in(folder, **options))
 
 
