@@ -31,8 +31,8 @@ ABOUT = (
     "passages in the prompt, **Prompt**."
 )
 ABOUT_BUNDLED = (
-    f"A Llama of 0.9 M parameters, meta-trained by `gdprompt demo`, {ABOUT} It knows only the words "
-    "of passages such as these, and has never read about the people in them."
+    f"A Llama of 0.9 M parameters, meta-trained by `gdprompt demo`, {ABOUT} It knows only the "
+    "words of passages such as these, and has never read about the people in them."
 )
 
 
