@@ -13,7 +13,7 @@ from ..models.architecture import causal_lm
 from ..update.change import LowRank
 from .layers import ChangedLayer
 
-PREFIX = "base_model.model."
+PREFIX, WEIGHTS_FILE = "base_model.model.", "adapter_model.safetensors"
 # What vLLM has room for, and so what its servers are started with.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
-from ..artifacts.files import is_empty, write_folder, write_json
+from ..artifacts.files import is_empty, write_folder
 from ..errors import UserError
 from ..update.attach import AdaptedModel
-from .adapter import Adapter, as_adapter, config_of
+from .adapter import WEIGHTS_FILE, Adapter, as_adapter, config_of
 from .layers import changed_layers
-
-WEIGHTS_FILE, RECORD_FILE = "adapter_model.safetensors", "gdprompt.json"
+from .record import Learnt, write_record
 
 
 def save_adapter(
-    adapted: AdaptedModel, folder: Path, group: int, rank: int | None, for_vllm: bool
+    adapted: AdaptedModel,
+    folder: Path,
+    group: int,
+    rank: int | None,
+    for_vllm: bool,
+    learnt: Learnt,
 ) -> Adapter:
+    """Writes θ' of a group as an adapter, whole or not at all."""
+    check_new(folder)
     adapter = as_adapter(changed_layers(adapted, group), adapted.model, rank, for_vllm)
     config = config_of(adapter, adapted.model)
 
     def write(temporary: Path) -> None:
-        save_file(
-            {name: tensor.cpu() for name, tensor in adapter.tensors.items()},
-            temporary / WEIGHTS_FILE,
-            metadata={"format": "pt"},
-        )
+        tensors = {name: tensor.cpu() for name, tensor in adapter.tensors.items()}
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(temporary))
+        write_record(temporary, learnt, {"form": "lora"})
 
-    check_new(folder)
     write_folder(folder, write)
     return adapter
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from ..batch import MetaBatch, check_context_group, check_contexts, check_loss_m
 from ..errors import UserError
 from ..keep.adapter import Adapter
 from ..keep.folder import save_adapter
+from ..keep.loaded import load_adapters
+from ..keep.record import Learnt
+from ..keep.state import state_of
 from ..layout import context_weights
 from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..models.inner_params import InnerParams, select_inner
@@ -76,8 +80,8 @@ def take_inner_steps(
 class InnerUpdate:
     """The θ' of every group, to run the model at; made by :func:`inner_step`."""
 
-    def __init__(self, adapted: AdaptedModel) -> None:
-        self._adapted = adapted
+    def __init__(self, adapted: AdaptedModel, learnt: Learnt) -> None:
+        self._adapted, self.learnt = adapted, learnt
 
     @property
     def groups(self) -> int:
@@ -124,8 +128,21 @@ class InnerUpdate:
         rank: int | None = None,
         form: str = "lora",
         for_vllm: bool = False,
+        texts: Sequence[str] = (),
     ) -> Adapter:
-        return save_adapter(self._adapted, Path(folder), group, rank, for_vllm)
+        learnt = replace(self.learnt, texts=tuple(texts) or self.learnt.texts)
+        return save_adapter(self._adapted, Path(folder), group, rank, for_vllm, learnt)
+
+    def to_state_dict(self, group: int = 0) -> dict[str, Tensor]:
+        return state_of(self._adapted, group)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path | Sequence[str | Path], model: nn.Module
+    ) -> InnerUpdate:
+        several = not isinstance(folder, str | Path)
+        folders = [Path(each) for each in folder] if several else [Path(folder)]
+        return cls(load_adapters(model, folders), Learnt())
 
 
 def inner_step(
@@ -185,4 +202,5 @@ def inner_step(
             failures.take(state.flags)
     failures.check()
     adapted.detach(level=inner_steps)
-    return InnerUpdate(adapted)
+    chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
+    return InnerUpdate(adapted, Learnt(float(inner_lr), inner_steps, chosen))
