@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.architecture import causal_lm, check_model, compute_dtype
+from ..models.architecture import check_model, compute_dtype
 from ..ops.phase import Phase
 from ..update.adapted_layer import LayerChange, MaterialisedLayer, StepState, find_rule
 from ..update.attach import AdaptedModel
@@ -26,20 +26,23 @@ from ..update.changed import (
 from ..update.linear import AdaptedLinear
 from .adapter import PREFIX, WEIGHTS_FILE
 from .layers import is_transposed
-from .record import read_record
+from .record import Learnt, learnt_in, read_record
 
 Parts = Mapping[str, Tensor]  # of a layer in an adapter, by their names there
 
 
-def load_adapters(model: nn.Module, folders: Sequence[Path]) -> AdaptedModel:
-    """The base model at the θ' of an adapter for each group.
+def load_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[AdaptedModel, Learnt]:
+    """The base model at the θ' of an adapter for each group, and how the first was learnt.
 
     Raises:
         UserError: if a folder has no adapter that save_pretrained wrote, or not one of this model.
     """
     check_model(model)
-    if model is not causal_lm(model):
-        raise UserError("model: expected the adapters' base without adapters, got a PEFT model")
+    if hasattr(model, "peft_config"):
+        raise UserError("model: expected the base of the adapters without any, got one with some")
+    if not folders:
+        raise UserError("folder: expected a folder or several, got none")
+    learnt = learnt_in(folders[0])
     device = next(model.parameters()).device
     changes = [_changes_in(model, folder, device) for folder in folders]
     state = StepState(len(folders), 0.0, Phase(second_order=False), compute_dtype(model))
@@ -48,12 +51,10 @@ def load_adapters(model: nn.Module, folders: Sequence[Path]) -> AdaptedModel:
         module = model.get_submodule(name)
         _put(adapted, name, module, [each.get(name, LayerChange()) for each in changes])
     adapted.detach(level=1)
-    return adapted
+    return adapted, learnt
 
 
-def _put(
-    adapted: AdaptedModel, name: str, module: Any, changes: Sequence[LayerChange]
-) -> None:
+def _put(adapted: AdaptedModel, name: str, module: Any, changes: Sequence[LayerChange]) -> None:
     """Puts a changed layer in the place of an adapted one."""
     state, rate = adapted.state, adapted.state.rate(name, module.weight)
     if module is adapted.head:

@@ -44,19 +44,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD_FILE
     if not path.is_file():
-        raise UserError(f"folder: expected one that save_pretrained wrote, got {folder}: no {path.name}")
+        raise UserError(
+            f"folder: expected one that save_pretrained wrote, got {folder} without a {path.name}"
+        )
     record = read_json(path)
     if record.get(MARK) != WRITER:
         raise UserError(f"{path}: expected the mark of {WRITER!r}, got {record.get(MARK)!r}")
     return record
 
 
-def learnt_of(record: dict[str, Any], path: Path) -> Learnt:
-    """How the θ' of a record was learnt.
+def learnt_in(folder: Path) -> Learnt:
+    """How the θ' in a folder was learnt.
 
     Raises:
-        UserError: naming what of it is missing or of another type.
+        UserError: if there is none, or its record is not as it was written.
     """
+    record = read_record(folder)
     rate, steps = record.get("inner_lr"), record.get("inner_steps")
     params, texts = record.get("inner_params"), record.get("texts")
     right = (
@@ -68,6 +71,6 @@ def learnt_of(record: dict[str, Any], path: Path) -> Learnt:
     )
     if not right:
         names = ", ".join(each.name for each in fields(Learnt))
-        raise UserError(f"{path / RECORD_FILE}: expected {names} as they were written")
+        raise UserError(f"{folder / RECORD_FILE}: expected {names} as they were written")
     assert isinstance(steps, int) and isinstance(params, str) and isinstance(texts, list)
     return Learnt(rate, steps, params, tuple(texts))

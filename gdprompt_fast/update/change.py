@@ -21,7 +21,13 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """r."""
         return len(self.a_RI)
+
+    def padded(self, rank: int) -> LowRank:
+        """The same product of a higher rank, filled up with zeros."""
+        more, pad = rank - self.rank, torch.nn.functional.pad
+        return LowRank(pad(self.b_OR, (0, more)), pad(self.a_RI, (0, 0, 0, more)), self.discarded)
 
 
 class WeightChange:

@@ -104,14 +104,11 @@ class ChangedVocabulary(AdaptedVocabulary):
         return z + self.changes.of_inputs(hidden_BTD, self.state.rows).to(z.dtype)
 
 
-def changed_small(
-    layer: MaterialisedLayer, changes: Sequence[LayerChange]
-) -> AdaptedLayer:
+def changed_small(layer: MaterialisedLayer, changes: Sequence[LayerChange]) -> AdaptedLayer:
     """A layer whose parameters are each group's own already, at the values given of them."""
-    for index, name in enumerate(layer.names[: layer.moving]):
-        own = [each.small.get(name, old) for each, old in zip(changes, layer.tensors[index], strict=True)]
-        layer.tensors[index] = torch.stack([each.to(layer.tensors[index].dtype) for each in own])
-    layer.tensors = [tensor.detach() for tensor in layer.tensors]
+    for index, (name, old_G) in enumerate(zip(layer.names, layer.moved, strict=False)):
+        own = [each.small.get(name, old) for each, old in zip(changes, old_G, strict=True)]
+        layer.tensors[index] = torch.stack([value.to(old_G.dtype) for value in own]).detach()
     return layer
 
 
