@@ -19,6 +19,7 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "keep",
     "kernels",
     "kernels.attention",
     "loading",

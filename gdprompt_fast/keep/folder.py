@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from ..artifacts.files import is_empty, write_file, write_folder, write_json
 from ..errors import UserError
@@ -76,8 +75,12 @@ def save(
     form: str = "lora",
     rank: int | None = None,
     for_vllm: bool = False,
+    tokenizer: Any = None,
 ) -> Kept:
     """Writes θ' of a group to a new folder, whole or not at all.
+
+    Args:
+        tokenizer: to be there too.
 
     Raises:
         UserError: naming the argument, what was expected and what was given.
@@ -85,7 +88,14 @@ def save(
     check_keeping(folder, form, rank, for_vllm)
     if form == "full":
         model = whole_model(adapted, group)
-        write_folder(folder, lambda temporary: _write_model(temporary, model, learnt))
+
+        def write_model(temporary: Path) -> None:
+            model.save_pretrained(str(temporary))
+            write_record(temporary, learnt, {"form": form})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary))
+
+        write_folder(folder, write_model)
         return Kept(folder, form)
     adapter = as_adapter(changed_layers(adapted, group), adapted.model, rank, for_vllm)
     config, discarded = adapter.config(adapted.model), discarded_of(adapter)
@@ -94,7 +104,8 @@ def save(
         save_file(adapter.tensors(), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)
         write_file(temporary / "README.md", card(adapter, learnt, config))
-        write_record(temporary, learnt, {"form": form, "discarded": discarded})
+        ranks = {name: product.rank for name, (_, product) in adapter.low_rank.items()}
+        write_record(temporary, learnt, {"form": form, "ranks": ranks, "discarded": discarded})
 
     write_folder(folder, write)
     ranks = {name: product.rank for name, (_, product) in adapter.low_rank.items()}
@@ -117,8 +128,3 @@ def whole_model(adapted: AdaptedModel, group: int) -> Any:
     model.tie_weights()
     model.generation_config = base.generation_config
     return model
-
-
-def _write_model(folder: Path, model: nn.Module, learnt: Learnt) -> None:
-    model.save_pretrained(str(folder))  # type: ignore[operator]
-    write_record(folder, learnt, {"form": "full"})
