@@ -47,6 +47,7 @@ from .output import check_output, claim_output
 from .reading import write_dropped
 
 INDEX_FILE = "adapters.json"
+INNER_CHOICES = ("auto", *INNER_PARAMS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,8 @@ class LearnConfig(ReadingConfig, ModelConfig):
     output: Path = option(REQUIRED, "folder to write to", writes=True, may_change=True)
     inner_lr: float = option(1e-3, "rate η of the inner step")
     inner_steps: int = option(1, "inner steps on a context")
-    inner_params: str | None = option(
-        None,
-        'what the inner step moves; None: "linear" with --for-vllm, else "full"',
-        (*INNER_PARAMS, None),
+    inner_params: str = option(
+        "auto", "what the inner step moves; auto: linear with --for-vllm, else full", INNER_CHOICES
     )
     form: str = option("lora", "a PEFT adapter (lora), or the whole model (full)", FORMS)
     rank: int | None = option(None, "highest rank of a layer; None: what exact takes")
@@ -97,7 +96,8 @@ class LearnConfig(ReadingConfig, ModelConfig):
     @property
     def inner(self) -> InnerStep:
         """The inner step asked for."""
-        params = self.inner_params or ("linear" if self.for_vllm else "full")
+        auto = "linear" if self.for_vllm else "full"
+        params = auto if self.inner_params == "auto" else self.inner_params
         return InnerStep(self.inner_lr, self.inner_steps, params)
 
     def settings(self) -> dict[str, Any]:
@@ -228,10 +228,13 @@ def _learn(
 def _entry(lesson: Lesson) -> dict[str, Any]:
     """What the list of adapters says of one."""
     record, context = read_record(lesson.folder), lesson.context
-    of_layers = {key: record[key] for key in ("ranks", "discarded") if key in record}
-    return {"folder": lesson.folder.name, "file": str(context.file), "line": context.line} | (
-        {"tokens": len(lesson.row.ids), **of_layers}
-    )
+    return {
+        "folder": lesson.folder.name,
+        "file": str(context.file),
+        "line": context.line,
+        "tokens": len(lesson.row.ids),
+        **{key: record[key] for key in ("ranks", "discarded") if key in record},
+    }
 
 
 def _report(config: LearnConfig, kept: Sequence[dict[str, Any]]) -> str:
