@@ -101,6 +101,8 @@ class WeightChange:
             if self.outputs <= self.inputs:
                 return torch.eye(self.outputs, dtype=dense.dtype, device=dense.device), dense
             return dense, torch.eye(self.inputs, dtype=dense.dtype, device=dense.device)
+        if not self._pairs:
+            return torch.zeros(self.outputs, 0), torch.zeros(0, self.inputs)
         left_KO, right_KI = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
         return left_KO.T, right_KI
 

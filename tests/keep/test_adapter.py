@@ -220,8 +220,8 @@ def test_for_vllm_an_update_of_more_than_linear_layers_is_refused(
 
 
 def test_layers_get_their_own_ranks(tiny_model: Build, tmp_path: Path) -> None:
-    """Keys and values of 16 outputs have no higher rank, the others that of 18 tokens."""
-    update = learnt(tiny_model("llama-untied", FP32), inner_params="linear")
+    """Keys and values of 16 outputs have no higher rank, the others that of the tokens."""
+    update = learnt(tiny_model("llama-untied", FP32), 2, "linear")
     kept = update.save_pretrained(tmp_path / "a", group=1)
     assert len(set(kept.ranks.values())) > 1
     config = config_in(tmp_path / "a")

@@ -47,7 +47,7 @@ def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_discards(
     torch.testing.assert_close(product.b_OR @ product.a_RI, best)
     lost = (dense - product.b_OR @ product.a_RI).square().sum() / dense.square().sum()
     assert product.rank == rank
-    assert product.discarded == pytest.approx(float(lost)) and lost > 0.01
+    assert product.discarded == pytest.approx(float(lost)) and lost > 1e-4
 
 
 def test_rows_of_zeros_have_no_rank() -> None:
