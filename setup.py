@@ -20,6 +20,7 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "keep",
     "kernels",
     "kernels.attention",
     "loading",

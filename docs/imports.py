@@ -32,7 +32,7 @@ FLOORS = {
     "models": ("models",),
     "ops": ("ops", "kernels"),
     "layers": ("update",),
-    "engine": ("meta", "reference", "exactness"),
+    "engine": ("keep", "meta", "reference", "exactness"),
     "public names": (DOOR,),
     "data and models from files": ("data", "loading", "teacher"),
     "measuring": ("evaluation", "report", "plan"),

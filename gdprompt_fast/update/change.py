@@ -21,7 +21,13 @@ class LowRank(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """r."""
         return len(self.a_RI)
+
+    def padded(self, rank: int) -> LowRank:
+        """The same product of a higher rank, filled up with zeros."""
+        more, pad = rank - self.rank, torch.nn.functional.pad
+        return LowRank(pad(self.b_OR, (0, more)), pad(self.a_RI, (0, 0, 0, more)), self.discarded)
 
 
 class WeightChange:
@@ -95,6 +101,8 @@ class WeightChange:
             if self.outputs <= self.inputs:
                 return torch.eye(self.outputs, dtype=dense.dtype, device=dense.device), dense
             return dense, torch.eye(self.inputs, dtype=dense.dtype, device=dense.device)
+        if not self._pairs:
+            return torch.zeros(self.outputs, 0), torch.zeros(0, self.inputs)
         left_KO, right_KI = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
         return left_KO.T, right_KI
 

@@ -58,14 +58,15 @@ class AdaptedLinear(FactoredLayer):
     def change(self, group: int) -> LayerChange:
         """−η Σ_k E_kᵀ X_k, and −η Σ_k E_kᵀ 1 of the bias."""
         layer, eta = self.layer, self.rate.eta_G[group]
-        moves = layer.inner_weight, layer.inner_bias
         weight, bias_O = WeightChange(*layer.weight_OI.shape), None
         for factor in layer.factors[: self.state.level]:
             e_SO = -eta * factor.e_GSO[group]
             weight.add(e_SO, factor.x_GSI[group])
             own_O = e_SO.sum(0)
             bias_O = own_O if bias_O is None else bias_O + own_O
-        return LayerChange(*(c if m else None for c, m in zip((weight, bias_O), moves)))
+        return LayerChange(
+            weight if layer.inner_weight else None, bias_O if layer.inner_bias else None
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (y,) = linears([self], inputs[0])

@@ -53,12 +53,11 @@ class AdaptedVocabulary(FactoredLayer):
         eta = own.rate.eta_G[0]
         for k, step in enumerate(own.steps[:level]):
             a_SD = -eta * step.a_GSD[0]
+            blocks_Sv = self._differences(own, k)
             if change.holds(change.rank + len(a_SD)):
-                change.add(torch.cat([*self._differences(own, k)], dim=1), a_SD)
+                change.add(torch.cat([*blocks_Sv], dim=1), a_SD)
             else:
-                change.add_dense(
-                    torch.cat([b.T.to(a_SD) @ a_SD for b in self._differences(own, k)])
-                )
+                change.add_dense(torch.cat([b_Sv.T.to(a_SD.dtype) @ a_SD for b_Sv in blocks_Sv]))
         if (lookup_GSD := own.lookup_sum(level)) is not None:
             assert own.context_ids_GS is not None
             add_rows(change, own.context_ids_GS[0], -eta * lookup_GSD[0])
