@@ -49,7 +49,7 @@ class PassageToken:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearntLesson:
     """θ' of a lesson.
 
     Attributes:

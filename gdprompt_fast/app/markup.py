@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..evaluation import SETTINGS
-from .lesson import Answer, AnswerToken, Learnt, PassageToken
+from .lesson import Answer, AnswerToken, LearntLesson, PassageToken
 
 # What each setting is, in the words of the page.
 ASKED = {
@@ -57,7 +57,7 @@ def _answer_chip(token: AnswerToken) -> str:
     )
 
 
-def lesson_card(learnt: Learnt) -> str:
+def lesson_card(learnt: LearntLesson) -> str:
     """The passages' tokens before the inner step and after it, each with its mean NLL."""
     rows = []
     for when, weights in (("before", "θ"), ("after", "θ′")):
@@ -89,7 +89,7 @@ def problem(text: str) -> str:
     return f'<p class="problem" role="alert">{escape(text)}</p>'
 
 
-def learnt_notice(learnt: Learnt, unknown: Iterable[str]) -> str:
+def learnt_notice(learnt: LearntLesson, unknown: Iterable[str]) -> str:
     """What the inner step was taken on, and the words that the model does not know."""
     count = len(learnt.passages)
     said = (

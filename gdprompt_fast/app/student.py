@@ -29,7 +29,7 @@ from ..loading import positions
 from ..meta.inner import InnerUpdate, inner_step
 from ..models.inner_params import InnerParams
 from ..teacher import greedy_answers
-from .lesson import Answer, AnswerToken, Learnt, Lesson, PassageToken, check_length
+from .lesson import Answer, AnswerToken, LearntLesson, Lesson, PassageToken, check_length
 from .probabilities import Place, probabilities, shown
 
 KEPT_LESSONS = 4  # θ' of so many of the longest lessons are kept, of short ones more
@@ -74,7 +74,7 @@ class Student:
     folder: Path
     _encode: TripleEncoder = field(init=False)
     _lock: threading.RLock = field(init=False, default_factory=threading.RLock)
-    _learnt: OrderedDict[Lesson, Learnt] = field(init=False, default_factory=OrderedDict)
+    _learnt: OrderedDict[Lesson, LearntLesson] = field(init=False, default_factory=OrderedDict)
     _written: OrderedDict[Lesson, Path] = field(init=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Student:
             self.tokenizer
         )
 
-    def learn(self, lesson: Lesson, report: Report = lambda what: None) -> Learnt:
+    def learn(self, lesson: Lesson, report: Report = lambda what: None) -> LearntLesson:
         """Takes the inner step, or finds it among the last ones taken.
 
         Raises:
@@ -104,7 +104,7 @@ class Student:
             with self._at(update, len(rows)):
                 after = probabilities(self.model, heads, tails)
             passages = [self._passage(*of_row) for of_row in zip(tails, before, after, strict=True)]
-            learnt = Learnt(lesson, update, passages, seconds)
+            learnt = LearntLesson(lesson, update, passages, seconds)
             self._keep(learnt)
             return learnt
 
@@ -170,7 +170,7 @@ class Student:
             report("writing the adapter")
             place = self.folder / f"adapter-{time.time_ns()}"
             try:
-                learnt.update.save_pretrained(place / "adapter")
+                learnt.update.save_pretrained(place / "adapter", texts=lesson.passages)
                 archive = shutil.make_archive(str(place / "adapter"), "zip", place / "adapter")
             except BaseException:
                 shutil.rmtree(place, ignore_errors=True)
@@ -214,7 +214,7 @@ class Student:
         device = next(self.model.parameters()).device
         return update.applied_to(self.model, torch.zeros(rows, dtype=torch.long, device=device))
 
-    def _keep(self, learnt: Learnt) -> None:
+    def _keep(self, learnt: LearntLesson) -> None:
         self._learnt[learnt.lesson] = learnt
         most = KEPT_LESSONS * self.options.max_context_tokens
         while sum(each.tokens for each in self._learnt.values()) > most:

@@ -19,7 +19,7 @@ from ..bundled import META_TRAINED_INNER_LR, meta_trained_folder
 from ..config.fields import check_counts, check_numbers, option
 from ..errors import UserError
 from ..loading import load_model, max_prompt_length, print_notes
-from ..models.inner_params import select_inner
+from ..models.inner_params import INNER_PARAMS, select_inner
 from .command import command
 from .groups import DeviceConfig, WeightsConfig, dtype_field
 
@@ -53,7 +53,7 @@ class AppConfig(WeightsConfig, DeviceConfig):
         None, f"rate η to begin with; None: {META_TRAINED_INNER_LR} bundled, else {INNER_LR}"
     )
     inner_steps: int = option(1, "inner steps on the passages")
-    inner_params: str = option("full", "what the inner step moves", ("full", "lora"))
+    inner_params: str = option("full", "what the inner step moves", INNER_PARAMS)
     answer_tokens: int = option(32, "longest answer")
     max_context_tokens: int = option(512, "of all passages together; more is refused")
     chat_template: bool = option(False, "ask in the words of the tokenizer's chat template")
