@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from gdprompt_fast.app.markup import percent
 from gdprompt_fast.app.probabilities import probabilities
 from gdprompt_fast.app.student import KEPT_ADAPTERS, KEPT_LESSONS, Student
 from gdprompt_fast.bundled import meta_trained_folder
+from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import Limits, make_people_data, tokenise_triples
 from gdprompt_fast.evaluation import SETTINGS, InnerStep, evaluate
-from helpers.pages import PEOPLE, RATE, desk_in, lesson_of, said, student_in, text_of
+from helpers.pages import PEOPLE, RATE, desk_in, lesson_of, said, student_in, text_of, with_adapter
 
 
 @pytest.fixture
@@ -220,19 +221,28 @@ def test_without_a_question_another_rate_is_only_learnt_at(tmp_path: Path) -> No
 
 
 def test_an_adapter_gives_the_same_answer_by_plain_peft(student: Student, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
     person = PEOPLE[3]
     answer = answers(student, person)["fine_tuning"]
-    with zipfile.ZipFile(student.adapter(lesson_of(person))) as archive:
-        archive.extractall(tmp_path / "unpacked")
-    base = student_in(tmp_path).model
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "unpacked").eval()
+    loaded = with_adapter(student.adapter(lesson_of(person)), tmp_path / "unpacked")
     query, _ = student._starts(lesson_of(person), person["query"])
     ids = student.tokenizer.convert_tokens_to_ids([t.text for t in answer.tokens[:-1]])
     end = student.tokenizer.eos_token_id
     (places,) = probabilities(loaded, [query], [[*ids, end]])
     for token, place in zip(answer.tokens, places, strict=True):
         assert place.probability == pytest.approx(token.own, rel=1e-4)
+
+
+def test_gdprompt_ask_takes_the_adapter(
+    student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    person, folder = PEOPLE[4], tmp_path / "unpacked"
+    shutil.unpack_archive(student.adapter(lesson_of(person)), folder)
+    model = ["--model", str(meta_trained_folder()), "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["ask", *model, "--adapter", str(folder), "--compare", person["query"]]) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[-3:])
+    found = {SETTINGS[setting]: answer.text for setting, answer in answers(student, person).items()}
+    assert {name: text.strip() for name, text in told.items()} == found
 
 
 def test_only_so_much_is_kept(tmp_path: Path) -> None:

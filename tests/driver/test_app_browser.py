@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from gdprompt_fast.app.examples import unseen_samples
 from gdprompt_fast.app.probabilities import probabilities
-from helpers.pages import PEOPLE, lesson_of, student_in
+from helpers.pages import PEOPLE, lesson_of, student_in, with_adapter
 from helpers.paths import ROOT
 
 PROGRAMS = [shutil.which(each) for each in ("chromium", "chromedriver")]
@@ -174,12 +173,9 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
 
 def check_adapter(path: Path, person: dict[str, str], folder: Path) -> None:
     """Plain PEFT with the zip on a fresh base holds the answer as likely as the page said."""
-    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder / "adapter")
     student = student_in(folder)
     answer = student.answer(lesson_of(person), person["query"], "fine_tuning")
-    loaded = peft.PeftModel.from_pretrained(student_in(folder).model, folder / "adapter").eval()
+    loaded = with_adapter(path, folder / "adapter")
     rows = student.tokenizer(
         [person["query"], f"{person['response']}{student.tokenizer.eos_token}"]
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import zipfile
+from functools import cache
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from gdprompt_fast.app.desk import Desk
@@ -20,10 +24,23 @@ RATE = META_TRAINED_INNER_LR
 PEOPLE = [dict(triple) for triple in make_people_data(1, 12, seed=5).test]
 
 
+@cache
+def bundled() -> tuple[Any, Any]:
+    """The bundled meta-trained model and its tokenizer; nothing may change them."""
+    return load_model(meta_trained_folder(), "float32", torch.device("cpu"))
+
+
 def student_in(folder: Path, **options: Any) -> Student:
     """The bundled meta-trained model, which writes its adapters there."""
-    model, tokenizer = load_model(meta_trained_folder(), "float32", torch.device("cpu"))
-    return Student(model, tokenizer, Options(**options), folder)
+    return Student(*bundled(), Options(**options), folder)
+
+
+def with_adapter(archive: Path, folder: Path) -> Any:
+    """Plain PEFT with the adapter in a zip, unpacked to ``folder``, on a fresh base model."""
+    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(bundled()[0]), folder).eval()
 
 
 def desk_in(folder: Path, **options: Any) -> Desk:
