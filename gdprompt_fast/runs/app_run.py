@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +110,7 @@ class AppConfig(WeightsConfig, DeviceConfig):
 @command("A page in the browser: learn passages, ask, and see three answers side by side.")
 def app(config: AppConfig) -> Callable[[], None]:
     """Sees that the address is free and loads the model; the work is to serve the page until it is
-    interrupted.
+    ended.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError('app: expected gradio, got none; pip install "gdprompt_fast[app]"')
@@ -129,20 +128,20 @@ def app(config: AppConfig) -> Callable[[], None]:
             print(f"{url_of(listening)}: to be opened in a browser; Ctrl-C ends it", flush=True)
             if config.host not in LOOPBACK:
                 print(f"note: whoever reaches {config.host} can use the page, it has no password")
-            with _terminated_as_interrupted():
-                server.join()
+            _until_ended(server)
 
     return work
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM ends the work as Ctrl-C does, with everything cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # which alone hears of signals
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _until_ended(server: threading.Thread) -> None:
+    """Waits for Ctrl-C or SIGTERM; either lets everything be cleaned up."""
+    ended = threading.Event()
+    hears = threading.current_thread() is threading.main_thread()  # which alone gets signals
+    signals = (signal.SIGINT, signal.SIGTERM) if hears else ()
+    before = {each: signal.signal(each, lambda *_: ended.set()) for each in signals}
     try:
-        yield
+        while server.is_alive() and not ended.wait(0.2):
+            pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
