@@ -50,9 +50,9 @@ def build_page(desk: Desk, about: str, inner_lr: float, samples: Sequence[Sample
     with gr.Blocks(title="gdprompt", analytics_enabled=False) as page:
         gr.Markdown(f"# One gradient step instead of a prompt\n{about}", elem_id="title")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=10, min_width=340):
                 left = _Left(first.passage, inner_lr)
-            with gr.Column(scale=9, min_width=480):
+            with gr.Column(scale=21, min_width=480):
                 right = _Right(first.question)
                 if samples:
                     chosen = _samples(samples, left, right)
@@ -77,7 +77,7 @@ class _Left:
         self.passages = gr.Textbox(
             passage,
             label="Passages (a blank line begins another)",
-            lines=6,
+            lines=5,
             max_lines=16,
             elem_id="passages",
         )
@@ -87,8 +87,8 @@ class _Left:
         # checked with all else that is asked, not by gradio, which breaks off on what is no number
         self.rate.preprocess = lambda payload: payload  # type: ignore[method-assign]
         with gr.Row():
-            self.learn = gr.Button("Learn", variant="primary", elem_id="learn")
-            self.adapter = gr.Button("Download adapter", elem_id="adapter")
+            self.learn = gr.Button("Learn", variant="primary", min_width=100, elem_id="learn")
+            self.adapter = gr.Button("Download adapter", min_width=190, elem_id="adapter")
         self.file = gr.DownloadButton(visible="hidden", elem_id="file")
         status, lesson, *_ = cleared()
         self.status = gr.HTML(status, elem_id="status", min_height=44)
