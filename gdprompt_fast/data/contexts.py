@@ -67,7 +67,7 @@ def read_contexts(
         text = read_text(path, encoding).strip()
         if not text:
             raise UserError(f"text: expected a text in {path}, got none")
-        found.setdefault((text, ""), Context(path.stem, text, None, path, 0))
+        found.setdefault((text, str(None)), Context(path.stem, text, None, path, 0))
     for line, content in [] if data is None else read_objects(data, "contexts", encoding):
         assert data is not None
         context = _of_record(content, data, line)

@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call
 
 from gdprompt_fast import inner_step
+from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.eager import lora as eager_lora
 from gdprompt_fast.reference.compare import without_upcasts
 from helpers.adapted import INNER_LR, adapted_copies
@@ -113,6 +114,18 @@ def test_adapters_take_an_inner_step_in_one_launch_per_layer_for_all_groups(
     inner_step(model, batch.context_ids, batch.context_mask, batch.context_group, 0.1, 1, "lora")
     layers = [p for n, p in model.named_parameters() if ".lora_" in n]
     assert sorted(shapes) == sorted((3, *layer.shape) for layer in layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_weights_are_those_of_linear_layers_but_the_head(
+    name: str, tiny_model: Build, lora_model: Build
+) -> None:
+    other = ("norm", "ln_", "emb", "wte", "wpe", "lm_head", "bias", ".lora_")
+    for model in (tiny_model(name), lora_model(name)):
+        names = {each for each, _ in model.named_parameters()}
+        expected = {each for each in names if not any(part in each for part in other)}
+        assert set(select_inner(model, "linear")) == expected
+    assert len(expected) == len([key for key in names if ".lora_A." in key])
 
 
 def test_the_update_works_under_no_grad_and_leaves_parameters_and_gradients_alone(

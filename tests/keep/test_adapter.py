@@ -285,11 +285,10 @@ def test_nothing_is_written_over_and_nothing_by_halves(
     def killed(_: Path) -> None:
         raise Killed
 
-    monkeypatch.setattr(files, "_to_disk", killed)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files, "_to_disk", killed)
         update.save_pretrained(tmp_path / "new", form=form)
     assert not (tmp_path / "new").exists()
-    monkeypatch.undo()
     update.save_pretrained(tmp_path / "new", form=form)
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "new"}
 
