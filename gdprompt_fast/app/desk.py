@@ -63,7 +63,7 @@ class Desk:
             lesson = Lesson.of(text, inner_lr)
             path = self._student.adapter(lesson, report)
             status, html = self._learnt(lesson, report)
-            size = f"{path.stat().st_size / 1e6:.2g} MB"
+            size = f"{path.stat().st_size / 1e6:.1f} MB"
             return status + notice(f"The adapter is a zip of {size}."), html, path
         except FAILURES as error:
             return problem(str(error)), "", None

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..meta.inner import InnerUpdate
 
 MOST_CHARACTERS = 200_000  # of what is tokenised at all
+HIGHEST_RATE = 1e6
 LEAST = 1e-45  # a probability below is counted as this
 
 
@@ -26,16 +27,17 @@ class Lesson:
         """The passages of a text, which blank lines divide.
 
         Raises:
-            UserError: if there is none, or the rate is no number >= 0.
+            UserError: if there is none, or the rate is no number from 0 to ``HIGHEST_RATE``.
         """
-        text = text or ""
-        check_length("passages", text)
+        text = checked("passages", text)
         passages = tuple(each.strip() for each in re.split(r"\n\s*\n", text) if each.strip())
         if not passages:
             raise UserError("passages: expected a text to learn, got none")
         is_number = isinstance(inner_lr, int | float) and not isinstance(inner_lr, bool)
-        if not is_number or not math.isfinite(inner_lr) or inner_lr < 0:
-            raise UserError(f"η: expected a number >= 0, got {inner_lr!r}")
+        if not is_number or not 0 <= inner_lr <= HIGHEST_RATE:
+            raise UserError(
+                f"η: expected a number from 0 to {HIGHEST_RATE:,.0f}, got {str(inner_lr)[:40]}"
+            )
         return Lesson(passages, float(inner_lr))
 
 
@@ -106,13 +108,19 @@ class Answer:
         return math.prod(token.own for token in self.tokens)
 
 
-def check_length(name: str, text: str) -> None:
-    """That a text is short enough to be tokenised.
+def checked(name: str, text: str | None) -> str:
+    """What was typed, "" for nothing.
 
     Raises:
-        UserError: if it is not.
+        UserError: if it is too long to be tokenised, or has halves of characters.
     """
+    text = text or ""
     if len(text) > MOST_CHARACTERS:
         raise UserError(
             f"{name}: expected at most {MOST_CHARACTERS:,} characters, got {len(text):,}"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: expected whole characters, got half of one") from None
+    return text

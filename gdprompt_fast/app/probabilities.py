@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import pad
 
 ALTERNATIVES = 3
+WHITE_SPACE = str.maketrans(" \n\r\t", "␣↵↵⇥")
 
 
 class Place(NamedTuple):
@@ -54,8 +55,10 @@ def probabilities(
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text; in the vocabulary's own letters where it is none by itself."""
-    text = str(tokenizer.decode([token])).strip()
-    if text and "\N{REPLACEMENT CHARACTER}" not in text:
-        return text
-    return str(tokenizer.convert_ids_to_tokens(token))
+    """A token as text, white space by signs; in the vocabulary's own letters where it is no text
+    by itself.
+    """
+    text = str(tokenizer.decode([token]))
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return str(tokenizer.convert_ids_to_tokens(token))
+    return text.strip() or text.translate(WHITE_SPACE)

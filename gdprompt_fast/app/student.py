@@ -7,6 +7,7 @@ kept, and the adapters last written.
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -29,7 +30,7 @@ from ..loading import positions
 from ..meta.inner import InnerUpdate, inner_step
 from ..models.inner_params import InnerParams
 from ..teacher import greedy_answers
-from .lesson import Answer, AnswerToken, LearntLesson, Lesson, PassageToken, check_length
+from .lesson import Answer, AnswerToken, LearntLesson, Lesson, PassageToken, checked
 from .probabilities import Place, probabilities, shown
 
 KEPT_LESSONS = 4  # θ' of so many of the longest lessons are kept, of short ones more
@@ -105,6 +106,10 @@ class Student:
                 after = probabilities(self.model, heads, tails)
             passages = [self._passage(*of_row) for of_row in zip(tails, before, after, strict=True)]
             learnt = LearntLesson(lesson, update, passages, seconds)
+            if not math.isfinite(learnt.nll("after")):
+                raise FloatingPointError(
+                    f"η: expected a rate at which θ' gives probabilities, got {lesson.inner_lr:g}"
+                )
             self._keep(learnt)
             return learnt
 
@@ -238,11 +243,11 @@ class Student:
 
     def _starts(self, lesson: Lesson, question: str | None) -> tuple[array[int], array[int]]:
         """What stands before an answer: the question alone, and after the passages."""
-        if not question or not question.strip():
+        question = checked("question", question).strip()
+        if not question:
             raise UserError("question: expected one, got none")
-        check_length("question", question)
         context = "\n\n".join(lesson.passages)
-        record = {"context": context, "query": question.strip(), "response": PROBE}
+        record = {"context": context, "query": question, "response": PROBE}
         example: Example | None = self._encode.examples([record])[0]
         if example is None:
             raise UserError(

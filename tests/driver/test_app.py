@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gdprompt_fast.app import lesson as lesson_module
 from gdprompt_fast.app import student as student_module
 from gdprompt_fast.app.desk import Desk
 from gdprompt_fast.app.examples import unseen_samples
@@ -146,12 +148,14 @@ LONG = " ".join(["the mill is red."] * 40)
         (LONG, RATE, "passages: expected 2 to 128 tokens in each, which the model has"),
         ("\n\n".join([PASSAGE] * 20), RATE, "passages: expected at most 512 tokens in all, got 8"),
         ("a" * 300_000, RATE, "passages: expected at most 200,000 characters, got 300,000"),
-        (PASSAGE, -1.0, "η: expected a number >= 0, got -1.0"),
-        (PASSAGE, float("nan"), "η: expected a number >= 0, got nan"),
-        (PASSAGE, float("inf"), "η: expected a number >= 0, got inf"),
-        (PASSAGE, "much", "η: expected a number >= 0, got 'much'"),
-        (PASSAGE, None, "η: expected a number >= 0, got None"),
-        (PASSAGE, True, "η: expected a number >= 0, got True"),
+        (PASSAGE, -1.0, "η: expected a number from 0 to 1,000,000, got -1.0"),
+        (PASSAGE, float("nan"), "η: expected a number from 0 to 1,000,000, got nan"),
+        (PASSAGE, float("inf"), "η: expected a number from 0 to 1,000,000, got inf"),
+        (PASSAGE, "much", "η: expected a number from 0 to 1,000,000, got much"),
+        (PASSAGE, None, "η: expected a number from 0 to 1,000,000, got None"),
+        (PASSAGE, 10**400, "η: expected a number from 0 to 1,000,000, got 1000"),
+        ("the \ud83d", RATE, "passages: expected whole characters, got half of one"),
+        (PASSAGE, True, "η: expected a number from 0 to 1,000,000, got True"),
     ],
 )
 def test_a_bad_lesson_is_a_message(text: Any, rate: Any, message: str, tmp_path: Path) -> None:
@@ -171,6 +175,7 @@ def test_a_bad_lesson_is_a_message(text: Any, rate: Any, message: str, tmp_path:
         ("", "question: expected one, got none"),
         (None, "question: expected one, got none"),
         ("  ", "question: expected one, got none"),
+        ("who \ud83d", "question: expected whole characters, got half of one"),
         (LONG, "question: expected 1 to 96 tokens, which leaves room for an answer, got"),
         ("a" * 300_000, "question: expected at most 200,000 characters, got 300,000"),
     ],
@@ -178,6 +183,15 @@ def test_a_bad_lesson_is_a_message(text: Any, rate: Any, message: str, tmp_path:
 def test_a_bad_question_is_a_message(question: Any, message: str, tmp_path: Path) -> None:
     (shown,) = desk_in(tmp_path).ask(PASSAGE, RATE, question, quiet)
     assert text_of(shown[0]).startswith(message)
+
+
+def test_a_rate_that_leaves_no_probabilities_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lesson_module, "HIGHEST_RATE", 1e38)
+    status, lesson = desk_in(tmp_path).learn(PASSAGE, 1e38, quiet)
+    message = "η: expected a rate at which θ' gives probabilities, got 1e+38"
+    assert text_of(status) == message and not lesson
 
 
 @pytest.mark.parametrize(
@@ -205,6 +219,32 @@ def test_what_is_typed_is_text_and_no_html(tmp_path: Path) -> None:
     shown = [part for each in desk_in(tmp_path).ask(evil, RATE, evil, quiet) for part in each]
     assert "img" in text_of("".join(shown))
     assert not any("<img" in part for part in shown)
+
+
+ODD = [
+    "",
+    "\0",
+    "\ud83d",
+    "é\u2028",
+    "<b>",
+    "&amp;",
+    "a\n\nb",
+    "\n\n",
+    "\t",
+    "𝕏" * 5,
+    "🙂",
+    "the mill",
+]
+ODD += ["<s>", "</s> the", "<unk>", "<pad> <pad>", "the " * 100, PASSAGE]
+ODD_RATES = [0, RATE, -1, 10.0, 1e30, 1e-320, 10**400, "x", None, float("nan"), [], {}]
+
+
+def test_odd_input_is_an_answer_or_a_message(tmp_path: Path) -> None:
+    desk, rng = desk_in(tmp_path), random.Random(0)
+    for _ in range(100):
+        text = " ".join(rng.choices(ODD, k=rng.randint(1, 3)))
+        *_, (status, _, *cards) = desk.ask(text, rng.choice(ODD_RATES), rng.choice(ODD), quiet)
+        assert 'class="said"' in "".join(cards) or 'role="alert"' in status
 
 
 def test_answers_come_one_after_another_and_every_stage_is_reported(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def test_the_adapter_is_a_zip(client: Client) -> None:
     ("text", "rate", "message"),
     [
         ("", RATE, "passages: expected a text to learn, got none"),
-        (PASSAGE, "much", "η: expected a number >= 0, got 'much'"),
-        (PASSAGE, None, "η: expected a number >= 0, got None"),
-        (PASSAGE, -3, "η: expected a number >= 0, got -3"),
+        (PASSAGE, "much", "η: expected a number from 0 to 1,000,000, got much"),
+        (PASSAGE, None, "η: expected a number from 0 to 1,000,000, got None"),
+        (PASSAGE, -3, "η: expected a number from 0 to 1,000,000, got -3"),
     ],
 )
 def test_bad_input_is_a_message_and_no_traceback(
