@@ -17,6 +17,7 @@ from .adapter import CONFIG_FILE, WEIGHTS_FILE, as_adapter, check_rank
 from .card import card, discarded_of, summary, table
 from .layers import OF_PEFT, WRAPPERS, changed_layers
 from .record import Learnt, write_record
+from .state import own_state
 
 FORMS = ("lora", "full")
 
@@ -116,7 +117,7 @@ def whole_model(adapted: AdaptedModel, group: int) -> Any:
     """The base model at θ' of a group, with its adapters in its weights."""
     base = causal_lm(adapted.model)
     state = {}
-    for path, tensor in base.state_dict().items():
+    for path, tensor in own_state(base).items():
         place, _, name = path.rpartition(".")
         if not OF_PEFT.search(place):
             state[f"{WRAPPERS.sub('', place)}.{name}"] = tensor.detach()

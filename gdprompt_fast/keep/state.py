@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ from ..update.adapted_layer import AdaptedLayer
 from ..update.attach import AdaptedModel
 from .layers import OF_PEFT, values_at
 
+_AT_THETA: ContextVar[bool] = ContextVar("_AT_THETA", default=False)
 SEVERAL = (
     "groups: expected one group applied where the model's state is asked for, got {}: "
     "to_state_dict(group) and save_pretrained(folder, group) of the update take one of several"
@@ -25,8 +27,24 @@ def state_of(adapted: AdaptedModel, group: int) -> dict[str, Tensor]:
     """The model's state dict with what the inner step moves at θ' of a group, in the weights' own
     dtypes; a tied embedding and its head are one tensor.
     """
-    with _states(adapted, group):
-        return dict(adapted.model.state_dict())
+    state = own_state(adapted.model)
+    values: dict[AdaptedLayer, dict[str, Tensor]] = {}
+    for path, module in adapted.model.named_modules(remove_duplicate=False):
+        layer = adapted.layer_of(module)
+        if layer is not None and layer.moving:
+            if layer not in values:
+                values[layer] = values_at(module, layer.change(group))
+            state |= {f"{path}.{name}": value for name, value in values[layer].items()}
+    return state
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict at θ, whatever is applied to it."""
+    token = _AT_THETA.set(True)
+    try:
+        return dict(model.state_dict())
+    finally:
+        _AT_THETA.reset(token)
 
 
 @contextmanager
@@ -55,6 +73,8 @@ def _states(adapted: AdaptedModel, group: int) -> Iterator[None]:
     made: WeakValueDictionary[tuple[AdaptedLayer, str], Tensor] = WeakValueDictionary()
 
     def put(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if _AT_THETA.get():
+            return
         layer = adapted.layer_of(module)
         assert layer is not None
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -76,7 +96,8 @@ def _refused(model: Any, error: UserError) -> Iterator[None]:
     """Inside, the state of the model and of its parts is refused."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise error
+        if not _AT_THETA.get():
+            raise error
 
     with ExitStack() as stack:
         for module in model.modules():

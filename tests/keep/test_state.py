@@ -108,6 +108,21 @@ def test_inside_several_groups_the_model_saves_nothing(tiny_model: Build, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("groups", [[0, 2], [0, 0]], ids=str)
+def test_inside_the_update_gives_every_group_as_outside(
+    groups: list[int], tiny_model: Build, tmp_path: Path
+) -> None:
+    model = tiny_model("llama-tied", FP32)
+    update = learnt(model)
+    outside = update.to_state_dict(1)
+    with update.applied_to(model, torch.tensor(groups)):
+        inside = update.to_state_dict(1)
+        update.save_pretrained(tmp_path / "full", 1, form="full")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "full").state_dict()
+    for key, value in outside.items():
+        assert torch.equal(value, inside[key]) and torch.equal(value, whole[key])
+
+
 def test_what_is_raised_inside_leaves_nothing_on_the_model(tiny_model: Build) -> None:
     model = tiny_model("llama-tied", FP32)
     update = learnt(model)
