@@ -62,7 +62,7 @@ def numbers_of(
             return number.to(device, dtype, non_blocking=True)
         return torch.full((), number, dtype=dtype, device=device)
 
-    rows = real.contexts if lm_batch is None else len(lm_batch)
+    rows = real.contexts if lm_batch is None else lm_batch.real
     return Numbers(
         map_rate(config.inner_lr, there),
         there(config.lm_weight).detach(),

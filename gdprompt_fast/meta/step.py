@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,11 @@ from ..models.walk import parameters_of, walked
 from .capture import graphs_of, surroundings, why_eager
 from .compute import MetaStep
 from .config import MetaStepConfig, MetaStepOutput, Rate, check_step
-from .failures import pend, raise_pending
+from .failures import found_on_the_device, pend, raise_pending
 from .fingerprint import fingerprint
 from .lm_batch import LMBatch
 from .parts import lm_parts_of, number_dtype, numbers_of, parts_of
+from .replicas import unwrapped
 from .targets import TeacherTargets
 from .verify import verify_model
 
@@ -62,7 +65,8 @@ def fast_meta_step(
         model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT
             LoRA model around one. Its parameters with ``requires_grad`` are the outer ones; hooks
             of their gradients see the meta-gradient, not the inner one. It is left as it was, also
-            after an error.
+            after an error. In DistributedDataParallel the batches of all processes are one batch,
+            whose losses and ``.grad`` all get (inside ``no_sync()`` each its own ``.grad``).
         batch: contexts, queries and groups.
         inner_lr: η: a number; a tensor [] or [G], for every group its own; or one of these tensors
             for each layer that the inner step moves, by the layer's name. Where a tensor requires
@@ -130,11 +134,14 @@ def fast_meta_step(
             capture,
         )
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
+    model, replicas = unwrapped(model)
     with walked(model):
         ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
         raise_pending(model)
         torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
         inner, device = select_inner(model, config.inner_params), batch.context_ids.device
+        if replicas is not None:
+            query_count, lm_count = replicas.counts(batch, rows, query_count, lm_count)
         now = fingerprint(model, batch.layout.shape.context_tokens)
         numbers = numbers_of(config, batch, rows, query_count, lm_count, number_dtype(model))
         trained = [p for _, p in parameters_of(model) if p.requires_grad]
@@ -148,6 +155,9 @@ def fast_meta_step(
     micro_groups, ladder = config.micro_groups, graphs is not None
     parts = parts_of(batch, teacher, micro_groups, ladder)
     lm_parts = lm_parts_of(rows, batch.groups, micro_groups, ladder)
-    out = step.run(parts, lm_parts, numbers, graphs, why)
+    with nullcontext() if replicas is None else found_on_the_device():
+        out = step.run(parts, lm_parts, numbers, graphs, why)
+    if replicas is not None:
+        out = replicas.finish(out)
     pend(model, out.failures)
     return out
