@@ -16,6 +16,7 @@ SUBPACKAGES = [
     "cli",
     "config",
     "data",
+    "distributed",
     "evaluation",
     "exactness",
     "experiments",

@@ -23,7 +23,7 @@ def reduce_gradients(
 
     Call it once, after the last step on parts of a batch and before clipping and the optimizer. A
     ``.grad`` that is None counts as zeros, which it becomes: it may be there elsewhere. Gradients
-    go through one flat buffer of ``bucket_bytes``; larger ones are summed in pieces, where they are.
+    go through one flat buffer of ``bucket_bytes``; larger ones are summed in pieces where they are.
 
     Args:
         parameters: in the same order everywhere; those without ``requires_grad`` are left out.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file, read_json, write_folder, write_json
 from ..data import Sampler
+from ..distributed.group import rank
 from ..errors import UserError
 from ..loading import load_adapter_weights, load_base, one_line_errors
 
@@ -60,7 +61,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     samplers: Mapping[str, Sampler],
 ) -> None:
-    """Writes everything that continuing after ``step`` needs, then removes older checkpoints."""
+    """Writes everything that continuing after ``step`` needs, then removes older checkpoints; of
+    several processes the first does.
+    """
+    if rank() > 0:
+        return
     state = {
         "step": step,
         "positions": {name: sampler.position for name, sampler in samplers.items()},

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..distributed.group import world_size
+from ..distributed.reduce import reduce_gradients
 from ..meta.failures import found_at_once
 
 
@@ -52,7 +54,8 @@ class ClippedAdam:
         self.adam.zero_grad()  # what a training that diverged has left in .grad
 
     def update(self, rate: float, step: int, found_inf: Tensor | None = None) -> Tensor:
-        """An update at ``rate`` by ``.grad``, which it clips and clears; the norm before that, [].
+        """An update at ``rate`` by ``.grad``, summed over the processes, which it clips and clears;
+        the norm before that, [].
 
         Args:
             found_inf: fp32 [], 1 where the step was not finite in another way.
@@ -60,6 +63,8 @@ class ClippedAdam:
         Raises:
             FloatingPointError: on a CPU, if the norm is not finite; the weights are untouched.
         """
+        if world_size() > 1:
+            reduce_gradients(self._trained)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         if self._at_once:
             check_norm(float(norm), step, self._what)
