@@ -35,7 +35,7 @@ def reduce_gradients(
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients += _pieces(parameter.grad, bucket_bytes)
+            gradients += pieces_of(parameter.grad, bucket_bytes)
     scale = 1 / dist.get_world_size(group) if average else 1.0
     flat = torch.empty(0)
     for bucket in buckets(gradients, bucket_bytes):
@@ -51,7 +51,7 @@ def reduce_gradients(
         torch._foreach_copy_(bucket, views)
 
 
-def _pieces(gradient: Tensor, most_bytes: int) -> Sequence[Tensor]:
+def pieces_of(gradient: Tensor, most_bytes: int) -> Sequence[Tensor]:
     """The same in all processes, however the gradient lies in memory."""
     size = gradient.numel() * gradient.element_size()
     if size <= most_bytes:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 BEAT, SILENCE = 2.0, 30.0  # seconds between signs of life, and without one until it is lost
 PATIENCE = 5.0  # for another process to say why it failed

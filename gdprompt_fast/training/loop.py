@@ -82,13 +82,13 @@ def meta_train(
     units = units_by_context(examples, options.queries_per_context)
     options = options.with_resolved_steps(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = ClippedAdam(trained, options.clip_norm)
+    optimizer = ClippedAdam(trained, options.clip_norm, sharded=options.sharding == "optimizer")
     late = LateNumbers(trained[0].device)
     ladder = not why_eager(model, options.step_config, trained[0].device)
     samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
-    start = load_checkpoint(output, model, optimizer.adam, samplers)
+    start = load_checkpoint(output, model, optimizer, samplers)
     check_alike(trained, start)
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
@@ -115,7 +115,7 @@ def meta_train(
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 late.read_all()  # a step that failed is never saved
                 metrics.to_disk()
-                save_checkpoint(output, step + 1, model, tokenizer, optimizer.adam, samplers)
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
     barrier()
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 

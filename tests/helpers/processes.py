@@ -47,7 +47,7 @@ def ends_of(
     """How ``count`` processes end that do some work; those that have not after ``longest`` seconds
     are killed and have None for an exit code.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         processes = []
