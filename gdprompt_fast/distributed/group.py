@@ -185,3 +185,17 @@ def summed(numbers: Tensor) -> Tensor:
         with collective():
             dist.all_reduce(numbers)
     return numbers
+
+
+def all_gather(into: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Puts what all processes have end to end."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with collective():
+        gather(into, own, group=group)
+
+
+def reduce_scatter(into: Tensor, whole: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Sums over the processes, of which each gets its part of the sum."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    with collective():
+        scatter(into, whole, group=group)

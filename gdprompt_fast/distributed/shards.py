@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .group import collective
+from .group import all_gather, reduce_scatter
 from .reduce import BUCKET_BYTES, buckets, pieces_of, views_of
 
 
@@ -43,8 +43,7 @@ class Shards:
         for bucket, own in zip(self._buckets(gradients), self.slices, strict=True):
             assert own.grad is not None
             flat = self._flat(bucket)
-            with collective():
-                dist.reduce_scatter_tensor(own.grad, flat)
+            reduce_scatter(own.grad, flat)
 
     def push(self) -> None:
         """Puts the slices of all processes into the parameters."""
@@ -56,8 +55,7 @@ class Shards:
         """
         for bucket, own in zip(self._buckets(into), slices, strict=True):
             flat = own.new_empty(len(own) * self._size)
-            with collective():
-                dist.all_gather_into_tensor(flat, own)
+            all_gather(flat, own)
             if not bucket[0].is_meta:
                 torch._foreach_copy_(bucket, views_of(flat, bucket))
 

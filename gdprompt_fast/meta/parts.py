@@ -134,6 +134,14 @@ def parts_of(
     return [_in_slots(part) for part in parts]
 
 
+def padding_part(like: Part) -> Part:
+    """Nothing but padding, as a part of the same step."""
+    batch, teacher = MetaBatch.padding().to(like.batch.context_ids.device), like.teacher
+    none = None if teacher is None else teacher.map(lambda of_token: of_token[:0])
+    groups = None if like.groups is None else like.groups[:1]
+    return _in_slots(Part(groups, batch, none))
+
+
 def _in_slots(part: Part) -> Part:
     """The part with the teacher's targets in the order of the slots."""
     layout = part.batch.layout

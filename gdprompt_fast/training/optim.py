@@ -115,8 +115,8 @@ class ClippedAdam:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Adam`` on the weights has it, in however many processes. All of them call
-        it; the first one gets it, the others its shapes.
+        """As ``torch.optim.Adam`` on the weights has it, in however many processes. All of them
+        call it; the first one gets it, the others its shapes.
         """
         state = self.adam.state_dict()
         if self._shards is None:
