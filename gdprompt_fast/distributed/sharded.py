@@ -99,13 +99,13 @@ class StandIn(nn.Parameter):
         """Gathers the weight."""
         full = self.data
         full.untyped_storage().resize_(full.numel() * full.element_size())
-        local = self.sharded.detach().to_local().to(full.dtype)
+        sharded: Any = self.sharded.detach()  # a DTensor too
         mesh = self.sharded.device_mesh
         if len(full) % mesh.size() == 0:
-            all_gather(full, local, mesh.get_group())
+            all_gather(full, sharded.to_local().to(full.dtype), mesh.get_group())
             return
         with collective():
-            full.copy_(self.sharded.detach().to(full.dtype).full_tensor())
+            full.copy_(sharded.to(full.dtype).full_tensor())
 
     def free(self) -> None:
         self.data.untyped_storage().resize_(0)
@@ -184,6 +184,13 @@ def as_plain(
             raise
 
 
+def is_gathered(name: str, module: nn.Module) -> bool:
+    """Whether the weight of a module in a block, by its name there, is gathered with the block."""
+    kind = type(module)
+    linear = kind is nn.Linear or kind.__qualname__ == "Conv1D"
+    return linear and ".lora_" not in name
+
+
 def _put_stand_ins(
     model: nn.Module,
     is_block: Callable[[nn.Module], bool],
@@ -193,10 +200,8 @@ def _put_stand_ins(
     absent = {}
     for block in filter(is_block, model.modules()):
         for name, module in block.named_modules():
-            weight = module._parameters.get("weight")
-            of_linear = type(module).__name__ in ("Linear", "Conv1D") and ".lora_" not in name
-            if of_linear and isinstance(weight, DTensor):
-                absent[id(weight)] = block
+            if is_gathered(name, module):
+                absent[id(module.weight)] = block
     known: dict[int, StandIn] = {}
     by_block: dict[nn.Module, list[StandIn]] = {}
     for module in model.modules():
