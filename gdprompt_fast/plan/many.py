@@ -83,12 +83,6 @@ class ManyGPUs:
     def peak_bytes(self) -> int:
         return max(sum(self.meta_step.values()), sum(self.optimizer_step.values()))
 
-    def bandwidth_for(self, flops_per_second: float) -> float:
-        """The bytes a second that a GPU has to send for communication to take as long as
-        computation.
-        """
-        return self.sent.bytes * flops_per_second / self.flops
-
 
 def plan_many(config: PreTrainedConfig, planned: PlannedStep, gpus: int, sharding: str) -> ManyGPUs:
     """Plans the step for so many GPUs.
@@ -100,12 +94,11 @@ def plan_many(config: PreTrainedConfig, planned: PlannedStep, gpus: int, shardin
         raise UserError('recompute: expected "block" with sharding "full", got "none"')
     sizes, examples = sizes_of(config, planned), -(-planned.batch // gpus)
     one = predict(config, replace(planned, batch=examples))
-    halves = [
-        _on_one(of, sizes, planned, gpus, sharding) if of else {}
-        for of in (one.meta_step, one.optimizer_step)
-    ]
-    sent = communication(sizes, planned, gpus, sharding)
-    return ManyGPUs(gpus, sharding, examples, *halves, sent, flops(sizes, planned, examples))
+    dividing = sizes, planned, gpus, sharding
+    meta_step = _on_one(one.meta_step, *dividing)
+    optimizer_step = _on_one(one.optimizer_step, *dividing) if one.optimizer_step else {}
+    sent, work = communication(*dividing), flops(sizes, planned, examples)
+    return ManyGPUs(gpus, sharding, examples, meta_step, optimizer_step, sent, work)
 
 
 def sizes_of(config: PreTrainedConfig, planned: PlannedStep) -> Sizes:
