@@ -45,10 +45,8 @@ def row(model: str, many: ManyGPUs) -> list[str]:
 
 
 def table() -> str:
-    rows = [
-        ["model", "GPUs", "sharding", "memory of each", "each sends", "computing", "sending"]
-        + ["examples a GPU for balance"]
-    ]
+    heading = ["model", "GPUs", "sharding", "memory of each", "each sends", "computing", "sending"]
+    rows = [[*heading, "examples a GPU for balance"]]
     for name, file in MODELS.items():
         config = AutoConfig.from_pretrained(CONFIGS / file)
         for gpus in BANDWIDTHS:
