@@ -36,6 +36,7 @@ SUBPACKAGES = [
     "runs",
     "teacher",
     "testing",
+    "trainer",
     "training",
     "update",
 ]
