@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gdprompt_fast.meta.compute
 import gdprompt_fast.training.loop
 from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
 from gdprompt_fast.distributed import rank, watch
+from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.training.checkpoint import MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from helpers.processes import ends_of
@@ -105,6 +107,32 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(
     line = "gdprompt train: stopped: inner loss: expected a finite number, got nan\n"
     assert ended[number].errors.endswith(line)
     assert "".join(each.errors for each in ended).count("gdprompt") == 1
+    assert not (tmp_path / MODEL_FOLDER).exists()
+
+
+def test_a_failure_found_on_the_device_of_one_process_stops_all_before_the_update(
+    command: list[str], tmp_path: Path
+) -> None:
+    """As on a GPU, whose steps are not waited for."""
+
+    def poison() -> None:
+        inner = gdprompt_fast.meta.compute.take_inner_steps
+
+        def not_finite(*args: Any, **options: Any) -> Any:
+            args[3].add([FloatingPointError("inner loss: not finite")], [torch.tensor(True)])
+            return inner(*args, **options)
+
+        gdprompt_fast.meta.compute.take_inner_steps = not_finite
+
+    def run() -> None:
+        after(3, 1, poison)
+        with found_on_the_device():
+            main([*command, "--output", str(tmp_path)])
+
+    ended = ends_of(2, run)
+    assert [each.code for each in ended] == [FAILED, FAILED]
+    assert "".join(each.errors for each in ended).count("gdprompt train: stopped:") == 1
+    assert len(read_metrics(tmp_path / METRICS_FILE)) == 3
     assert not (tmp_path / MODEL_FOLDER).exists()
 
 
