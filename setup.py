@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SUBPACKAGES = [
+    "app",
     "artifacts",
     "bundled",
     "cli",
@@ -20,6 +21,7 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "keep",
     "kernels",
     "kernels.attention",
     "loading",
@@ -82,7 +84,8 @@ setup(
     package_dir={"gdprompt_fast": "gdprompt_fast", "gdprompt_fast.kernels": "kernels"},
     package_data={
         "gdprompt_fast": ["py.typed"],
-        "gdprompt_fast.bundled": ["model/*"],
+        "gdprompt_fast.app": ["*.css"],
+        "gdprompt_fast.bundled": ["model/*", "meta_trained_model/*"],
         "gdprompt_fast.presets": ["*.toml"],
     },
     ext_modules=cpp_extension(),

@@ -13,6 +13,13 @@ from .collate import (
     response_rows,
     with_responses,
 )
+from .contexts import (
+    Context,
+    ContextRow,
+    encode_contexts,
+    read_contexts,
+    reason_to_drop_context,
+)
 from .lengths import LengthSampler, Size, by_length, prompt_sizes, step_sizes
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
 from .sampler import Sampler, ShuffledSampler, units_by_context
@@ -31,6 +38,8 @@ from .triples import Records, TrainTest, read_records, read_triples, write_tripl
 __all__ = [
     "SOURCES",
     "ChatEncoder",
+    "Context",
+    "ContextRow",
     "Example",
     "LengthSampler",
     "Limits",
@@ -47,6 +56,7 @@ __all__ = [
     "by_length",
     "characters_vocabulary",
     "context_loss_mask",
+    "encode_contexts",
     "end_token",
     "make_characters",
     "make_data",
@@ -60,8 +70,10 @@ __all__ = [
     "prompt_rows",
     "prompt_sizes",
     "query_rows",
+    "read_contexts",
     "read_records",
     "read_triples",
+    "reason_to_drop_context",
     "response_rows",
     "step_sizes",
     "tokenise_triples",

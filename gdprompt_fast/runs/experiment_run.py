@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.files import is_empty, write_folder
-from ..config.fields import REQUIRED, option
+from ..config.fields import REQUIRED, WritingConfig, option
 from ..config.presets import load_preset
 from ..errors import UserError
 from ..experiments import EXPERIMENTS, Preset, experiment_contexts
@@ -21,7 +21,7 @@ OWN_PRESETS = ("small", "paper")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(WeightsConfig, DeviceConfig):
+class ExperimentConfig(WeightsConfig, DeviceConfig, WritingConfig):
     """Which experiment, at which sizes, and where."""
 
     command = "experiment"

@@ -31,9 +31,3 @@ def test_train_from_end_to_end(model_folder: Path, triples: Path, tmp_path: Path
     for name in ("results.json", "figure.png", "model/model.safetensors", "teacher/key.json"):
         assert (output / name).is_file()
     assert not list(output.rglob(".gdprompt-*"))
-
-
-def test_bad_input_is_said_once(tmp_path: Path) -> None:
-    done = torchrun("evaluate", "--model", str(tmp_path / "none"), "--data", "none.jsonl")
-    assert done.returncode != 0
-    assert done.stderr.count("gdprompt evaluate: error: model: expected") == 1
