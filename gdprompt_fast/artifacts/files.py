@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..distributed.group import rank
+from ..distributed.group import writes
 from ..errors import UserError
 
 # Beside the file or folder of that name; what carries these names is ours to remove.
@@ -39,7 +39,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     exchange two folders, nothing else is needed; where it cannot, the old one may be left set
     aside, and :func:`recover` puts it back. What else is left beside it, the next call removes.
     """
-    if rank() > 0:
+    if not writes():
         return
     folder = Path(os.path.realpath(folder))
     recover(folder)
@@ -63,7 +63,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def recover(folder: Path) -> None:
     """Puts back a folder that a killed :func:`write_folder` had set aside."""
-    if rank() > 0:
+    if not writes():
         return
     folder = Path(os.path.realpath(folder))
     if folder.name and not folder.exists() and _hidden(folder, ASIDE).is_dir():
@@ -84,7 +84,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
-    if rank() > 0:
+    if not writes():
         return
     path = Path(os.path.realpath(path))
     temporary = _hidden(path, TEMPORARY)

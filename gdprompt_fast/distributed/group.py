@@ -27,12 +27,29 @@ TIMEOUT = timedelta(hours=2)
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a launcher
 
 _joined = False
+_own_files = False
 _watch: Watch | None = None
 
 
 def rank() -> int:
     """The number of this process; 0 is the one that writes."""
     return dist.get_rank() if _joined else 0
+
+
+def writes() -> bool:
+    """Whether this process writes files: of several the first does."""
+    return rank() == 0 or _own_files
+
+
+@contextmanager
+def writing_own_files() -> Iterator[None]:
+    """Inside, every process writes files, which no other one does."""
+    global _own_files
+    before, _own_files = _own_files, True
+    try:
+        yield
+    finally:
+        _own_files = before
 
 
 def world_size() -> int:

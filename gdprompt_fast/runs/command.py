@@ -50,8 +50,8 @@ class Command(Generic[C, R]):
         """
         if world_size() > 1 and not self.shared:
             raise UserError(
-                f"{self.name}: expected one process, got {world_size()}: only train and evaluate "
-                "share their work among several"
+                f"{self.name}: expected one process, got {world_size()}: only train, evaluate "
+                "and learn share their work among several"
             )
         for path in (config.paths("reads") | config.paths("writes")).values():
             recover(path)

@@ -33,6 +33,7 @@ class LayerChange:
     bias: Tensor | None = None
     small: dict[str, Tensor] = field(default_factory=dict)
 
+
 Weights = Callable[[nn.Module], AbstractContextManager[None]]
 
 
