@@ -66,12 +66,16 @@ class StepData:
             return moved(tensor, device)
 
         context_of = [number for number, unit in enumerate(self.units) for _ in unit]
-        batch = meta_batch(self.answered, context_of, options.contexts_per_group)
+        batch = MetaBatch.padding()  # of a process without a share of the step
+        if self.units:
+            batch = meta_batch(self.answered, context_of, options.contexts_per_group)
         at_once = options.step_config.micro_groups is None
         lm_batch = None
         if options.lm_on == "prompts" and options.lm_weight > 0:
-            prompts = prompt_rows([example for unit in self.units for example in unit])
-            lm_batch = LMBatch(prompts.ids, prompts.mask)
+            lm_batch = LMBatch.padding()
+            if self.units:
+                prompts = prompt_rows([example for unit in self.units for example in unit])
+                lm_batch = LMBatch(prompts.ids, prompts.mask)
         if ladder and at_once:
             batch = batch.padded(batch.layout.shape.rung())
             lm_batch = None if lm_batch is None else lm_batch.on_ladder()
@@ -83,7 +87,13 @@ class StepData:
 
 
 def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
-    """The share of padding in the positions of context and query rows that a step computes.
+    """The share of padding in what :func:`positions_of` counts."""
+    real, computed = positions_of(batch, micro_groups, ladder)
+    return 1 - real / computed
+
+
+def positions_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> tuple[int, int]:
+    """The positions of context and query rows that a step computes: the real ones, and all.
 
     Args:
         micro_groups: groups at a time, whose rows are as long as their longest.
@@ -106,4 +116,4 @@ def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> floa
             computed += len(rows_P) * int(rows_P.max()) * rung(int(width_P.max()))
         else:
             computed += int((rows_P * width_P).sum())
-    return 1 - tokens / computed
+    return tokens, computed
