@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
-from ..data import Example, meta_batch, moved, prompt_rows
+from ..data import Example, meta_batch, moved, pad, prompt_rows
 from ..layout import rung
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
-from ..teacher import TeacherCache
+from ..teacher import Teacher
 from .options import StepOptions
 
 
@@ -27,21 +28,28 @@ class StepData:
         answered: all of them in a row, with the responses that the step asks for: those of the
             teacher, if there is one.
         targets: the teacher's predictions of these responses; None for the gold objective.
+        texts: rows of running text for L_LM, in the place of what ``lm_on`` says; empty: none.
     """
 
     units: Sequence[Sequence[Example]]
     answered: Sequence[Example]
     targets: TeacherTargets | None = None
+    texts: Sequence[array[int]] = ()
 
     @staticmethod
     def of(
-        examples: Sequence[Example], units: Sequence[Sequence[int]], teacher: TeacherCache | None
+        examples: Sequence[Example],
+        units: Sequence[Sequence[int]],
+        teacher: Teacher | None,
+        texts: Sequence[array[int]] = (),
     ) -> StepData:
         """Of the examples with these indices, answered by the teacher, if there is one."""
         drawn = [[examples[index] for index in unit] for unit in units]
         if teacher is None:
-            return StepData(drawn, [example for unit in drawn for example in unit])
-        return StepData(drawn, *teacher.batch([index for unit in units for index in unit]))
+            answered = [example for unit in drawn for example in unit]
+            return StepData(drawn, answered, texts=texts)
+        indices = [index for unit in units for index in unit]
+        return StepData(drawn, *teacher.batch(indices), texts)
 
     @property
     def tokens(self) -> int:
@@ -68,10 +76,7 @@ class StepData:
         context_of = [number for number, unit in enumerate(self.units) for _ in unit]
         batch = meta_batch(self.answered, context_of, options.contexts_per_group)
         at_once = options.step_config.micro_groups is None
-        lm_batch = None
-        if options.lm_on == "prompts" and options.lm_weight > 0:
-            prompts = prompt_rows([example for unit in self.units for example in unit])
-            lm_batch = LMBatch(prompts.ids, prompts.mask)
+        lm_batch = self._lm_batch(options)
         if ladder and at_once:
             batch = batch.padded(batch.layout.shape.rung())
             lm_batch = None if lm_batch is None else lm_batch.on_ladder()
@@ -80,6 +85,17 @@ class StepData:
             "teacher": self.targets,
             "lm_batch": None if lm_batch is None else lm_batch.map(there),
         }
+
+    def _lm_batch(self, options: StepOptions) -> LMBatch | None:
+        """The rows of L_LM; None where it is on the contexts, or counts for nothing."""
+        if not options.lm_weight:
+            return None
+        if self.texts:
+            return LMBatch(*pad(self.texts))
+        if options.lm_on == "contexts":
+            return None
+        prompts = prompt_rows([example for unit in self.units for example in unit])
+        return LMBatch(prompts.ids, prompts.mask)
 
 
 def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
