@@ -11,6 +11,7 @@ from . import paper
 from .cells import Cell
 from .context import ExperimentContext
 from .findings import Finding, Named, larger
+from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import METRICS, OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table
@@ -50,10 +51,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     task = repetitions[0].preset.tasks[options.task]
     methods = [(1, False), *((k, method) for k in options.contexts for method in METHODS)]
-    variants = {
-        _trained_on(k): Variant(options.task, options.objective, contexts=k)
-        for k in (1, *options.contexts)
-    }
+    trained = _models(options)
     tables, findings = [], []
     for metric in task.metrics:
         base = [_spec(Variant(options.task), method) for method in methods]
@@ -61,7 +59,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
             BASE: [measure(repetitions, spec, metric) for spec in base],
             BEST: [measure_at_best(repetitions, spec, metric)[0] for spec in base],
         }
-        for head, variant in variants.items():
+        for head, variant in trained.items():
             rows[head] = [
                 measure(repetitions, _spec(variant, method), metric) for method in methods
             ]
@@ -74,12 +72,27 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
                 head: dict(zip(methods, cells, strict=True)) for head, cells in rows.items()
             }
             findings = _findings(by_method, methods[1:])
+    columns = {task.label: {BASE: Variant(options.task), **trained}}
+    forgotten, about_it = text_tables(repetitions, columns, BASE)
     notes = [
         "Test examples in a seeded order; as many neighbours as there are contexts share one θ' "
         "and are all asked of it, so standard errors are those of the means of such groups.",
         "The paper's numbers for several contexts are those of updates one after another.",
     ]
-    return Outcome(TITLE, tables, findings, notes)
+    return Outcome(TITLE, [*tables, *forgotten], [*findings, *about_it], notes)
+
+
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    return [Variant(options.task), *_models(options).values()]
+
+
+def _models(options: Options) -> dict[str, Variant]:
+    """The meta-trained ones."""
+    return {
+        _trained_on(k): Variant(options.task, options.objective, contexts=k)
+        for k in (1, *options.contexts)
+    }
 
 
 def _spec(variant: Variant, method: Method) -> EvalSpec:

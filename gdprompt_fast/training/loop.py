@@ -45,7 +45,7 @@ from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import ClippedAdam, check_norm
 from .options import TrainOptions
-from .step_data import StepData, padding_of
+from .step_data import LeastSizes, StepData, padding_of
 
 
 def meta_train(
@@ -89,6 +89,7 @@ def meta_train(
     optimizer = ClippedAdam(trained, options.clip_norm)
     late = LateNumbers(trained[0].device)
     ladder = not why_eager(model, options.step_config, trained[0].device)
+    least = LeastSizes.of(examples, options)
     samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
     if texts:
         samplers["texts"] = ShuffledSampler(len(texts), f"{options.seed} texts")
@@ -108,7 +109,7 @@ def meta_train(
             beside = []
             if joint is not None:
                 beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-            arguments = data.arguments(model, options, ladder)
+            arguments = data.arguments(model, options, ladder, least)
             losses = _meta_backward(model, arguments, options)
             row = _row(step, losses, options)
             row["padding"] = padding_of(

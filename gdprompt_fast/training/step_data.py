@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,31 @@ from ..layout import rung
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..teacher import Teacher
-from .options import StepOptions
+from .options import StepOptions, TrainOptions
+
+
+class LeastSizes(NamedTuple):
+    """Sizes that every step of a training is padded to, so that one captured step serves all."""
+
+    context_tokens: int
+    query_tokens: int
+    group_responses: int
+
+    @staticmethod
+    def of(examples: Sequence[Example], options: TrainOptions) -> LeastSizes | None:
+        """The longest rows of the examples; None where batches are of like lengths, whose shorter
+        ones would be mostly padding.
+        """
+        if options.group_by_length:
+            return None
+        response = max(len(example.response) for example in examples)
+        if options.objective == "kl":
+            response = options.answer_tokens
+        return LeastSizes(
+            context_tokens=max(len(example.context) for example in examples),
+            query_tokens=max(len(example.query) for example in examples) + response,
+            group_responses=options.contexts_per_group * options.queries_per_context * response,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,11 @@ class StepData:
         return contexts + sum(len(example.query) + len(example.response) for example in rows)
 
     def arguments(
-        self, model: nn.Module, options: StepOptions, ladder: bool = False
+        self,
+        model: nn.Module,
+        options: StepOptions,
+        ladder: bool = False,
+        least: LeastSizes | None = None,
     ) -> dict[str, Any]:
         """What :func:`gdprompt_fast.fast_meta_step` takes beside model and configuration: of the
         units ``contexts_per_group`` neighbours share one θ'.
@@ -67,6 +95,7 @@ class StepData:
         Args:
             ladder: a step that is taken at once is padded to sizes of the ladder of captured steps
                 here, on the host.
+            least: then to no less than these.
         """
         device: torch.device = next(model.parameters()).device
 
@@ -78,7 +107,9 @@ class StepData:
         at_once = options.step_config.micro_groups is None
         lm_batch = self._lm_batch(options)
         if ladder and at_once:
-            batch = batch.padded(batch.layout.shape.rung())
+            shape = batch.layout.shape
+            shape = shape if least is None else shape.at_least(*least)
+            batch = batch.padded(shape.rung())
             lm_batch = None if lm_batch is None else lm_batch.on_ladder()
         return {
             "batch": batch.map(there),
