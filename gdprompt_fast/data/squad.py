@@ -14,7 +14,7 @@ from .texts import UTF_8, read_text
 
 HUB = "rajpurkar/squad"
 HUB_SPLITS = {"train": "train", "test": "validation"}  # SQuAD's own test set is not public
-SENTENCE_END = re.compile(r"""(?<=[.!?])["'”)\]]*\s+(?=["“(\[]?[A-Z0-9])""")
+SENTENCE_END = re.compile(r"""[.!?]["'”)\]]*(\s+)(?=["“(\[]?[A-Z0-9])""")
 
 
 class Row(NamedTuple):
@@ -63,7 +63,7 @@ def sentence_with_answer(row: Row) -> str:
     if not row.answers:
         return ""
     end = row.begin + len(row.answers[0])
-    breaks = [match.span() for match in SENTENCE_END.finditer(row.context)]
+    breaks = [match.span(1) for match in SENTENCE_END.finditer(row.context)]
     first = max((after for before, after in breaks if after <= row.begin), default=0)
     last = min((before for before, _ in breaks if before >= end), default=len(row.context))
     return row.context[first:last]

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
@@ -31,7 +31,7 @@ def finished_one_by_one(
     all that is measured. A stage that fails is said on stderr, and left to who asks for it next.
 
     Args:
-        names: keys of ``EXPERIMENTS``, in the order in which they are to be finished.
+        names: keys of ``EXPERIMENTS``, in the order in which they are begun.
         repetitions: one for every seed.
 
     Yields:
@@ -47,16 +47,23 @@ def finished_one_by_one(
             for name in names:
                 to_do = [*_trainings(name, repetitions, done), *_measurements(name, repetitions)]
                 futures[name] = [pool.submit(_do, *job) for job in to_do]
-            for name, its in futures.items():
-                errors = [future.exception() for future in its]
-                for error in filter(None, errors):
-                    print(f"warning: {name}: a stage failed: {error!r}", file=sys.stderr)
-                yield name
+            while futures:
+                left = [each for its in futures.values() for each in its if not each.done()]
+                wait(left, return_when=FIRST_COMPLETED)
+                for name in [each for each, its in futures.items() if _all_done(its)]:
+                    errors = [future.exception() for future in futures.pop(name)]
+                    for error in filter(None, errors):
+                        print(f"warning: {name}: a stage failed: {error!r}", file=sys.stderr)
+                    yield name
     finally:
         if before is None:
             del os.environ["TQDM_DISABLE"]
         else:
             os.environ["TQDM_DISABLE"] = before
+
+
+def _all_done(futures: Sequence[Future[Any]]) -> bool:
+    return all(future.done() for future in futures)
 
 
 def _do(work: Callable[..., Any], given: tuple[Any, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.fields import Config
+from ..config.fields import Config, check_counts
 from ..errors import UserError
 from . import paper
 from .cells import Cell
@@ -28,17 +28,22 @@ Method = tuple[
 
 @dataclass(frozen=True)
 class Options(Config):
-    """The section ``[table2]``: the task, the objective, and the numbers of contexts over 1."""
+    """The section ``[table2]``: the task, the objective, the numbers of contexts over 1, and the
+    number of test examples to measure on, for contexts one after another take long; None: all.
+    """
 
     task: str
     objective: str
     contexts: tuple[int, ...]
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("objective", self.objective, OBJECTIVES)
         if not self.contexts or min(self.contexts) < 2:
             raise UserError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
+        if self.examples is not None:
+            check_counts(self, "examples", least=max(self.contexts))
 
 
 def check(preset: Preset, options: Options) -> None:
@@ -54,14 +59,15 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     trained = _models(options)
     tables, findings = [], []
     for metric in task.metrics:
-        base = [_spec(Variant(options.task), method) for method in methods]
+        count = options.examples
+        base = [_spec(Variant(options.task), method, count) for method in methods]
         rows = {
             BASE: [measure(repetitions, spec, metric) for spec in base],
             BEST: [measure_at_best(repetitions, spec, metric)[0] for spec in base],
         }
         for head, variant in trained.items():
             rows[head] = [
-                measure(repetitions, _spec(variant, method), metric) for method in methods
+                measure(repetitions, _spec(variant, method, count), metric) for method in methods
             ]
         title = f"{task.label}, {METRICS[metric]}"
         is_first = metric == task.metrics[0]
@@ -95,9 +101,9 @@ def _models(options: Options) -> dict[str, Variant]:
     }
 
 
-def _spec(variant: Variant, method: Method) -> EvalSpec:
-    contexts, one_after_another = method
-    return EvalSpec(variant, contexts=contexts, one_after_another=one_after_another)
+def _spec(variant: Variant, method: Method, count: int | None) -> EvalSpec:
+    contexts, in_turn = method
+    return EvalSpec(variant, count=count, contexts=contexts, one_after_another=in_turn)
 
 
 def _findings(rows: dict[str, dict[Method, Cell]], methods: Sequence[Method]) -> list[Finding]:

@@ -20,7 +20,8 @@ from gdprompt_fast.evaluation.held_out import MERIT, HeldOut
 from gdprompt_fast.report import draw_figure
 from gdprompt_fast.teacher import TeacherCache, TeacherOnTheFly
 from gdprompt_fast.training.metrics import read_metrics
-from gdprompt_fast.training.step_data import StepData
+from gdprompt_fast.training.options import TrainOptions
+from gdprompt_fast.training.step_data import LeastSizes, StepData
 from helpers.killing import Killed, killed_after
 from helpers.training import GOLD, KL, TOKENIZER, run, tiny_llama
 
@@ -89,6 +90,32 @@ def test_the_gradient_of_texts_is_lambda_times_that_of_their_mean_nll(
         expected = part.grad + text.grad
         error = (whole.grad - expected).norm() / expected.norm()
         assert error < 1e-6, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("options", [GOLD, KL], ids=["gold", "kl"])
+def test_padding_to_the_longest_rows_of_all_changes_no_gradient(
+    options: TrainOptions, examples: list[Example]
+) -> None:
+    teacher = None
+    if options.objective == "kl":
+        teacher = TeacherOnTheFly(tiny_llama(seed=1).eval(), examples, 3, batch_size=2)
+    options = dataclasses.replace(options, answer_tokens=7)
+    least = LeastSizes.of(examples, options)
+    assert least is not None
+    assert LeastSizes.of(examples, dataclasses.replace(options, group_by_length=True)) is None
+    gradients, shapes = [], set()
+    for ladder, sizes in ((False, None), (True, least)):
+        model = tiny_llama().double().eval()
+        for units in ([[0], [1]], [[2], [3]]):
+            data = StepData.of(examples, units, teacher)
+            arguments = data.arguments(model, options, ladder, sizes)
+            if ladder:
+                shapes.add(arguments["batch"].layout.shape)
+            fast_meta_step(model, **arguments, config=options.step_config)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(shapes) == 1
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_a_teacher_on_the_fly_says_what_the_cache_says(
