@@ -35,6 +35,7 @@ SUBPACKAGES = [
     "runs",
     "teacher",
     "testing",
+    "trainer",
     "training",
     "update",
 ]

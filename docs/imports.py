@@ -36,7 +36,7 @@ FLOORS = {
     "public names": (DOOR,),
     "data and models from files": ("data", "loading", "teacher"),
     "measuring": ("evaluation", "report", "plan"),
-    "training": ("training",),
+    "training": ("training", "trainer"),
     "experiments": ("experiments", "bundled"),
     "runs": ("runs",),
     "command line": ("cli", "__main__"),

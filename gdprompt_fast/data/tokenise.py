@@ -129,11 +129,19 @@ def tokenise_triples(
         ValueError: if the tokenizer has no EOS, or if nothing is left.
     """
     encode = (encoder or TripleEncoder)(tokenizer)
+    chunks = batched(records, RECORDS_AT_ONCE)
+    return keep_usable((example for chunk in chunks for example in encode.examples(chunk)), limits)
+
+
+def keep_usable(tokenised: Iterable[Example | None], limits: Limits) -> TokenisedTriples:
+    """The examples of records, one each, without those that cannot be used.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
     examples: list[Example] = []
     kept: list[int] = []
     reasons: dict[int, str] = {}
-    chunks = batched(records, RECORDS_AT_ONCE)
-    tokenised = (example for chunk in chunks for example in encode.examples(chunk))
     for index, example in enumerate(tokenised):
         reason = _reason_to_drop(example, limits)
         if example is not None and reason is None:

@@ -101,6 +101,10 @@ class AdaptedLayer:
         """One of ``moved`` after an inner step."""
         return self.rate.step(tensor, gradient)
 
+    def factor_tensors(self) -> list[Tensor]:
+        """What makes θ' of θ: the factors, or θ' itself of small parameters."""
+        return []
+
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
         self.tensors = []
@@ -137,6 +141,9 @@ class MaterialisedLayer(AdaptedLayer):
         parameters = [getattr(module, name) for name in self.names]
         own = [_per_group(parameter, state.groups) for parameter in parameters[:moving]]
         super().__init__(state, rate, [*own, *parameters[moving:]], moving)
+
+    def factor_tensors(self) -> list[Tensor]:
+        return self.moved
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""

@@ -40,6 +40,9 @@ class AdaptedEmbedding(FactoredLayer):
         handle = weight_handle((module.weight, gradient), rate.moving(inner["weight"]))
         super().__init__(state, rate, handle, inner["weight"])
 
+    def factor_tensors(self) -> list[Tensor]:
+        return [factor.e_GSD for factor in self.table.factors]
+
     def release(self) -> None:
         super().release()
         self.table.factors.clear()

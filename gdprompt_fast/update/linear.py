@@ -43,6 +43,9 @@ class AdaptedLinear(FactoredLayer):
         handle = weight_handle((weight, weight_gradient), (bias, bias_gradient), rate.moving(moves))
         super().__init__(state, rate, handle, moves)
 
+    def factor_tensors(self) -> list[Tensor]:
+        return [each for factor in self.layer.factors for each in (factor.x_GSI, factor.e_GSO)]
+
     def release(self) -> None:
         super().release()
         self.layer.release()

@@ -37,6 +37,11 @@ class AdaptedVocabulary(FactoredLayer):
         handle = weight_handle((head.weight, gradient), rate.moving(inner))
         super().__init__(state, rate, handle, inner)
 
+    def factor_tensors(self) -> list[Tensor]:
+        """Of the lookups; those of the head are the final states, which the loss keeps."""
+        lookups = [step.lookup_GSD for step in self.vocabulary.steps]
+        return [e_GSD for e_GSD in lookups if e_GSD is not None]
+
     def release(self) -> None:
         super().release()
         for kept in (self.vocabulary.steps, self.vocabulary.uses, self.vocabulary.lookups):
