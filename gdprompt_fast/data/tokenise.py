@@ -212,10 +212,10 @@ class TripleEncoder:
             response=array("i", [*query.response, self.end]),
             texts=Texts(record["context"], record["query"], record["response"], record.get("id")),
             answers=tuple(record.get("answers") or [record["response"]]),
-            context_loss=self._counting(record["context"], record.get("context_loss")),
+            context_loss=self.counting(record["context"], record.get("context_loss")),
         )
 
-    def _counting(
+    def counting(
         self, context: str, spans: Sequence[Sequence[int]] | None
     ) -> tuple[bool, ...] | None:
         """Which tokens of a context row have a character in one of the spans."""
