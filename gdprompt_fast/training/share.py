@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,22 +36,28 @@ class Share:
         units: those, of the units drawn.
         part: this process's part of the groups drawn.
         counts: the denominators of the whole step, as the engine takes them.
+        texts: its rows of running text; None where the step has none.
     """
 
     units: list[Unit]
     part: float
     counts: Mapping[str, int]
+    texts: Sequence[array[int]] | None = None
 
     @staticmethod
-    def of(drawn: Sequence[Unit], options: StepOptions) -> Share:
-        """Of the units of a step, which all processes draw alike."""
+    def of(
+        drawn: Sequence[Unit], options: StepOptions, texts: Sequence[array[int]] | None = None
+    ) -> Share:
+        """Of the units and the rows of text of a step, which all processes draw alike."""
         size = options.contexts_per_group
         groups = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         own = share(groups)
         queries = sum(map(len, drawn))
         rows = queries if options.lm_on == "prompts" else len(drawn)
-        counts = {"query_count": queries, "lm_count": rows}
-        return Share([unit for group in own for unit in group], len(own) / len(groups), counts)
+        counts = {"query_count": queries, "lm_count": rows if texts is None else len(texts)}
+        own_texts = None if texts is None else share(texts)
+        units = [unit for group in own for unit in group]
+        return Share(units, len(own) / len(groups), counts, own_texts)
 
     def of_all(
         self, row: Mapping[str, Any], real: int, computed: int, like: Tensor

@@ -89,6 +89,14 @@ samples = 2
 [table5]
 tasks = ["squad", "wikitext"]
 irrelevant_seeds = [0]
+[kept]
+task = "squad"
+objective = "kl"
+prompt_weight = 0.3
+text_weight = 0.1
+[text]
+task = "wikitext"
+examples = 4
 [findings]
 margin = 0.1
 """
