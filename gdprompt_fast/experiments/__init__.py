@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifacts.stage import StaleStage
-from . import figure2, table1, table2, table3, table4, table5
+from . import figure2, second_order, table1, table2, table3, table4, table5
 from .context import ExperimentContext, experiment_contexts
 from .preset import Preset
 from .results import Outcome
@@ -41,8 +41,8 @@ def _nothing_else(preset: Preset, settings: Any) -> None:
 
 
 EXPERIMENTS = {
-    module.__name__.rpartition(".")[2]: Experiment(
+    module.__name__.rpartition(".")[2].replace("_", "-"): Experiment(
         module.Options, module.run, getattr(module, "check", _nothing_else)
     )
-    for module in (figure2, table1, table2, table3, table4, table5)
+    for module in (figure2, table1, table2, table3, table4, table5, second_order)
 }

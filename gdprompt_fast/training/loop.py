@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ def meta_train(
     output: Path,
     teacher: TeacherCache | None = None,
     joint: Sequence[Example] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
@@ -68,6 +69,8 @@ def meta_train(
             for the gold objective.
         joint: examples for joint training: every step adds the ordinary fine-tuning loss, in the
             Prompt and No Context formats, of ``batch_size`` of them.
+        watch: called with the number of steps done, before the first step and after each; it must
+            leave the model as it is.
 
     Raises:
         ValueError: if the teacher does not go with the objective or the examples.
@@ -90,6 +93,8 @@ def meta_train(
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         report = _Report(metrics, bar)
+        if watch is not None:
+            watch(start)
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
             data = StepData.of(examples, drawn, teacher)
@@ -110,6 +115,8 @@ def meta_train(
                 late.read_all()  # a step that failed is never saved
                 metrics.to_disk()
                 save_checkpoint(output, step + 1, model, tokenizer, optimizer.adam, samplers)
+            if watch is not None:
+                watch(step + 1)
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 

@@ -1,0 +1,172 @@
+"""What second order buys: first-order and exact meta-training over inner rates, side by side.
+
+Every way begins at the same base model and trains on the same examples in the same order. Measured
+are the meta-gradient along the exact training, of which first-order MAML and bf16 are held against
+the exact one, and Fine-Tuning on unseen examples at the rate of training, after as many steps and
+after as much time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cells import Cell, Estimate
+from .context import ExperimentContext
+from .findings import Finding, Named, close, larger
+from .results import Chart, Outcome, Table, Texts
+from .second_order_stages import (
+    AS_LONG,
+    BF16,
+    EXACT,
+    FIRST_ORDER,
+    WAYS,
+    Options,
+    Way,
+    time_stage,
+    training_stage,
+)
+
+TITLE = "What second order buys"
+BEFORE = "before"
+GRADIENTS = {
+    "first_order": "cosine of the first-order meta-gradient with the exact one",
+    "bf16": "cosine of the meta-gradient in bf16 with that in fp32",
+}
+
+Curve = list[dict[str, Any]]
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The curves of every seed, by way and inner rate, and the seconds of a step by way."""
+
+    curves: dict[tuple[Way, float], list[Curve]]
+    seconds: dict[str, float]
+
+    def cell(self, way: Way, inner_lr: float, point: int = -1) -> Cell:
+        """Whether answers were right, at a point of the training."""
+        of_seeds = [curve[point]["correct"] for curve in self.curves[way, inner_lr]]
+        return Cell(tuple(tuple(map(float, correct)) for correct in of_seeds))
+
+    def cosine(self, inner_lr: float, point: int, of: str) -> Estimate:
+        """The mean over probes and seeds of a gradient's cosine with the exact one."""
+        of_seeds = [curve[point]["gradients"] for curve in self.curves[EXACT, inner_lr]]
+        return Cell(tuple(tuple(each[of] for each in probes) for probes in of_seeds)).estimate
+
+
+def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    seconds = time_stage(repetitions[0], options).result["seconds"]
+    longer = round(options.steps * seconds[EXACT.name] / seconds[FIRST_ORDER.name])
+    curves = {
+        (way, rate): [
+            training_stage(
+                ctx, options, way, rate, longer if way.equal_time else options.steps
+            ).result["curve"]
+            for ctx in repetitions
+        ]
+        for rate in options.inner_lrs
+        for way in WAYS
+    }
+    measured = _Measured(curves, seconds)
+    task = repetitions[0].preset.tasks[options.task]
+    return Outcome(
+        TITLE,
+        [_table(measured, options, task.label)],
+        _findings(measured, options, repetitions[0].preset.findings.margin),
+        _notes(options, longer),
+        [_cosines(measured, options), _times(seconds)],
+        [_accuracy_chart(measured, options), *_gradient_charts(measured, options)],
+    )
+
+
+def _table(measured: _Measured, options: Options, label: str) -> Table:
+    rows: dict[str, list[Cell | None]] = {
+        BEFORE: [measured.cell(EXACT, rate, 0) for rate in options.inner_lrs]
+    }
+    for way in WAYS:
+        rows[way.head] = [measured.cell(way, rate) for rate in options.inner_lrs]
+    title = f"{label}: accuracy after Fine-Tuning, by the inner rate of training"
+    return Table(title, [_at(rate) for rate in options.inner_lrs], rows)
+
+
+def _findings(measured: _Measured, options: Options, margin: float) -> list[Finding]:
+    found = []
+    for rate in options.inner_lrs:
+        named = {way: Named(way.head, measured.cell(way, rate)) for way in WAYS}
+        exact, where = named[EXACT], _at(rate)
+        found += [
+            larger("exact gradients do better than first-order ones", where, exact, named[way])
+            for way in (FIRST_ORDER, AS_LONG)
+        ]
+        claim = "exact gradients in bf16 do as well as in fp32"
+        found.append(close(claim, where, named[BF16], exact, margin))
+    return found
+
+
+def _notes(options: Options, longer: int) -> list[str]:
+    return [
+        f"Every model trains {options.steps} outer steps ({options.objective}) from the same base "
+        f"model; first-order for as much time: {longer} steps. Fine-Tuning is one inner step at "
+        "the rate of training; an answer is right if every token of it is the gold response's.",
+        "Cosines are over all parameters, the mean over the first "
+        f"{options.probes} batches of training contexts, along the exact training; "
+        f"“{BEFORE}” is the base model.",
+    ]
+
+
+def _cosines(measured: _Measured, options: Options) -> Texts:
+    """A row an inner rate: both cosines before, on the way and at the end."""
+    steps = [point["step"] for point in measured.curves[EXACT, options.inner_lrs[0]][0]]
+    points = sorted({0, len(steps) // 2, len(steps) - 1})
+    names = {"first_order": "first-order", "bf16": "bf16"}
+    columns = [f"{name}, step {steps[point]}" for name in names.values() for point in points]
+    rows = [
+        [
+            _at(rate),
+            *(_cosine(measured.cosine(rate, point, of)) for of in names for point in points),
+        ]
+        for rate in options.inner_lrs
+    ]
+    return Texts("Cosine with the exact meta-gradient", ["", *columns], rows)
+
+
+def _times(seconds: dict[str, float]) -> Texts:
+    heads = {way.name: way.head.partition(",")[0] for way in WAYS} | {BF16.name: BF16.head}
+    rows = [
+        [heads[name], f"{1e3 * each:.1f} ms", f"{each / seconds[EXACT.name]:.2f}"]
+        for name, each in seconds.items()
+    ]
+    return Texts("Time of a meta step", ["", "time", "of the exact step"], rows)
+
+
+def _accuracy_chart(measured: _Measured, options: Options) -> Chart:
+    lines = {
+        way.head: [(rate, measured.cell(way, rate).estimate) for rate in options.inner_lrs]
+        for way in WAYS
+    }
+    lines[BEFORE] = [(rate, measured.cell(EXACT, rate, 0).estimate) for rate in options.inner_lrs]
+    return Chart("Fine-Tuning", "inner rate η", "accuracy", lines, log_x=True)
+
+
+def _gradient_charts(measured: _Measured, options: Options) -> list[Chart]:
+    def points(rate: float, of: str) -> list[tuple[float, Estimate]]:
+        curve = measured.curves[EXACT, rate][0]
+        return [(at["step"], measured.cosine(rate, i, of)) for i, at in enumerate(curve)]
+
+    return [
+        Chart(title, "outer step", "cosine", {_at(r): points(r, of) for r in options.inner_lrs})
+        for of, title in GRADIENTS.items()
+    ]
+
+
+def _at(rate: float) -> str:
+    return f"η = {rate:g}"
+
+
+def _cosine(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f} ± {estimate.se:.4f}"
