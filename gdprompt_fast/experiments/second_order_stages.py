@@ -25,6 +25,7 @@ from ..exactness.gradient import EngineGradients
 from ..exactness.objective import StepArguments
 from ..exactness.precision import bf16_precision
 from ..exactness.weights import left_as_it_was
+from ..meta.capture import why_eager
 from ..meta.step import fast_meta_step
 from ..teacher import TeacherCache
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
@@ -128,8 +129,9 @@ def _timed_step(
     """Takes a meta step with gold responses, and says how long it took."""
     options = replace(options, objective="gold")
     units = units_by_context(chosen, options.queries_per_context)[: options.contexts]
-    arguments = StepData.of(chosen, units, None).arguments(model, options, ladder=True)
-    device = next(model.parameters()).device
+    device: torch.device = next(model.parameters()).device
+    ladder = not why_eager(model, options.step_config, device)
+    arguments = StepData.of(chosen, units, None).arguments(model, options, ladder)
 
     def step() -> float:
         _wait(device)
@@ -159,13 +161,14 @@ def training_stage(
     """
     train = replace(_train_options(ctx, options, way, inner_lr), steps=steps)
     teacher = teacher_stage(ctx, options.task, train) if options.objective == "kl" else None
+    count = options.probes if way is EXACT else 0
     wanted = {
         "base": prepare_stage(ctx, options.task).key,
         "teacher": None if teacher is None else teacher.key,
         "data": data_stage(ctx, options.task).key,
         "options": train.lasting(),
         "points": options.points,
-        "probes": options.probes if way is EXACT else 0,
+        "probes": count,
     }
 
     def work(folder: Path) -> Result:
@@ -174,7 +177,7 @@ def training_stage(
         chosen = examples(ctx, options.task, "train", model, tokenizer)
         curve = KeptResults(folder / CURVE_FILE, read_json)
         watched = _Watched(ctx, options.task, model, tokenizer, train)
-        probes = list(_probes(chosen, cache, model, train, wanted["probes"]))
+        probes = list(_probes(chosen, cache, model, train, count))
         at = {round(steps * point / options.points) for point in range(options.points + 1)}
 
         def watch(step: int) -> None:
@@ -201,6 +204,7 @@ def _train_options(
         inner_lr=inner_lr,
         first_order=way.first_order,
         compute_dtype=way.compute_dtype,
+        prompt_weight=0.0,  # of which the inner step has nothing
     )
 
 

@@ -17,7 +17,7 @@ from ..experiments.run import is_experiment, run_experiment
 from .command import command, outputs_of
 from .groups import REPLACES_FOLDER, DeviceConfig, WeightsConfig, overwrite_field
 
-OWN_PRESETS = ("small", "paper")
+OWN_PRESETS = ("small", "paper", "smollm2-second-order")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def done(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all six experiments."""
+    """A folder with all experiments."""
     pytest.importorskip("peft", reason="PEFT is an optional dependency, of Table 1's LoRA variants")
     output = tmp_path_factory.mktemp("experiments") / "all"
     with pytest.MonkeyPatch.context() as patch:
