@@ -59,8 +59,8 @@ def _candidates() -> list[Candidate]:
     four = [(1e-3, 0.5), (1e-3, 1.0), (1e-3, 2.0), (1e-3, 4.0), (2e-3, 2.0)]
     sixteen = [(1e-3, 0.5), (1e-3, 2.0), (1e-3, 4.0), (1e-3, 8.0), (2e-3, 4.0)]
     rates: dict[str, tuple[list[tuple[float, float]], dict[str, int]]] = {
-        "lora": (lora, {"steps": 2400}),
-        "lora-inner": (inner, {"steps": 2400}),
+        "lora": (lora, {"steps": 2000}),
+        "lora-inner": (inner, {"steps": 2000}),
         "contexts-4": (four, {"steps": 1600, "batch_size": 64}),
         "contexts-16": (sixteen, {"steps": 1600, "batch_size": 64}),
     }
