@@ -15,14 +15,18 @@ import functools
 import importlib
 import pkgutil
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.autograd import Function
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from gdprompt_fast import fast_meta_step, ops
+from gdprompt_fast.ops.factored import FactoredWeight
 
 from ..harness.rows import RESULTS, replace_rows, revision
 from ..report.tables import markdown
@@ -33,17 +37,49 @@ PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddb
 PRODUCTS |= {"aten::baddbmm"}
 
 
-def functions() -> dict[str, str]:
-    """The op of every autograd function in ``gdprompt_fast.ops``, by name without "Backward"."""
-    found = {}
+PASSES = ("apply", "record", "add_use", "factor_cotangents")  # of a FactoredWeight
+
+
+def classes() -> Iterator[tuple[str, type]]:
+    """The classes in ``gdprompt_fast.ops``, with the op they are of."""
     for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
-        if ".cpp" in module.name or ".eager" in module.name:
-            continue
-        op = module.name.removeprefix(f"{ops.__name__}.").split(".")[0]
-        for name, member in vars(importlib.import_module(module.name)).items():
-            if isinstance(member, type) and issubclass(member, Function) and member is not Function:
-                found[_forward_name(name)] = op
-    return found
+        if ".cpp" not in module.name and ".eager" not in module.name:
+            op = module.name.removeprefix(f"{ops.__name__}.").split(".")[0]
+            for member in vars(importlib.import_module(module.name)).values():
+                if isinstance(member, type) and member.__module__ == module.name:
+                    yield op, member
+
+
+def functions() -> dict[str, str]:
+    """The op of every autograd function and :class:`FactoredWeight`, by name without "Backward"."""
+    return {
+        _forward_name(member.__name__): op
+        for op, member in classes()
+        if issubclass(member, Function) or is_factored(member)
+    }
+
+
+def is_factored(member: type) -> bool:
+    return member is not FactoredWeight and all(hasattr(member, name) for name in PASSES)
+
+
+@contextmanager
+def factored_weights_seen() -> Iterator[None]:
+    """Inside, the passes of what shares ``FactoredUse`` are events of its own name."""
+
+    def seen(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with record_function(name):
+                return method(*args)
+
+        return run
+
+    with ExitStack() as stack:
+        for _, member in filter(lambda pair: is_factored(pair[1]), classes()):
+            for name in PASSES:
+                method = seen(member.__name__, getattr(member, name))
+                stack.enter_context(patch.object(member, name, method))
+        yield
 
 
 def _forward_name(name: str) -> str:
@@ -65,7 +101,8 @@ def op_of(event: FunctionEvent, ops_by_name: dict[str, str]) -> str:
 
 def measure(step: Any) -> list[dict[str, Any]]:
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    activities = [ProfilerActivity.CPU]
+    with factored_weights_seen(), profile(activities=activities, profile_memory=True) as profiled:
         step()
     known = functions()
     totals: dict[str, dict[str, float]] = defaultdict(lambda: dict(products=0, rest=0, bytes=0))

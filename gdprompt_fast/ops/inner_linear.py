@@ -6,15 +6,14 @@ Layers that read the same input share its products and sum what they bring for i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
 from ..rows import GroupedRows
 from .backend import implementation
-from .guard import forbid_higher_order
-from .linear import InnerLinear, Matches, forms_update
+from .factored import At, Cotangents, Kept, factored_use
+from .linear import Factor, InnerLinear, Matches, forms_update
+from .phase import Phase
 
 Layers = Sequence[InnerLinear]
 
@@ -22,10 +21,8 @@ Layers = Sequence[InnerLinear]
 def inner_linear(
     x: Tensor, handle: Tensor, layer: InnerLinear, rows: GroupedRows, level: int
 ) -> Tensor:
-    """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps.
-
-    Its backward during an inner step records the inner gradient and is differentiable once more;
-    its backward afterwards adds to the outer gradients and is not.
+    """y[b] = x[b] W'ᵀ + b' with the weight of row b's group after ``level`` inner steps; see
+    :func:`gdprompt_fast.ops.factored.factored_use`.
 
     Args:
         x: [B, …, I].
@@ -43,112 +40,86 @@ def inner_linears(
     Args:
         layers: of one rate, and with the same of weight and bias moved by the inner step.
     """
-    *outputs, _ = _InnerLinears.apply(x, layers, rows, level, *handles)
-    return tuple(outputs)
+    return factored_use(_Linears(layers), x, handles, rows, level)
 
 
-class _InnerLinears(Function):
-    # The last output has no elements: the inner backward takes it as an input in the place of x, so
-    # that its double backward runs before the last backward here, and leaves its cotangent of x to
-    # be added to.
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layers: Layers, rows: GroupedRows, level: int, *handles: Tensor
-    ) -> tuple[Tensor, ...]:
-        matches, outputs, kept = Matches(), [], list[Tensor | None]()
-        for layer in layers:
-            outputs.append(layer.product(x, rows, level, matches=matches))
-            kept += matches if layer.phase.second_order else []
-        anchor = x.new_empty(0)
-        ctx.save_for_backward(x, anchor, *handles, *kept)
-        ctx.use, ctx.x_cots = (layers, rows, level), list[Tensor]()
-        ctx.set_materialize_grads(False)
-        return *outputs, anchor
+_Factors = tuple[list[Factor], tuple[int, ...]]
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        layers, rows, level = ctx.use
-        x, anchor, *saved = ctx.saved_tensors
-        handles, matches = saved[: len(layers)], saved[len(layers) :]
-        needs_dx, es = ctx.needs_input_grad[0], _with_zeros(cotangents[:-1], x, layers)
-        if layers[0].phase.inner_backward:
-            x_cots = ctx.x_cots if needs_dx else None
-            dx, *dhandles = _InnerLinearsBackward.apply(
-                anchor, x.detach(), layers, rows, level, x_cots, *es, *handles
-            )
-            return dx if needs_dx else None, None, None, None, *dhandles
-        forbid_higher_order("inner_linear", "once outside an inner step")
-        dx_GMI = ctx.x_cots.pop() if ctx.x_cots else None
-        x_GMI, each = rows.tokens_to_groups(x), len(matches) // len(layers)
+
+class _Linears:
+    """Layers at one input, as a :class:`gdprompt_fast.ops.factored.FactoredWeight`.
+
+    Kept are x [B, …, I], and the matches of every layer. A factor of theirs is one of each layer,
+    and the shape … of the tokens.
+    """
+
+    name = "inner_linear"
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+
+    @property
+    def phase(self) -> Phase:
+        return self.layers[0].phase
+
+    def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
+        matches, outputs, kept = Matches(), [], list[Tensor | None]([x])
+        for layer in self.layers:
+            outputs.append(layer.product(x, *at, matches=matches))
+            kept += matches if self.phase.second_order else []
+        return outputs, kept
+
+    def record(
+        self, kept: Kept, es: Cotangents, at: At, needs_dx: bool
+    ) -> tuple[_Factors, Tensor | None]:
+        """The inner gradients eᵀ x, and x̄ = Σ e W'."""
+        (rows, level), x, dx = at, kept[0], None
+        tokens = tuple(x.shape[1:-1])
+        x_GSI, e_GSOs = rows.tokens_to_groups(x), [rows.tokens_to_groups(e) for e in es]
+        factors = [
+            layer.record(x_GSI, e_GSO, level)
+            for layer, e_GSO in zip(self.layers, e_GSOs, strict=True)
+        ]
+        if needs_dx:
+            dx_GSI, _ = _transposed_product(self.layers, e_GSOs, level)
+            dx = rows.tokens_from_groups(dx_GSI, tokens)
+        return (factors, tokens), dx
+
+    def add_use(
+        self, kept: Kept, es: Cotangents, at: At, needs_dx: bool, cot_x: Tensor | None
+    ) -> Tensor | None:
+        (rows, level), (x, *matches), dx_GMI = at, kept, cot_x
+        x_GMI, each = rows.tokens_to_groups(x), len(matches) // len(self.layers)
         e_GMOs = [rows.tokens_to_groups(e) for e in es]
-        cot_matches: list[Matches | None] = [[] for _ in layers]
+        cot_matches: list[Matches | None] = [[] for _ in self.layers]
         if needs_dx and es:
-            dx_GMI, summed = _transposed_product(layers, e_GMOs, level, dx_GMI)
+            dx_GMI, summed = _transposed_product(self.layers, e_GMOs, level, dx_GMI)
             if summed is not None:
-                cot_matches = [summed, *(None for _ in layers[1:])]
-        for i, (layer, e_GMO) in enumerate(zip(layers, e_GMOs, strict=False)):
+                cot_matches = [summed, *(None for _ in self.layers[1:])]
+        for i, (layer, e_GMO) in enumerate(zip(self.layers, e_GMOs, strict=False)):
             own = matches[i * each : (i + 1) * each]
             layer.add_use(x_GMI, e_GMO, level, own, cot_matches[i])
-        dx = None if dx_GMI is None else rows.tokens_from_groups(dx_GMI, tuple(x.shape[1:-1]))
-        return dx, None, None, None, *(None for _ in layers)
+        return None if dx_GMI is None else rows.tokens_from_groups(dx_GMI, tuple(x.shape[1:-1]))
 
-
-def _with_zeros(cotangents: Sequence[Tensor | None], x: Tensor, layers: Layers) -> list[Tensor]:
-    """Those of all outputs if there is one of any, else none."""
-    if all(e is None for e in cotangents):
-        return []
-    return [
-        x.new_zeros(*x.shape[:-1], len(layer.weight_OI)) if e is None else e
-        for layer, e in zip(layers, cotangents, strict=True)
-    ]
-
-
-class _InnerLinearsBackward(Function):
-    # x̄ = Σ e W', and the inner gradients eᵀ x, of which only the handles are tensors.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        x: Tensor,
-        layers: Layers,
-        rows: GroupedRows,
-        level: int,
-        x_cots: list[Tensor] | None,
-        *cotangents_and_handles: Tensor,
-    ) -> tuple[Tensor, ...]:
-        cotangents = cotangents_and_handles[: len(layers)]
-        handles = cotangents_and_handles[len(layers) :]
-        ctx.use, ctx.tokens = (layers, rows, level), tuple(x.shape[1:-1])
-        ctx.x_cots = x_cots
-        ctx.set_materialize_grads(False)
-        x_GSI, dx = rows.tokens_to_groups(x), x.new_empty(0)
-        e_GSOs = [rows.tokens_to_groups(e) for e in cotangents]
-        ctx.factors = [
-            layer.record(x_GSI, e_GSO, level) for layer, e_GSO in zip(layers, e_GSOs, strict=True)
-        ]
-        if x_cots is not None:
-            dx_GSI, _ = _transposed_product(layers, e_GSOs, level)
-            dx = rows.tokens_from_groups(dx_GSI, ctx.tokens)
-        return dx, *(handle.new_empty(0) for handle in handles)
-
-    @staticmethod
-    def backward(ctx: Any, cot_dx: Tensor | None, *_: None) -> Any:
-        forbid_higher_order("inner_linear", "twice")
-        layers, rows, level = ctx.use
-        factors, ctx.factors = ctx.factors, []
-        matches, cot_x, cot_es = Matches(), None, []
-        for layer, factor in zip(layers, factors, strict=True):
+    def factor_cotangents(
+        self,
+        factor: _Factors,
+        cot_dx: Tensor | None,
+        at: At,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        (factors, tokens), (rows, level) = factor, at
+        cot_x, cot_es = None, []
+        matches = Matches()
+        for layer, own in zip(self.layers, factors, strict=True):
             direct_GSO = None
             if cot_dx is not None:
                 direct = layer.product(cot_dx, rows, level, bias=False, matches=matches)
                 direct_GSO, u_GSI = rows.tokens_to_groups(direct), rows.tokens_to_groups(cot_dx)
-                layer.add_use(u_GSI, factor.e_GSO, level, [*matches], [], double_backward=True)
-            cot_x, cot_e = layer.factor_cotangents(factor, cot_x, direct_GSO)
-            cot_es.append(None if cot_e is None else rows.tokens_from_groups(cot_e, ctx.tokens))
-            factor.release()
-        if ctx.x_cots is not None and cot_x is not None:
-            ctx.x_cots.append(cot_x)
-        return None, None, None, None, None, None, *cot_es, *(None for _ in layers)
+                layer.add_use(u_GSI, own.e_GSO, level, [*matches], [], double_backward=True)
+            cot_x, cot_e = layer.factor_cotangents(own, cot_x, direct_GSO)
+            cot_es.append(None if cot_e is None else rows.tokens_from_groups(cot_e, tokens))
+            own.release()
+        return cot_x, cot_es
 
 
 def _transposed_product(

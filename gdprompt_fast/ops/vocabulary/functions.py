@@ -1,5 +1,8 @@
 """The differentiable functions of the vocabulary: the context's loss, the response's loss, the tied
 lookup.
+
+Two are part of an inner step, each a :class:`gdprompt_fast.ops.factored.FactoredWeight`. The
+response's loss comes after all of them: it has no inner backward to be differentiated.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...rows import GroupedRows
-from ..embedding import drop_padding
+from ..embedding import drop_padding, grouped
+from ..factored import At, Cotangents, Kept, factored_use
 from ..guard import forbid_higher_order, used_twice
+from ..phase import Phase
 from .block import wide
 from .passes import (
     adjoint_pass,
@@ -22,8 +27,17 @@ from .passes import (
     response_weight_pass,
     state_gradient,
 )
-from .state import Lookup, Vocabulary
+from .state import HeadStep, Lookup, Vocabulary
 from .target import Target
+
+
+class _FactoredVocabulary:
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    @property
+    def phase(self) -> Phase:
+        return self.vocabulary.phase
 
 
 def context_loss(
@@ -34,82 +48,66 @@ def context_loss(
     Its backward during an inner step records the head's inner gradient and is differentiable once
     more. ``vocabulary.begin_contexts`` has set the contexts.
     """
-    nll, _ = _ContextLoss.apply(hidden_CTD, handle, weight_CT, vocabulary, level)
+    assert vocabulary.contexts is not None
+    use = _ContextLoss(vocabulary, weight_CT)
+    (nll,) = factored_use(use, hidden_CTD, [handle], vocabulary.contexts, level)
     return nll
 
 
-class _ContextLoss(Function):
-    # The second output has no elements: the inner backward takes it as an input, so that autograd
-    # runs the last backward here after the double backward has left the cotangent of ∂L/∂H in the
-    # step.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        handle: Tensor,
-        weight: Tensor,
-        vocabulary: Vocabulary,
-        level: int,
-    ) -> tuple[Tensor, Tensor]:
-        assert vocabulary.contexts is not None
-        h_GSD = vocabulary.contexts.tokens_to_groups(hidden.detach())
-        nll_GS = context_pass(vocabulary, h_GSD, level)
-        nll_CT = vocabulary.contexts.tokens_from_groups(nll_GS[..., None], hidden.shape[1:2])[
-            ..., 0
-        ]
-        anchor = hidden.new_empty(0)
-        ctx.save_for_backward(anchor, handle, weight)
-        ctx.use = vocabulary, level
-        return (weight * nll_CT).sum(1), anchor
+class _ContextLoss(_FactoredVocabulary):
+    """x are the final states of the contexts [C, T, D], e the cotangents of their losses [C]. A
+    factor is the :class:`HeadStep`.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, cot_nll: Tensor, _: Tensor) -> Any:
-        vocabulary, level = ctx.use
-        anchor, handle, weight = ctx.saved_tensors
-        token_weight = weight * cot_nll.detach()[:, None]
-        if vocabulary.phase.inner_backward:
-            if cot_nll.requires_grad:
-                raise RuntimeError(
-                    "context_loss: the inner loss must be linear in the NLL of its contexts"
-                )
-            dhidden, dhandle = _ContextLossBackward.apply(
-                anchor, handle, token_weight, vocabulary, level
+    name = "context_loss"
+
+    def __init__(self, vocabulary: Vocabulary, weight_CT: Tensor) -> None:
+        super().__init__(vocabulary)
+        self._weight_CT = weight_CT
+
+    def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
+        nll_GS = context_pass(self.vocabulary, at.rows.tokens_to_groups(x.detach()), at.level)
+        nll_CT1 = at.rows.tokens_from_groups(nll_GS[..., None], tuple(x.shape[1:2]))
+        return [(self._weight_CT * nll_CT1[..., 0]).sum(1)], []
+
+    def record(
+        self, kept: Kept, es: Cotangents, at: At, needs_dx: bool
+    ) -> tuple[HeadStep, Tensor | None]:
+        (e,) = es
+        if e.requires_grad:
+            raise RuntimeError(
+                "context_loss: the inner loss must be linear in the NLL of its contexts"
             )
-            return dhidden, dhandle, None, None, None
-        forbid_higher_order("context_loss", "once outside an inner step")
-        rows = vocabulary.contexts
-        vocabulary.steps[level].nll_weight_GS = rows.to_groups(token_weight).flatten(1)
-        dhidden = rows.tokens_from_groups(adjoint_pass(vocabulary, level), weight.shape[1:])
-        return dhidden, None, None, None, None
+        step = self.vocabulary.steps[at.level]
+        step.weight_GS = self._token_weight(e, at.rows)
+        if not needs_dx:
+            return step, None
+        return step, self._of_tokens(state_gradient(self.vocabulary, step, at.level), at.rows)
 
+    def add_use(
+        self, kept: Kept, es: Cotangents, at: At, needs_dx: bool, cot_x: Tensor | None
+    ) -> Tensor:
+        if es:
+            self.vocabulary.steps[at.level].nll_weight_GS = self._token_weight(es[0], at.rows)
+        return self._of_tokens(adjoint_pass(self.vocabulary, at.level), at.rows)
 
-class _ContextLossBackward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        handle: Tensor,
-        token_weight: Tensor,
-        vocabulary: Vocabulary,
-        level: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.use = vocabulary, level
-        rows, step = vocabulary.contexts, vocabulary.steps[level]
-        assert rows is not None
-        step.weight_GS = rows.to_groups(token_weight).flatten(1)
-        dhidden = rows.tokens_from_groups(
-            state_gradient(vocabulary, step, level), token_weight.shape[1:]
-        )
-        return dhidden, handle.new_empty(0)
+    def factor_cotangents(
+        self, factor: HeadStep, cot_dx: Tensor | None, at: At
+    ) -> tuple[None, list[None]]:
+        assert factor.weight_GS is not None
+        if cot_dx is None:
+            direction = torch.zeros_like(factor.states.h_GND)
+        else:
+            direction = at.rows.tokens_to_groups(cot_dx)
+        factor.direction_GSD = (wide(direction) * factor.weight_GS[..., None]).to(direction.dtype)
+        return None, [None]
 
-    @staticmethod
-    def backward(ctx: Any, cot_dhidden: Tensor, _: Tensor) -> Any:
-        forbid_higher_order("context_loss", "twice")
-        vocabulary, level = ctx.use
-        step = vocabulary.steps[level]
-        direction = vocabulary.contexts.tokens_to_groups(cot_dhidden)
-        step.direction_GSD = (wide(direction) * step.weight_GS[..., None]).to(direction.dtype)
-        return None, None, None, None, None
+    def _token_weight(self, e: Tensor, rows: GroupedRows) -> Tensor:
+        """The weight of every position in the loss, [G, S]."""
+        return rows.to_groups(self._weight_CT * e.detach()[:, None]).flatten(1)
+
+    def _of_tokens(self, x_GSD: Tensor, rows: GroupedRows) -> Tensor:
+        return rows.tokens_from_groups(x_GSD, tuple(self._weight_CT.shape[1:]))
 
 
 def response_loss(
@@ -166,60 +164,53 @@ def tied_lookup(
     ids: Tensor, handle: Tensor, vocabulary: Vocabulary, rows: GroupedRows, level: int
 ) -> Tensor:
     """W'[ids], the embedding lookup when the head is tied to the embedding; [B, T, D]."""
-    return _TiedLookup.apply(handle, ids, vocabulary, rows, level)
+    (y,) = factored_use(_TiedLookup(vocabulary), ids, [handle], rows, level)
+    return y
 
 
-class _TiedLookup(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, handle: Tensor, ids: Tensor, *use: *tuple[Vocabulary, GroupedRows, int]
-    ) -> Tensor:
-        ctx.save_for_backward(handle, ids)
-        ctx.use = vocabulary, rows, level = use
-        if not vocabulary.terms(level):
-            return torch.nn.functional.embedding(ids, vocabulary.weight_VD)
-        found = vocabulary.rows_at(rows.to_groups(ids, fill=-1).flatten(1), level)
-        found = found.to(vocabulary.weight_VD.dtype)
-        return rows.tokens_from_groups(found, ids.shape[1:])
+class _TiedLookup(_FactoredVocabulary):
+    """x are ids [B, T], which it keeps, and which are its factor too: E stands with the step."""
 
-    @staticmethod
-    def backward(ctx: Any, e: Tensor) -> Any:
-        vocabulary, rows, level = ctx.use
-        handle, ids = ctx.saved_tensors
-        if vocabulary.phase.inner_backward:
-            dhandle = _TiedLookupBackward.apply(e, handle, ids, vocabulary, level)
-            return dhandle, None, None, None, None
-        forbid_higher_order("tied_lookup", "once outside an inner step")
-        u = drop_padding(e, ids, vocabulary.padding_idx)
-        if vocabulary.gradient is not None:
-            vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
-        if vocabulary.terms(level):
-            ids_GM = rows.to_groups(ids, fill=-1).flatten(1)
-            vocabulary.add_lookup(Lookup(ids_GM, rows.tokens_to_groups(u)), level)
-        return None, None, None, None, None
+    name = "tied_lookup"
 
+    def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
+        rows, level = at
+        if not self.vocabulary.terms(level):
+            return [torch.nn.functional.embedding(x, self.vocabulary.weight_VD)], [x]
+        found = self.vocabulary.rows_at(grouped(x, rows), level)
+        found = found.to(self.vocabulary.weight_VD.dtype)
+        return [rows.tokens_from_groups(found, tuple(x.shape[1:]))], [x]
 
-class _TiedLookupBackward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, e: Tensor, handle: Tensor, ids: Tensor, vocabulary: Vocabulary, level: int
-    ) -> Tensor:
-        ctx.vocabulary, ctx.ids = vocabulary, ids
-        if vocabulary.inner:
-            assert vocabulary.contexts is not None
-            e = drop_padding(e.detach(), ids, vocabulary.padding_idx)
-            if vocabulary.steps[level].lookup_GSD is not None:
+    def record(self, kept: Kept, es: Cotangents, at: At, needs_dx: bool) -> tuple[Tensor, None]:
+        (ids,), (e,) = kept, es
+        if self.vocabulary.inner:
+            step = self.vocabulary.steps[at.level]
+            if step.lookup_GSD is not None:
                 raise used_twice("the tied embedding")
-            vocabulary.steps[level].lookup_GSD = vocabulary.contexts.tokens_to_groups(e)
-        ctx.set_materialize_grads(False)
-        return handle.new_empty(0)
+            step.lookup_GSD = at.rows.tokens_to_groups(self._without_padding(e.detach(), ids))
+        return ids, None
 
-    @staticmethod
-    def backward(ctx: Any, _: None) -> Any:
-        forbid_higher_order("tied_lookup", "twice")
-        cot_e = None
-        if ctx.vocabulary.inner:
-            cot_GSD = lookup_cotangent(ctx.vocabulary).to(ctx.vocabulary.weight_VD.dtype)
-            cot_e = ctx.vocabulary.contexts.tokens_from_groups(cot_GSD, ctx.ids.shape[1:])
-            cot_e = drop_padding(cot_e, ctx.ids, ctx.vocabulary.padding_idx)
-        return cot_e, None, None, None, None
+    def add_use(
+        self, kept: Kept, es: Cotangents, at: At, needs_dx: bool, cot_x: Tensor | None
+    ) -> None:
+        if not es:
+            return
+        (ids,), (e,), (rows, level) = kept, es, at
+        u = self._without_padding(e, ids)
+        if self.vocabulary.gradient is not None:
+            self.vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
+        if self.vocabulary.terms(level):
+            lookup = Lookup(grouped(ids, rows), rows.tokens_to_groups(u))
+            self.vocabulary.add_lookup(lookup, level)
+
+    def factor_cotangents(
+        self, factor: Tensor, cot_dx: Tensor | None, at: At
+    ) -> tuple[None, list[Tensor | None]]:
+        if not self.vocabulary.inner:
+            return None, [None]
+        cot_GSD = lookup_cotangent(self.vocabulary).to(self.vocabulary.weight_VD.dtype)
+        cot_e = at.rows.tokens_from_groups(cot_GSD, tuple(factor.shape[1:]))
+        return None, [self._without_padding(cot_e, factor)]
+
+    def _without_padding(self, e: Tensor, ids: Tensor) -> Tensor:
+        return drop_padding(e, ids, self.vocabulary.padding_idx)
