@@ -88,7 +88,7 @@ def experiment_contexts(
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
         raise UserError(f"model: expected a causal LM, got one of type {config.model_type}")
-    needed = preset.limits.prompt_tokens + preset.longest_answer
+    needed = preset.longest_prompt + preset.longest_answer
     if needed > room:
         raise UserError(
             "limits: expected prompt_tokens and answer_tokens within the model's "

@@ -15,9 +15,10 @@ from ..evaluation import SETTINGS
 from . import paper
 from .cells import Cell
 from .context import ExperimentContext
-from .findings import Finding, Named, close, larger
+from .findings import Finding, Named, close, kept, larger
+from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
-from .preset import METRICS
+from .preset import METRICS, Preset
 from .results import Outcome, PaperNumbers, Table
 from .variants import Variant
 
@@ -48,9 +49,14 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
             if is_first:
                 measured[task] = {name: cells[-1] for name, cells in rows.items() if cells[-1]}
                 findings += _findings(repetitions, tasks[task].label, measured[task])
+                findings += _prompt_kept(repetitions, tasks[task].label, rows)
                 shown = ", ".join(f"{rate:g}" for rate in rates)
                 notes.append(f"{tasks[task].label}: BM's best inner rate: {shown}.")
     findings += _reversed_is_harder(measured)
+    columns = {tasks[task].label: _models(task) for task in options.tasks}
+    forgotten, about_it = text_tables(repetitions, columns, "BM")
+    tables += forgotten
+    findings += about_it
     notes.append(
         "BM: the base model; LC: meta-trained by KL to BM's own prompted predictions; LG: "
         "meta-trained on gold responses. Fine-Tuning is one inner step on the context at the rate "
@@ -59,14 +65,23 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     return Outcome(TITLE, tables, findings, notes)
 
 
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    return [variant for task in options.tasks for variant in _models(task).values()]
+
+
+def _models(task: str) -> dict[str, Variant]:
+    return {name: Variant(task, objective) for name, objective in MODELS.items()}
+
+
 def _rows(
     repetitions: Sequence[ExperimentContext], task: str, metric: str
 ) -> tuple[dict[str, list[Cell | None]], list[float]]:
     """For every model its cells in the three settings, and BM's best rates."""
     best, rates = measure_at_best(repetitions, EvalSpec(Variant(task)), metric)
     rows: dict[str, list[Cell | None]] = {"BM": [], BEST: [None, None, best]}
-    for name, objective in MODELS.items():
-        asked = [EvalSpec(Variant(task, objective), setting) for setting in SETTINGS]
+    for name, variant in _models(task).items():
+        asked = [EvalSpec(variant, setting) for setting in SETTINGS]
         rows[name] = [measure(repetitions, spec, metric) for spec in asked]
     return rows, rates
 
@@ -86,6 +101,26 @@ def _findings(
     ]
 
 
+def _prompt_kept(
+    repetitions: Sequence[ExperimentContext], label: str, rows: dict[str, list[Cell | None]]
+) -> list[Finding]:
+    """Whether meta-training leaves the use of a prompt."""
+    prompted = list(SETTINGS).index("prompt")
+    before, *after = (rows[name][prompted] for name in MODELS)
+    assert before is not None
+    return [
+        kept(
+            "the use of a prompt is kept",
+            f"{label}, {name}",
+            Named(name, cell),
+            Named("BM", before),
+            repetitions[0].preset.findings.margin,
+        )
+        for name, cell in zip(list(MODELS)[1:], after, strict=True)
+        if cell is not None
+    ]
+
+
 def _reversed_is_harder(fine_tuned: dict[str, dict[str, Cell]]) -> list[Finding]:
     if not {FORWARD, REVERSED} <= fine_tuned.keys():
         return []
@@ -102,10 +137,10 @@ def _reversed_is_harder(fine_tuned: dict[str, dict[str, Cell]]) -> list[Finding]
 
 
 def _paper(task: str, is_first: bool) -> PaperNumbers:
-    if task != paper.SQUAD or not is_first:
+    if not is_first:
         return {}
     return {
         (model, SETTINGS[setting]): number
-        for model, numbers in paper.FIGURE2_SQUAD.items()
+        for model, numbers in paper.FIGURE2.get(task, {}).items()
         for setting, number in numbers.items()
     }

@@ -10,27 +10,31 @@ from typing import Any
 from .cells import Cell, Estimate
 from .findings import Finding
 
+PERCENT, NATS = "%", "nats a token"  # units of tables
+
 PaperNumbers = Mapping[tuple[str, str], float | None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by row and column, each a share of examples or a mean score between 0 and 1.
+    """Cells by row and column, each a share of examples or a mean score between 0 and 1, or an NLL.
 
     Attributes:
         title: what is measured, and on what.
         columns: the heads of the columns.
         rows: for every row's head its cells; None where there is nothing to measure.
         paper: the paper's own numbers in %, by the heads of row and column.
+        unit: ``PERCENT`` for shares and scores, ``NATS`` for an NLL.
     """
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Cell | None]]
     paper: PaperNumbers = field(default_factory=dict)
+    unit: str = PERCENT
 
     def to_json(self) -> dict[str, Any]:
-        """Means and standard errors in %."""
+        """Means and standard errors in the table's unit."""
         rows = [
             {
                 "head": head,
@@ -41,14 +45,16 @@ class Table:
             }
             for head, cells in self.rows.items()
         ]
-        return {"title": self.title, "columns": list(self.columns), "rows": rows}
+        head = {"title": self.title, "unit": self.unit, "columns": list(self.columns)}
+        return {**head, "rows": rows}
 
     def _cell(self, cell: Cell, row: str, column: str) -> dict[str, Any]:
+        scale = 100 if self.unit == PERCENT else 1
         return {
-            "mean": _number(100 * cell.mean),
-            "se": _number(100 * cell.se),
+            "mean": _number(scale * cell.mean),
+            "se": _number(scale * cell.se),
             "examples": cell.examples,
-            "per_seed": [_number(100 * mean) for mean in cell.per_seed],
+            "per_seed": [_number(scale * mean) for mean in cell.per_seed],
             "paper": self.paper.get((row, column)),
         }
 

@@ -36,7 +36,8 @@ def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
         The Markdown file.
     """
     output, preset = repetitions[0].output, repetitions[0].preset
-    experiment = EXPERIMENTS[name]
+    experiment, seeds = EXPERIMENTS[name], preset.seeds_of(name)
+    repetitions = [ctx for ctx in repetitions if ctx.seed in seeds]
     outcome = experiment.run(repetitions, preset.section(name, experiment.options))
     content = {"experiment": name, **outcome.to_json(), **_circumstances(repetitions)}
     write_json(output / f"{name}.json", content)
@@ -50,13 +51,15 @@ def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
 
 def _circumstances(repetitions: Sequence[ExperimentContext]) -> dict[str, Any]:
     """How the numbers came about."""
-    preset, stages = repetitions[0].preset, repetitions[0].used
-    devices = {stage.versions["device"] for stage in stages.values()}
+    preset = repetitions[0].preset
+    seeds = {f"seed-{ctx.seed}" for ctx in repetitions}
+    used = repetitions[0].used.items()
+    stages = {name: stage for name, stage in used if name.split("/")[0] in seeds}
     return {
         "settings": preset.sections,
         "model": repetitions[0].fingerprint,
-        "seeds": list(preset.seeds),
-        "device": ", ".join(sorted(devices)),
+        "seeds": [ctx.seed for ctx in repetitions],
+        "device": ", ".join(sorted({stage.versions["device"] for stage in stages.values()})),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(stage.seconds for stage in stages.values()),

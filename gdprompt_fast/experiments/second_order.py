@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from .cells import Cell, Estimate
 from .context import ExperimentContext
 from .findings import Finding, Named, close, larger
+from .preset import Preset
 from .results import Chart, Outcome, Table, Texts
 from .second_order_stages import (
     AS_LONG,
@@ -27,6 +29,7 @@ from .second_order_stages import (
     time_stage,
     training_stage,
 )
+from .variants import Variant
 
 TITLE = "What second order buys"
 BEFORE = "before"
@@ -37,15 +40,15 @@ GRADIENTS = {
 
 Curve = list[dict[str, Any]]
 
-__all__ = ["Options", "run"]
+__all__ = ["Options", "run", "variants"]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The curves of every seed, by way and inner rate, and the seconds of a step by way."""
+    """For every seed the curves, by way and inner rate, and the seconds of a step, by way."""
 
     curves: dict[tuple[Way, float], list[Curve]]
-    seconds: dict[str, float]
+    seconds: dict[str, list[float]]
 
     def cell(self, way: Way, inner_lr: float, point: int = -1) -> Cell:
         """Whether answers were right, at a point of the training."""
@@ -60,26 +63,22 @@ class _Measured:
 
 def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
-    seconds = time_stage(repetitions[0], options).result["seconds"]
-    longer = round(options.steps * seconds[EXACT.name] / seconds[FIRST_ORDER.name])
     curves = {
         (way, rate): [
-            training_stage(
-                ctx, options, way, rate, longer if way.equal_time else options.steps
-            ).result["curve"]
-            for ctx in repetitions
+            training_stage(ctx, options, way, rate).result["curve"] for ctx in repetitions
         ]
         for rate in options.inner_lrs
         for way in WAYS
     }
-    measured = _Measured(curves, seconds)
+    of_seeds = [time_stage(ctx, options).result["seconds"] for ctx in repetitions]
+    measured = _Measured(curves, {name: [of[name] for of in of_seeds] for name in of_seeds[0]})
     task = repetitions[0].preset.tasks[options.task]
     return Outcome(
         TITLE,
         [_table(measured, options, task.label)],
         _findings(measured, options, repetitions[0].preset.findings.margin),
-        _notes(options, longer),
-        [_cosines(measured, options), _times(seconds)],
+        _notes(measured, options),
+        [_cosines(measured, options), _times(measured)],
         [_accuracy_chart(measured, options), *_gradient_charts(measured, options)],
     )
 
@@ -108,11 +107,18 @@ def _findings(measured: _Measured, options: Options, margin: float) -> list[Find
     return found
 
 
-def _notes(options: Options, longer: int) -> list[str]:
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """None: its trainings are its own, watched on the way."""
+    return []
+
+
+def _notes(measured: _Measured, options: Options) -> list[str]:
+    longer = {curve[-1]["step"] for curve in measured.curves[AS_LONG, options.inner_lrs[0]]}
     return [
         f"Every model trains {options.steps} outer steps ({options.objective}) from the same base "
-        f"model; first-order for as much time: {longer} steps. Fine-Tuning is one inner step at "
-        "the rate of training; an answer is right if every token of it is the gold response's.",
+        f"model; first-order for as much time: {', '.join(map(str, sorted(longer)))} steps. "
+        "Fine-Tuning is one inner step at the rate of training; an answer is right if every token "
+        "of it is the gold response's.",
         "Cosines are over all parameters, the mean over the first "
         f"{options.probes} batches of training contexts, along the exact training; "
         f"“{BEFORE}” is the base model.",
@@ -135,11 +141,12 @@ def _cosines(measured: _Measured, options: Options) -> Texts:
     return Texts("Cosine with the exact meta-gradient", ["", *columns], rows)
 
 
-def _times(seconds: dict[str, float]) -> Texts:
-    heads = {way.name: way.head.partition(",")[0] for way in WAYS} | {BF16.name: BF16.head}
+def _times(measured: _Measured) -> Texts:
+    heads = {EXACT.name: "exact", BF16.name: BF16.head, FIRST_ORDER.name: "first-order"}
+    exact = median(measured.seconds[EXACT.name])
     rows = [
-        [heads[name], f"{1e3 * each:.1f} ms", f"{each / seconds[EXACT.name]:.2f}"]
-        for name, each in seconds.items()
+        [heads[name], f"{1e3 * median(of):.1f} ms", f"{median(of) / exact:.2f}"]
+        for name, of in measured.seconds.items()
     ]
     return Texts("Time of a meta step", ["", "time", "of the exact step"], rows)
 

@@ -27,14 +27,14 @@ from ..exactness.precision import bf16_precision
 from ..exactness.weights import left_as_it_was
 from ..meta.capture import why_eager
 from ..meta.step import fast_meta_step
-from ..teacher import TeacherCache
+from ..teacher import Teacher
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from ..training.loop import meta_train
 from ..training.options import TrainOptions
 from ..training.step_data import StepData
 from .context import ExperimentContext
 from .preset import OBJECTIVES, check_choice
-from .tasks import data_stage, examples, prepare_stage, teacher_cache, teacher_stage
+from .tasks import data_stage, examples, prepare_stage, teacher_of, teacher_stage
 from .variants import Variant, load_base
 from .versions import device_name
 
@@ -149,9 +149,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training_stage(
-    ctx: ExperimentContext, options: Options, way: Way, inner_lr: float, steps: int
-) -> Stage:
+def training_stage(ctx: ExperimentContext, options: Options, way: Way, inner_lr: float) -> Stage:
     """A training of the task's base model, and what was measured on the way.
 
     Its result has the ``curve``: for every point the number of outer steps, the NLL of the gold
@@ -159,6 +157,7 @@ def training_stage(
     and, where the way is exact, for every probe the cosine with the exact meta-gradient of the
     first-order one and of that in bf16.
     """
+    steps = _steps(ctx, options, way)
     train = replace(_train_options(ctx, options, way, inner_lr), steps=steps)
     teacher = teacher_stage(ctx, options.task, train) if options.objective == "kl" else None
     count = options.probes if way is EXACT else 0
@@ -172,7 +171,7 @@ def training_stage(
     }
 
     def work(folder: Path) -> Result:
-        cache = None if teacher is None else teacher_cache(ctx, options.task, teacher.folder, train)
+        cache = None if teacher is None else teacher_of(ctx, options.task, teacher.folder, train)
         model, tokenizer = load_base(ctx, Variant(options.task))
         chosen = examples(ctx, options.task, "train", model, tokenizer)
         curve = KeptResults(folder / CURVE_FILE, read_json)
@@ -193,6 +192,13 @@ def training_stage(
     return ctx.stage(name, wanted, work)
 
 
+def _steps(ctx: ExperimentContext, options: Options, way: Way) -> int:
+    if not way.equal_time:
+        return options.steps
+    seconds = time_stage(ctx, options).result["seconds"]
+    return max(1, round(options.steps * seconds[EXACT.name] / seconds[FIRST_ORDER.name]))
+
+
 def _train_options(
     ctx: ExperimentContext, options: Options, way: Way, inner_lr: float
 ) -> TrainOptions:
@@ -210,7 +216,7 @@ def _train_options(
 
 def _probes(
     chosen: Sequence[Example],
-    cache: TeacherCache | None,
+    cache: Teacher | None,
     model: nn.Module,
     train: TrainOptions,
     count: int,

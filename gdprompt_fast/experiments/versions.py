@@ -18,5 +18,5 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the work is done on."""
+    """A GPU by the name of its maker, another device by its kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -19,7 +19,7 @@ from ..exactness.report import CANNOT_TELL, NOT_EXACT, ExactnessReport
 from ..loading import add_lora, positions
 from ..meta.targets import TeacherTargets
 from ..models.inner_params import select_inner
-from ..teacher import TeacherCache
+from ..teacher import Teacher
 from ..training.metrics import METRICS_FILE
 from ..training.options import StepOptions
 from ..training.step_data import StepData
@@ -84,7 +84,7 @@ def check(config: CheckConfig) -> Callable[[], ExactnessReport]:
     return work
 
 
-def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) -> None:
+def check_before_training(job: Job, teacher: Teacher | None, output: Path) -> None:
     """Checks the step on the first context of a run that has not started.
 
     Raises:
@@ -94,7 +94,7 @@ def check_before_training(job: Job, teacher: TeacherCache | None, output: Path) 
         return
     job.model.eval()
     units = units_by_context(job.examples, job.options.queries_per_context)[:1]
-    data = StepData.of(job.examples, units, teacher)
+    data = StepData.of(job.examples, units, teacher, (job.texts or [])[:1])
     report = _check(job.model, data, job.options)
     if report.verdict == NOT_EXACT:
         raise UserError(

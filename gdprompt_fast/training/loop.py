@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -26,10 +27,12 @@ from ..data import (
     units_by_context,
 )
 from ..errors import UserError
+from ..evaluation.held_out import HeldOut
 from ..meta.capture import why_eager
 from ..meta.config import MetaStepOutput
 from ..meta.step import fast_meta_step
-from ..teacher import TeacherCache
+from ..teacher import Teacher
+from .best import BestModel
 from .checkpoint import (
     MODEL_FOLDER,
     check_checkpoint,
@@ -42,7 +45,7 @@ from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import ClippedAdam, check_norm
 from .options import TrainOptions
-from .step_data import StepData, padding_of
+from .step_data import LeastSizes, StepData, padding_of
 
 
 def meta_train(
@@ -51,16 +54,18 @@ def meta_train(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: TeacherCache | None = None,
+    teacher: Teacher | None = None,
     joint: Sequence[Example] | None = None,
+    texts: Sequence[array[int]] | None = None,
+    held_out: HeldOut | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
     Writes ``metrics.jsonl`` (a row a step), the same for TensorBoard if that is installed,
-    ``checkpoints/`` (the newest one) and, at the end, ``model/``. On a CPU a run that was killed
-    and continued ends with the very bits of one that was not: the losses of a step follow from its
-    number and the weights alone.
+    ``checkpoints/`` (the newest one), with ``held_out`` ``best/`` and, at the end, ``model/``. On a
+    CPU a run that was killed and continued ends with the very bits of one that was not: the losses
+    of a step follow from its number and the weights alone.
 
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
@@ -69,6 +74,9 @@ def meta_train(
             for the gold objective.
         joint: examples for joint training: every step adds the ordinary fine-tuning loss, in the
             Prompt and No Context formats, of ``batch_size`` of them.
+        texts: rows of running text, of which every step draws as many as contexts for L_LM, in the
+            place of what ``lm_on`` says.
+        held_out: what to measure on as training goes; the model that does best there is kept.
         watch: called with the number of steps done, before the first step and after each; it must
             leave the model as it is.
 
@@ -84,10 +92,14 @@ def meta_train(
     optimizer = ClippedAdam(trained, options.clip_norm)
     late = LateNumbers(trained[0].device)
     ladder = not why_eager(model, options.step_config, trained[0].device)
+    least = LeastSizes.of(examples, options)
     samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
+    if texts:
+        samplers["texts"] = ShuffledSampler(len(texts), f"{options.seed} texts")
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
     start = load_checkpoint(output, model, optimizer.adam, samplers)
+    best = BestModel(output, check_metrics(output / METRICS_FILE, start))
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
@@ -97,11 +109,12 @@ def meta_train(
             watch(start)
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
-            data = StepData.of(examples, drawn, teacher)
+            rows = [texts[i] for i in samplers["texts"].take(options.contexts)] if texts else ()
+            data = StepData.of(examples, drawn, teacher, rows)
             beside = []
             if joint is not None:
                 beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-            arguments = data.arguments(model, options, ladder)
+            arguments = data.arguments(model, options, ladder, least)
             losses = _meta_backward(model, arguments, options)
             row = _row(step, losses, options)
             row["padding"] = padding_of(
@@ -109,7 +122,13 @@ def meta_train(
             )
             row |= _backward_beside(model, data, beside, options, step)
             row["gradient_norm"] = optimizer.update(row["learning_rate"], step, row["found_inf"])
-            late.add(row, partial(report, losses, data.tokens))
+            measured = {}
+            if held_out is not None and held_out.is_due(step + 1, options.steps):
+                measured = held_out.numbers(model, tokenizer, options.inner)
+            late.add({**row, **measured}, partial(report, losses, data.tokens))
+            if measured:
+                late.read_all()  # a step that failed is never saved
+                best.keep(step + 1, measured, model, tokenizer)
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 late.read_all()  # a step that failed is never saved
@@ -157,15 +176,15 @@ def check_training(output: Path) -> None:
 
 
 def _check_teacher(
-    teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
+    teacher: Teacher | None, examples: Sequence[Example], options: TrainOptions
 ) -> None:
     if (teacher is not None) != (options.objective == "kl"):
         raise UserError(
-            f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
+            f'teacher: expected a Teacher with objective "kl" and None with "gold", got '
             f'{type(teacher).__name__} with "{options.objective}"'
         )
     if teacher is not None and teacher.examples != list(examples):
-        raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
+        raise UserError("teacher: expected one of the examples, got one of others")
 
 
 def _samplers(

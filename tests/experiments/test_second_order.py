@@ -22,10 +22,7 @@ OPTIONS = Options(task="squad", objective="kl", inner_lrs=(0.1, 0.5), steps=2, p
 
 def curve(folder: Path, way: second_order_stages.Way, rate: float) -> list[dict[str, Any]]:
     (ctx,) = contexts_of(content(folder, "second-order")["settings"], folder)
-    steps = second_order_stages.time_stage(ctx, OPTIONS).result["seconds"]
-    longer = round(OPTIONS.steps * steps["exact"] / steps["first-order"])
-    of_way = longer if way.equal_time else OPTIONS.steps
-    stage = second_order_stages.training_stage(ctx, OPTIONS, way, rate, of_way)
+    stage = second_order_stages.training_stage(ctx, OPTIONS, way, rate)
     found: list[dict[str, Any]] = stage.result["curve"]
     return found
 

@@ -96,6 +96,14 @@ inner_lrs = [0.1, 0.5]
 steps = 2
 points = 1
 probes = 1
+[kept]
+task = "squad"
+objective = "kl"
+prompt_weight = 0.3
+text_weight = 0.1
+[text]
+task = "wikitext"
+examples = 4
 [findings]
 margin = 0.1
 """
