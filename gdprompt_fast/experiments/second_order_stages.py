@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class Options(Config):
         task: the task, which goes by whether an answer is the gold response.
         objective: ``kl`` or ``gold``.
         inner_lrs: the inner rates η.
-        steps: outer steps of the training with exact gradients.
+        steps: outer steps of a training.
         points: how often a training is measured, evenly, beside before its first step.
         probes: batches of training contexts on which gradients are compared.
     """
@@ -74,31 +73,29 @@ class Options(Config):
 
 @dataclass(frozen=True)
 class Way:
-    """How the meta-gradient is computed, and for how long one trains on it.
+    """How the meta-gradient is computed.
 
     Attributes:
         name: of its stages.
         head: in tables.
-        equal_time: for as many steps as take the time of the exact ones; else for as many steps.
     """
 
     name: str
     head: str
     first_order: bool = False
     compute_dtype: str = "float32"
-    equal_time: bool = False
 
 
 EXACT = Way("exact", "exact")
 BF16 = Way("bf16", "exact, in bf16", compute_dtype="bfloat16")
-FIRST_ORDER = Way("first-order", "first-order, as many steps", first_order=True)
-AS_LONG = Way("first-order-as-long", "first-order, as much time", first_order=True, equal_time=True)
-WAYS = (EXACT, BF16, FIRST_ORDER, AS_LONG)
+FIRST_ORDER = Way("first-order", "first-order", first_order=True)
+WAYS = (EXACT, BF16, FIRST_ORDER)
 
 
 def time_stage(ctx: ExperimentContext, options: Options) -> Stage:
-    """The median seconds of a meta step of each way at the base model, in turns, by name."""
-    ways = [way for way in WAYS if not way.equal_time]
+    """The seconds of a meta step of each way at the base model, the fastest of several in turns, by
+    name: what else the machine does only adds to them.
+    """
     wanted = {
         "base": prepare_stage(ctx, options.task).key,
         "options": _train_options(ctx, options, EXACT, options.inner_lrs[0]).lasting(),
@@ -107,17 +104,17 @@ def time_stage(ctx: ExperimentContext, options: Options) -> Stage:
     def work(folder: Path) -> Result:
         model, tokenizer = load_base(ctx, Variant(options.task))
         chosen = examples(ctx, options.task, "train", model, tokenizer)
-        times: dict[str, list[float]] = {way.name: [] for way in ways}
+        times: dict[str, list[float]] = {way.name: [] for way in WAYS}
         steps = {
             way.name: _timed_step(
                 model, chosen, _train_options(ctx, options, way, options.inner_lrs[0])
             )
-            for way in ways
+            for way in WAYS
         }
         for _ in range(WARM + TIMED):
             for name, step in steps.items():
                 times[name].append(step())
-        seconds = {name: median(of[WARM:]) for name, of in times.items()}
+        seconds = {name: min(of[WARM:]) for name, of in times.items()}
         return {"seconds": seconds, "device": device_name(ctx.device)}
 
     return ctx.stage(f"second-order/{options.task}/time", wanted, work)
@@ -157,8 +154,7 @@ def training_stage(ctx: ExperimentContext, options: Options, way: Way, inner_lr:
     and, where the way is exact, for every probe the cosine with the exact meta-gradient of the
     first-order one and of that in bf16.
     """
-    steps = _steps(ctx, options, way)
-    train = replace(_train_options(ctx, options, way, inner_lr), steps=steps)
+    train = _train_options(ctx, options, way, inner_lr)
     teacher = teacher_stage(ctx, options.task, train) if options.objective == "kl" else None
     count = options.probes if way is EXACT else 0
     wanted = {
@@ -177,26 +173,19 @@ def training_stage(ctx: ExperimentContext, options: Options, way: Way, inner_lr:
         curve = KeptResults(folder / CURVE_FILE, read_json)
         watched = _Watched(ctx, options.task, model, tokenizer, train)
         probes = list(_probes(chosen, cache, model, train, count))
-        at = {round(steps * point / options.points) for point in range(options.points + 1)}
+        steps = [round(train.steps * point / options.points) for point in range(options.points + 1)]
 
         def watch(step: int) -> None:
-            if step in at:
+            if step in steps:
                 curve.once(str(step), lambda: watched.point(step, probes))
 
         meta_train(model, tokenizer, chosen, train, folder, cache, watch=watch)
         for left in (CHECKPOINTS, MODEL_FOLDER):  # what was measured is all that is asked of it
             shutil.rmtree(folder / left, ignore_errors=True)
-        return {"steps": steps, "curve": [curve.content[str(step)] for step in sorted(at)]}
+        return {"steps": train.steps, "curve": [curve.content[str(step)] for step in steps]}
 
     name = f"second-order/{options.task}/{way.name}-rate-{inner_lr:g}"
     return ctx.stage(name, wanted, work)
-
-
-def _steps(ctx: ExperimentContext, options: Options, way: Way) -> int:
-    if not way.equal_time:
-        return options.steps
-    seconds = time_stage(ctx, options).result["seconds"]
-    return max(1, round(options.steps * seconds[EXACT.name] / seconds[FIRST_ORDER.name]))
 
 
 def _train_options(
