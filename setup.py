@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SUBPACKAGES = [
+    "app",
     "artifacts",
     "bundled",
     "cli",
@@ -19,6 +20,7 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "keep",
     "kernels",
     "kernels.attention",
     "loading",
@@ -35,6 +37,7 @@ SUBPACKAGES = [
     "runs",
     "teacher",
     "testing",
+    "trainer",
     "training",
     "update",
 ]
@@ -80,7 +83,8 @@ setup(
     package_dir={"gdprompt_fast": "gdprompt_fast", "gdprompt_fast.kernels": "kernels"},
     package_data={
         "gdprompt_fast": ["py.typed"],
-        "gdprompt_fast.bundled": ["model/*"],
+        "gdprompt_fast.app": ["*.css"],
+        "gdprompt_fast.bundled": ["model/*", "meta_trained_model/*"],
         "gdprompt_fast.presets": ["*.toml"],
     },
     ext_modules=cpp_extension(),

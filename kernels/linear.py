@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .copy_engine import begins_aligned, describable
-from .linear_tiles import HOPPER, POINTERS, POINTERS_FP32, Tiles, choose_tiles
+from .linear_tiles import Tiles, choose_tiles
 
 SUM_BLOCK = 1024  # of _sum_parts_kernel
 
@@ -280,65 +280,3 @@ def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list
         (factor, (tiles.context, tiles.outputs)),
     ]
     return [TensorDescriptor.from_tensor(tensor, [1, *block]) for tensor, block in blocks]
-
-
-def compile_cases(target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: a layer of Llama 3.2 1B in bf16 and fp32; on
-    Hopper with every row of its table, forward and backward.
-    """
-    cases = [
-        compile_case("updated_product bf16", "bf16", POINTERS),
-        compile_case("updated_product fp32", "fp32", POINTERS_FP32),
-    ]
-    cases.append(
-        dict(
-            name="sum_parts bf16",
-            kernel=_sum_parts_kernel,
-            signature=dict(parts_ptr="*fp32", b_ptr="*bf16", y_ptr="*bf16", ROWS="i32", O="i32"),
-            constexprs=dict(HAS_BIAS=True, SPLIT=4, BLOCK=SUM_BLOCK),
-            aligned=["O"],
-            num_warps=4,
-            num_stages=3,
-        )
-    )
-    if target == "sm_90":
-        for tiles in sorted({tiles for tiles in HOPPER.values() if tiles}):
-            for way in ("OI", "IO"):
-                sizes = f"{tiles.rows}x{tiles.outputs}x{tiles.inputs}/{tiles.context}"
-                name = f"updated_product bf16 {sizes} {way}"
-                cases.append(compile_case(name, "bf16", tiles, transposed=way == "IO"))
-    return cases
-
-
-def compile_case(name: str, dtype: str, tiles: Tiles, transposed: bool = False) -> dict[str, Any]:
-    sizes = ("ROWS", "M", "I", "O", "S", "stride_w")
-    weight = (tiles.inputs, tiles.outputs) if transposed else (tiles.outputs, tiles.inputs)
-    blocks = dict(
-        x=(tiles.rows, tiles.inputs),
-        w=weight,
-        a=(tiles.update_rows, tiles.context),
-        e=(tiles.context, tiles.outputs),
-    )
-    operands = {
-        name: f"tensordesc<{dtype}[1, {r}, {c}]>" if tiles.tma else f"*{dtype}"
-        for name, (r, c) in blocks.items()
-    }
-    return dict(
-        name=name,
-        kernel=_updated_product_kernel,
-        signature={
-            **operands,
-            "b_ptr": f"*{dtype}",
-            "y_ptr": "*fp32" if tiles.split > 1 else f"*{dtype}",
-            **dict.fromkeys(sizes, "i32"),
-        },
-        constexprs=dict(
-            HAS_BIAS=False,
-            TRANSPOSED=transposed,
-            TMA=tiles.tma,
-            **tiles.constexprs(),
-        ),
-        aligned=[size for size in sizes if size not in ("ROWS", "M")],
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )

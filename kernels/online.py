@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.eager.vocabulary import Sums
-from .tiles import block_of, compile_case, elementwise, grid, rows_of
+from .tiles import block_of, elementwise, grid, rows_of
 
 WHOLE_ROW = 16384
 SWEEP_BLOCK = 4096  # columns of a longer row that a program takes at once
 ELEMENTS_PER_THREAD = 16  # of each row in registers, more where 16 warps are too few for that
-WIDTHS = 4096, 16384, 32768  # of tiles, in compile_cases
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: e^(−∞ − LOWEST) is 0
 
 
@@ -221,16 +220,3 @@ def _sweep(width: int) -> dict[str, Any]:
     most = 8 if torch.version.hip else 16  # 512 threads
     warps = min(most, max(1, block // (32 * ELEMENTS_PER_THREAD)))
     return {"WHOLE": width <= block, "BLOCK": block, "num_warps": warps}
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: rows in registers, and longer ones."""
-    kernels = [
-        *((kernel, v) for kernel in (_online_softmax_kernel, _online_kl_kernel) for v in WIDTHS),
-        (_accumulate_kernel, 0),
-    ]
-    return [
-        compile_case(kernel, f" v={v}" * bool(v), dtype, _sweep(v) if v else elementwise(1024))
-        for dtype in ("bf16", "fp32")
-        for kernel, v in kernels
-    ]

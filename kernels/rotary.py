@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -150,31 +148,3 @@ def _tile(heads: int, kv_heads: int, dim: int, rotated: int) -> dict[str, int]:
         "BLOCK_REST": triton.next_power_of_2(max(1, dim - rotated)),
         "num_warps": NUM_WARPS,
     }
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: heads of Llama 1B and 8B and of Pythia."""
-    cases = []
-    for heads, kv_heads, dim, rotated in ((32, 8, 64, 64), (32, 8, 128, 128), (16, 16, 64, 16)):
-        for adjoint in (False, True):
-            constexprs = {"ADJOINT": adjoint, **_tile(heads, kv_heads, dim, rotated)}
-            warps = constexprs.pop("num_warps")
-            signature: dict[str, Any] = {}
-            for name in _rotary_kernel.arg_names:
-                if name.endswith("_strides"):
-                    signature[name] = ("i32", "i32", "i32")
-                elif name not in constexprs:
-                    signature[name] = "*bf16" if name.endswith("_ptr") else "i32"
-            pass_ = "backward" if adjoint else "forward"
-            cases.append(
-                {
-                    "name": f"rotary_{pass_} D={dim} R={rotated}",
-                    "kernel": _rotary_kernel,
-                    "signature": signature,
-                    "constexprs": constexprs,
-                    "aligned": [n for n in signature if n.endswith(("_strides", "_stride"))],
-                    "num_warps": warps,
-                    "num_stages": 3,
-                }
-            )
-    return cases

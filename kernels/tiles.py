@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,24 +33,3 @@ def grid(t_GNv: Tensor) -> tuple[int, int]:
     """Of the elementwise kernels."""
     groups, rows, width = t_GNv.shape
     return groups * rows, triton.cdiv(width, elementwise(width)["BLOCK"])
-
-
-def compile_case(kernel: Any, kind: str, dtype: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """A kernel on tiles of a dtype, for benchmarks/ops/compile_kernels.py."""
-    rows = ("lse", "t_lse", "top", "total", "picked", "gap", "new", "new_gap", "sum", "shrink")
-    types = {f"{name}_ptr": "*fp32" for name in (*rows, "center", "weight")}
-    types |= dict.fromkeys(("id_ptr", "columns_ptr"), "*i64")
-    warps = constants.pop("num_warps")
-    return {
-        "name": f"{kernel.fn.__name__.strip('_').removesuffix('_kernel')} {dtype}{kind}",
-        "kernel": kernel,
-        "signature": {
-            n: types.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32")
-            for n in kernel.arg_names
-            if n not in constants
-        },
-        "constexprs": constants,
-        "aligned": ["v", "z_stride", "t_stride", "stride", "X"],
-        "num_warps": warps,
-        "num_stages": 3,
-    }

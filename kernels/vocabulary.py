@@ -7,8 +7,6 @@ fp32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ..ops.eager.vocabulary import CotangentRows, Into
 from .online import accumulate_, online_kl, online_softmax
-from .tiles import block_of, compile_case, elementwise, grid, rows_of
+from .tiles import block_of, elementwise, grid, rows_of
 
 __all__ = [
     "accumulate_",
@@ -175,22 +173,3 @@ def _room(into: Into, like: Tensor) -> Tensor:
 
 def _columns(columns: int | Tensor) -> tuple[int, Tensor | None]:
     return (columns, None) if isinstance(columns, int) else (0, columns.contiguous())
-
-
-def compile_cases(_target: str) -> list[dict[str, Any]]:
-    """What benchmarks/ops/compile_kernels.py compiles: tiles in bf16 and fp32, of both kinds of
-    columns.
-    """
-    contiguous = {"columns_ptr": None}
-    kernels: list[tuple[Any, str, dict[str, Any]]] = [
-        (_softmax_difference_kernel, "", {}),
-        (_softmax_minus_one_hot_kernel, "", contiguous),
-        (_softmax_minus_one_hot_kernel, " own columns", {}),
-        (_logit_cotangent_kernel, "", contiguous),
-        (_logit_cotangent_kernel, " own columns", {}),
-    ]
-    return [
-        compile_case(kernel, kind, dtype, elementwise(1024) | absent)
-        for dtype in ("bf16", "fp32")
-        for kernel, kind, absent in kernels
-    ]

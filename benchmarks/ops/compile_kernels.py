@@ -4,7 +4,7 @@ memory, spills and matrix instructions of each.
     python -m benchmarks.ops.compile_kernels                    # all targets, writes results/
     python -m benchmarks.ops.compile_kernels --targets sm_90 --modules norm
 
-What is compiled of a module of kernels/ stands in ``compile_cases.py``. Exits with 1 if a kernel
+What is compiled of a module of kernels/ stands in ``compile_cases/``. Exits with 1 if a kernel
 fails to compile, or spills or overflows the shared memory on sm_90.
 """
 
@@ -15,13 +15,11 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: it replaces the compiler
 
 import argparse
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-
-import gdprompt_fast.kernels
 
 from ..harness.rows import RESULTS, replace_rows
 from ..report.tables import markdown
@@ -66,20 +62,12 @@ def cases(
     modules: list[str] | None, targets: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Module name, case and target."""
-    found = sorted(module.name for module in pkgutil.iter_modules(gdprompt_fast.kernels.__path__))
-    unknown = set(modules or ()) - set(found)
+    unknown = set(modules or ()) - set(CASES)
     if unknown:
-        raise SystemExit(f"--modules: expected some of {found}, got {sorted(unknown)}")
-    for name in modules or found:
-        if (cases_of := compile_cases_of(name)) is not None:
-            for target in targets:
-                yield from ((name, case, target) for case in cases_of(target))
-
-
-def compile_cases_of(name: str) -> Callable[[str], list[dict[str, Any]]] | None:
-    """None of a module that only others use."""
-    module = importlib.import_module(f"gdprompt_fast.kernels.{name}")
-    return CASES.get(name) or getattr(module, "compile_cases", None)
+        raise SystemExit(f"--modules: expected some of {sorted(CASES)}, got {sorted(unknown)}")
+    for name in modules or CASES:
+        for target in targets:
+            yield from ((name, case, target) for case in CASES[name](target))
 
 
 def compile_case(case: dict[str, Any], target: GPUTarget) -> Any:

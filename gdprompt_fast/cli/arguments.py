@@ -51,6 +51,7 @@ def _add(parser: argparse.ArgumentParser, config: type[CommandConfig], field: Fi
     if many:
         arguments["nargs"] = "+"
     if about["positional"]:
+        arguments |= {} if required(field) else {"nargs": "?"}
         parser.add_argument(field.name, **arguments)
     else:
         parser.add_argument(option, required=required(field), **arguments)

@@ -116,16 +116,19 @@ class CommandConfig(Config):
         Args:
             kind: "reads" or "writes"; a model to read may be a name on the hub instead.
         """
-        given = {
-            each.name: getattr(self, each.name) for each in fields(self) if each.metadata[kind]
-        }
-        return {name: Path(value) for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name) if each.metadata[kind] else None
+            if isinstance(value, tuple):
+                given |= {f"{each.name} {number}": path for number, path in enumerate(value, 1)}
+            elif value is not None:
+                given[each.name] = value
+        return {name: Path(value) for name, value in given.items()}
 
     def settings(self) -> dict[str, Any]:
         """What a run must have in common with the one that it continues, for JSON."""
-        values = self.lasting().items()
-        texts = {name: str(value) if isinstance(value, Path) else value for name, value in values}
-        return {"command": self.command, **texts}
+        values = {name: _for_json(value) for name, value in self.lasting().items()}
+        return {"command": self.command, **values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,12 @@ class WritingConfig(CommandConfig):
     """The configuration of a command that writes files."""
 
     overwrite: bool = option(False, "replace what this command did not write", may_change=True)
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_for_json(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def hints(config: type) -> dict[str, Any]:

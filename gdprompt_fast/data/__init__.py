@@ -13,6 +13,13 @@ from .collate import (
     response_rows,
     with_responses,
 )
+from .contexts import (
+    Context,
+    ContextRow,
+    encode_contexts,
+    read_contexts,
+    reason_to_drop_context,
+)
 from .lengths import LengthSampler, Size, by_length, prompt_sizes, step_sizes
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
 from .running_text import text_rows
@@ -32,6 +39,8 @@ from .triples import Records, TrainTest, read_records, read_triples, write_tripl
 __all__ = [
     "SOURCES",
     "ChatEncoder",
+    "Context",
+    "ContextRow",
     "Example",
     "LengthSampler",
     "Limits",
@@ -48,6 +57,7 @@ __all__ = [
     "by_length",
     "characters_vocabulary",
     "context_loss_mask",
+    "encode_contexts",
     "end_token",
     "make_characters",
     "make_data",
@@ -61,8 +71,10 @@ __all__ = [
     "prompt_rows",
     "prompt_sizes",
     "query_rows",
+    "read_contexts",
     "read_records",
     "read_triples",
+    "reason_to_drop_context",
     "response_rows",
     "step_sizes",
     "text_rows",

@@ -129,11 +129,19 @@ def tokenise_triples(
         ValueError: if the tokenizer has no EOS, or if nothing is left.
     """
     encode = (encoder or TripleEncoder)(tokenizer)
+    chunks = batched(records, RECORDS_AT_ONCE)
+    return keep_usable((example for chunk in chunks for example in encode.examples(chunk)), limits)
+
+
+def keep_usable(tokenised: Iterable[Example | None], limits: Limits) -> TokenisedTriples:
+    """The examples of records, one each, without those that cannot be used.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
     examples: list[Example] = []
     kept: list[int] = []
     reasons: dict[int, str] = {}
-    chunks = batched(records, RECORDS_AT_ONCE)
-    tokenised = (example for chunk in chunks for example in encode.examples(chunk))
     for index, example in enumerate(tokenised):
         reason = _reason_to_drop(example, limits)
         if example is not None and reason is None:
@@ -204,10 +212,10 @@ class TripleEncoder:
             response=array("i", [*query.response, self.end]),
             texts=Texts(record["context"], record["query"], record["response"], record.get("id")),
             answers=tuple(record.get("answers") or [record["response"]]),
-            context_loss=self._counting(record["context"], record.get("context_loss")),
+            context_loss=self.counting(record["context"], record.get("context_loss")),
         )
 
-    def _counting(
+    def counting(
         self, context: str, spans: Sequence[Sequence[int]] | None
     ) -> tuple[bool, ...] | None:
         """Which tokens of a context row have a character in one of the spans."""

@@ -83,13 +83,8 @@ def read_records(path: str | Path, encoding: str = UTF_8) -> Records:
             missing, of another type or empty; or if the file is absent or holds no record.
     """
     path = Path(path)
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no file" if path.exists() else "no such file"
-        raise UserError(f"{path}: expected a JSONL file of triples, got {got}")
-    text = read_text(path, encoding)
-    objects = _elements(text, path) if ARRAY.match(text) else _lines(text, path)
     rows, lines, read_as = [], [], dict[str, None]()
-    for line, content in objects:
+    for line, content in read_objects(path, "triples", encoding):
         row, names = _triple(content, f"{path}, line {line}")
         rows.append(row)
         lines.append(line)
@@ -106,6 +101,22 @@ def read_records(path: str | Path, encoding: str = UTF_8) -> Records:
         for row in rows:
             row.setdefault(CONTEXT_LOSS, None)
     return Records(rows, lines, ", ".join(read_as))
+
+
+def read_objects(path: Path, what: str, encoding: str = UTF_8) -> Iterator[tuple[int, Any]]:
+    """What a JSONL file or a JSON array holds, each with the line where it begins.
+
+    Args:
+        what: the file is of, for errors.
+
+    Raises:
+        ValueError: naming the file, if it is absent, and the line, if that is not JSON.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no file" if path.exists() else "no such file"
+        raise UserError(f"{path}: expected a JSONL file of {what}, got {got}")
+    text = read_text(path, encoding)
+    return _elements(text, path) if ARRAY.match(text) else _lines(text, path)
 
 
 def write_triples(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
@@ -168,13 +179,13 @@ def _triple(content: Any, where: str) -> tuple[dict[str, Any], dict[str, None]]:
         raise UserError(f"{where}: expected a JSON object, got {type(content).__name__}")
     row, read_as = dict[str, Any](), dict[str, None]()
     if isinstance(content.get(ID), str | int) and not isinstance(content[ID], bool):
-        row[ID] = _text(str(content[ID]), ID, where)
+        row[ID] = check_text(str(content[ID]), ID, where)
     answers, names = _answers(content.get(ANSWERS), where), dict.fromkeys(content)
     for field in FIELDS:
         name = next((n for n in (field, *OTHER_NAMES[field]) if n in names), None)
         names.pop(name, None)  # a prompt is the context, or beside a context the query
         if name is not None:
-            row[field] = _text(content[name], name, where)
+            row[field] = check_text(content[name], name, where)
         elif field == "response" and answers:
             row[field], name = answers[0], f"the first of {ANSWERS}"
         else:
@@ -184,7 +195,7 @@ def _triple(content: Any, where: str) -> tuple[dict[str, Any], dict[str, None]]:
         if name != field:
             read_as[f"{name} read as {field}"] = None
     if content.get(CONTEXT_LOSS) is not None:
-        row[CONTEXT_LOSS] = _spans(content[CONTEXT_LOSS], len(row["context"]), where)
+        row[CONTEXT_LOSS] = check_spans(content[CONTEXT_LOSS], len(row["context"]), where)
     return row | ({ANSWERS: answers} if answers else {}), read_as
 
 
@@ -197,11 +208,11 @@ def _answers(value: Any, where: str) -> list[str]:
         raise UserError(
             f'{where}: expected "{ANSWERS}" to be a list of non-empty strings, got {short(value)}'
         )
-    read = [_text(text, ANSWERS, where) for text in texts]
+    read = [check_text(text, ANSWERS, where) for text in texts]
     return list(dict.fromkeys(read)) if isinstance(value, dict) else read
 
 
-def _spans(value: Any, length: int, where: str) -> list[list[int]]:
+def check_spans(value: Any, length: int, where: str) -> list[list[int]]:
     """Parts of a text of ``length`` characters: at least one, none of them empty."""
 
     def is_span(span: Any) -> bool:
@@ -216,7 +227,7 @@ def _spans(value: Any, length: int, where: str) -> list[list[int]]:
     return value
 
 
-def _text(value: Any, field: str, where: str) -> str:
+def check_text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         kind = "a list of non-empty strings" if field == ANSWERS else "a non-empty string"
         raise UserError(f'{where}: expected "{field}" to be {kind}, got {short(value)}')

@@ -43,8 +43,8 @@ class MetaStepConfig:
         inner_lr: η ≥ 0: a number, a tensor [] or [G], or one of these tensors for each layer that
             the inner step moves, by the layer's name.
         inner_steps: the number of inner steps.
-        inner_params: what the inner step moves: ``"full"``, ``"lora"``, or a callable(name,
-            parameter) -> bool.
+        inner_params: what the inner step moves: ``"full"``, ``"linear"``, ``"lora"``, or a
+            callable(name, parameter) -> bool.
         objective: ``"kl"`` or ``"gold"``.
         outer_reduction: over the tokens of a response, ``"sum"`` or ``"mean"``.
         lm_weight: λ ≥ 0, a number or a tensor [].

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch, check_context_group, check_contexts, check_loss_mask, describe
 from ..errors import UserError
+from ..keep.folder import Kept, save
+from ..keep.loaded import load_adapters
+from ..keep.record import Learnt
+from ..keep.state import state_at, state_of
 from ..layout import context_weights
 from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..models.inner_params import InnerParams, select_inner
@@ -71,15 +78,21 @@ def take_inner_steps(
 
 
 class InnerUpdate:
-    """The θ' of every group, to run the model at; made by :func:`inner_step`."""
+    """The θ' of every group: to run the model at, and to keep; made by :func:`inner_step`, or of
+    adapters that were kept.
 
-    def __init__(self, adapted: AdaptedModel) -> None:
-        self._adapted = adapted
+    Attributes:
+        adapted: the model's layers at θ'.
+        learnt: how θ' was.
+    """
+
+    def __init__(self, adapted: AdaptedModel, learnt: Learnt) -> None:
+        self.adapted, self.learnt = adapted, learnt
 
     @property
     def groups(self) -> int:
         """The number of groups, G."""
-        return self._adapted.state.groups
+        return self.adapted.state.groups
 
     @contextmanager
     def applied_to(self, model: nn.Module, groups: Tensor) -> Iterator[None]:
@@ -87,7 +100,9 @@ class InnerUpdate:
         only.
 
         ``model(...)`` and ``model.generate(...)`` work as ever, with the model's own attention,
-        masks and cache; their outputs have no graph.
+        masks and cache; their outputs have no graph. With one group ``model.state_dict()`` and
+        ``model.save_pretrained(...)`` are of its θ' (of a PEFT model whose base moves, as an
+        adapter: :meth:`save_pretrained`); with several they raise.
 
         Args:
             model: the model the inner step was taken on.
@@ -97,7 +112,7 @@ class InnerUpdate:
             ValueError: for another model or other groups; inside, for an input with another number
                 of rows.
         """
-        if model is not self._adapted.model:
+        if model is not self.adapted.model:
             raise UserError("model: expected the one the inner step was taken on, got another")
         if (
             not isinstance(groups, Tensor)
@@ -111,8 +126,83 @@ class InnerUpdate:
                 f"groups: expected indices in [0, {self.groups}), got [{int(groups.min())}, "
                 f"{int(groups.max())}]"
             )
-        with self._adapted.inference(GroupedRows(groups, self.groups)):
+        applied = groups.unique().tolist()
+        inference = self.adapted.inference(GroupedRows(groups, self.groups))
+        save = partial(self.save_pretrained, group=applied[0])
+        with inference, state_at(self.adapted, applied, save):
             yield
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        group: int = 0,
+        rank: int | None = None,
+        form: str = "lora",
+        for_vllm: bool = False,
+        texts: Sequence[str] = (),
+    ) -> Kept:
+        """Writes θ' of a group to a new folder, whole or not at all, and prints what of it was
+        discarded.
+
+        ``form="lora"`` is an adapter that plain PEFT loads on the fresh base model. A linear
+        layer's W' − W = −η Eᵀ X has at most the rank of the context's tokens, the head's and the
+        embedding's too, and adapters trained on the layer add theirs: exact where ``rank`` allows,
+        else the best product of that rank, by the SVD. Norms, layers whose bias moves, and an
+        embedding tied to its head are copied whole (``modules_to_save``); ``inner_params="linear"``
+        moves none of these. ``form="full"`` is the whole model at θ', adapters in its weights.
+
+        Args:
+            folder: a path of nothing yet, or of an empty folder.
+            group: whose θ'.
+            rank: the highest of a layer; None: as high as exact takes.
+            form: ``"lora"`` or ``"full"``.
+            for_vllm: one rank for all layers that vLLM has room for (8, 16, 32, 64, 128, 256, 320
+                or 512), filled up with zeros; the best of rank 512 where exact takes more.
+            texts: the contexts, to be kept beside it, for ``gdprompt ask --compare``.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what was given: a folder that
+                is not empty; ``for_vllm`` for an update of more than linear layers' weights; an
+                update that no adapter holds.
+        """
+        self._check_group(group)
+        learnt = replace(self.learnt, texts=tuple(texts) or self.learnt.texts)
+        options: dict[str, Any] = dict(form=form, rank=rank, for_vllm=for_vllm)
+        kept = save(self.adapted, Path(folder), group, learnt, **options)
+        print(kept)
+        return kept
+
+    def to_state_dict(self, group: int = 0) -> dict[str, Tensor]:
+        """The model's state dict with what the inner step moves at θ' of a group, in the weights'
+        own dtypes: ``model.load_state_dict`` of a copy makes it the adapted model.
+
+        Raises:
+            ValueError: for a group that there is not.
+        """
+        self._check_group(group)
+        return state_of(self.adapted, group)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path | Sequence[str | Path], model: nn.Module
+    ) -> InnerUpdate:
+        """The θ' of adapters that :meth:`save_pretrained` wrote, one a group, to be applied to
+        their base model all at once.
+
+        Args:
+            folder: of an adapter, or those of several.
+            model: the base, without adapters.
+
+        Raises:
+            ValueError: for a folder without such an adapter, or with one of another model.
+        """
+        folders = [folder] if isinstance(folder, str | Path) else [*folder]
+        adapted, learnt = load_adapters(model, [Path(each) for each in folders])
+        return cls(adapted, learnt)
+
+    def _check_group(self, group: int) -> None:
+        if type(group) is not int or not 0 <= group < self.groups:
+            raise UserError(f"group: expected an integer in [0, {self.groups}), got {group!r}")
 
 
 def inner_step(
@@ -136,8 +226,8 @@ def inner_step(
             :class:`gdprompt_fast.MetaBatch`.
 
     Returns:
-        The update, to be applied with :meth:`InnerUpdate.applied_to`. The model and its ``.grad``
-        are untouched.
+        The update, to be applied with :meth:`InnerUpdate.applied_to`, or kept with
+        :meth:`InnerUpdate.save_pretrained`. The model and its ``.grad`` are untouched.
 
     Raises:
         ValueError: for a bad argument, naming it, the expected and the given.
@@ -172,4 +262,5 @@ def inner_step(
             failures.take(state.flags)
     failures.check()
     adapted.detach(level=inner_steps)
-    return InnerUpdate(adapted)
+    chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
+    return InnerUpdate(adapted, Learnt(float(inner_lr), inner_steps, chosen))

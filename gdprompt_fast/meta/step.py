@@ -69,7 +69,9 @@ def fast_meta_step(
             a gradient, its own is added to its ``.grad`` (learnt rates); it has to be > 0 then.
         inner_steps: the number of inner steps.
         inner_params: what the inner step moves: ``"full"`` every base parameter (frozen ones too),
-            ``"lora"`` the PEFT adapters, or a callable(name, parameter) -> bool.
+            ``"linear"`` of these the weights of linear layers but the head's, which any server of
+            LoRA adapters takes an update of, ``"lora"`` the PEFT adapters, or a callable(name,
+            parameter) -> bool.
         objective: ``"kl"`` against ``teacher``, or ``"gold"`` for the NLL of the responses
             themselves.
         teacher: the targets of the KL objective.

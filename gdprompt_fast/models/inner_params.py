@@ -9,22 +9,32 @@ from torch import nn
 
 from ..errors import UserError
 from .architecture import causal_lm
+from .families import type_name
 from .walk import modules_of, parameters_of
 
 InnerParams = str | Callable[[str, nn.Parameter], bool]
+INNER_PARAMS = ("full", "linear", "lora")
+LINEAR_LAYERS = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Parameter]:
     """The parameters the inner step moves, by name: ``"full"`` the base parameters (frozen ones
-    too), ``"lora"`` the active PEFT adapters, or those for which ``inner_params(name,
-    parameter)`` is true.
+    too), ``"linear"`` of these the weights of linear layers but the head's, which any server of
+    LoRA adapters takes an update of, ``"lora"`` the active PEFT adapters, or those for which
+    ``inner_params(name, parameter)`` is true.
 
     Raises:
         ValueError: if the choice is unknown or selects nothing.
     """
     if callable(inner_params):
         chosen = inner_params
-    elif inner_params in ("full", "lora"):
+    elif inner_params == "linear":
+        linear = _linear_weights(model)
+
+        def chosen(name: str, _: nn.Parameter) -> bool:
+            return name in linear
+
+    elif inner_params in INNER_PARAMS:
 
         def chosen(name: str, _: nn.Parameter) -> bool:
             if ".lora_" in name:
@@ -34,8 +44,8 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
 
     else:
         raise UserError(
-            'inner_params: expected "full", "lora" or a callable(name, parameter) -> bool, '
-            f"got {inner_params!r}"
+            'inner_params: expected "full", "linear", "lora" or a callable(name, parameter) -> '
+            f"bool, got {inner_params!r}"
         )
     selected = {name: p for name, p in parameters_of(model) if chosen(name, p)}
     if not selected:
@@ -43,6 +53,21 @@ def select_inner(model: nn.Module, inner_params: InnerParams) -> dict[str, nn.Pa
             f"inner_params: expected to select some parameters, got none with {inner_params!r}"
         )
     return selected
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    """The weights of the base's linear layers but the head; not of copies that PEFT trains in a
+    layer's place (modules_to_save).
+    """
+    head, of_peft = causal_lm(model).get_output_embeddings(), {"original_module", "modules_to_save"}
+    return {
+        f"{name}.weight"
+        for name, module in modules_of(model)
+        if type_name(module) in LINEAR_LAYERS
+        and module is not head
+        and ".lora_" not in name
+        and not of_peft & {*name.split(".")}
+    }
 
 
 def _is_active(name: str, model: nn.Module) -> bool:

@@ -23,10 +23,7 @@ from ..meta.targets import TeacherTargets
 from ..models.architecture import causal_lm
 from ..ops.blocks import abridged_loops
 from ..reference.lean_maml import LeanMAML, all_alive, sequential
-from ..update.adapted_layer import MaterialisedLayer
-from ..update.embedding import AdaptedEmbedding
-from ..update.linear import AdaptedLinear
-from ..update.vocabulary import AdaptedVocabulary
+from ..update.adapted_layer import AdaptedLayer
 from .layers import Run, run_layers
 from .parts import LOSS_TILES, PeakParts
 from .shapes import ShapesOnly
@@ -333,16 +330,8 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 
 def _factors(model: nn.Module) -> Iterator[Tensor]:
-    """What makes θ' of θ in all adapted layers: X and E, or θ' itself of small parameters."""
+    """What makes θ' of θ in all adapted layers."""
     for module in model.modules():
         adapted_layer = getattr(vars(module).get("forward"), "__self__", None)
-        if isinstance(adapted_layer, AdaptedLinear):
-            for linear in adapted_layer.layer.factors:
-                yield from (linear.x_GSI, linear.e_GSO)
-        elif isinstance(adapted_layer, AdaptedEmbedding):
-            yield from (factor.e_GSD for factor in adapted_layer.table.factors)
-        elif isinstance(adapted_layer, AdaptedVocabulary):
-            steps = adapted_layer.vocabulary.steps
-            yield from (step.lookup_GSD for step in steps if step.lookup_GSD is not None)
-        elif isinstance(adapted_layer, MaterialisedLayer):
-            yield from adapted_layer.moved
+        if isinstance(adapted_layer, AdaptedLayer):
+            yield from adapted_layer.factor_tensors()

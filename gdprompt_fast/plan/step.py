@@ -9,6 +9,7 @@ import torch
 from ..config.fields import Config, check_counts, option
 from ..errors import UserError
 from ..meta.config import MetaStepConfig
+from ..models.inner_params import INNER_PARAMS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,7 +28,7 @@ class PlannedStep(Config):
     context: int = option(256, "tokens of a context")
     query: int = option(32, "tokens of a query and its response")
     response: int = option(8, "tokens of the response among them")
-    inner: str = option("full", "what the inner step moves", ("full", "lora"))
+    inner: str = option("full", "what the inner step moves", INNER_PARAMS)
     outer: str = option("full", "what is trained: all weights or LoRA adapters", ("full", "lora"))
     lora_rank: int = option(16, "rank of the adapters, on every linear layer but the head")
     inner_steps: int = option(1, "inner gradient steps on a context")
@@ -47,7 +48,9 @@ class PlannedStep(Config):
                 f"it, got {self.response}"
             )
         if self.inner == "lora" and self.outer != "lora":
-            raise UserError('inner: expected "full" without adapters (outer "full"), got "lora"')
+            raise UserError(
+                'inner: expected "full" or "linear" without adapters (outer "full"), got "lora"'
+            )
 
     @property
     def step_config(self) -> MetaStepConfig:

@@ -3,6 +3,8 @@
 What a configuration says is checked when it is made, and all that it names before the long work.
 """
 
+from .app_run import AppConfig, app
+from .ask_run import AskConfig, ask
 from .check_run import CheckConfig, check
 from .command import Command
 from .commands import COMMANDS
@@ -11,6 +13,7 @@ from .demo_run import DemoConfig, demo
 from .evaluate_run import EvaluateConfig, evaluate
 from .experiment_run import ExperimentConfig, experiment
 from .file_run import RunConfig, run
+from .learn_run import LearnConfig, learn
 from .plan_run import PlanConfig, plan
 from .prepare_run import PrepareConfig, prepare
 from .report_run import ReportConfig, report
@@ -19,23 +22,29 @@ from .train_run import TrainConfig, train
 
 __all__ = [
     "COMMANDS",
+    "AppConfig",
+    "AskConfig",
     "CheckConfig",
     "Command",
     "DataConfig",
     "DemoConfig",
     "EvaluateConfig",
     "ExperimentConfig",
+    "LearnConfig",
     "PlanConfig",
     "PrepareConfig",
     "ReportConfig",
     "RunConfig",
     "SearchConfig",
     "TrainConfig",
+    "app",
+    "ask",
     "check",
     "data",
     "demo",
     "evaluate",
     "experiment",
+    "learn",
     "plan",
     "prepare",
     "report",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from .app_run import app
+from .ask_run import ask
 from .check_run import check
 from .command import Command
 from .data_run import data
 from .demo_run import demo
 from .evaluate_run import evaluate
 from .experiment_run import experiment
+from .learn_run import learn
 from .plan_run import plan
 from .prepare_run import prepare
 from .report_run import report
@@ -26,8 +29,11 @@ COMMANDS: dict[str, Command[Any, Any]] = {
         train,
         search_outer_lr,
         evaluate,
+        learn,
+        ask,
         plan,
         experiment,
         report,
+        app,
     )
 }

@@ -18,7 +18,7 @@ import torch
 from ..artifacts.files import write_file
 from ..artifacts.stage import KeptResults
 from ..bundled import bundled_folder
-from ..config.fields import check_counts, option
+from ..config.fields import WritingConfig, check_counts, option
 from ..data import Example, Limits, make_people_data, tokenise_triples
 from ..evaluation import Summary
 from ..loading import load_model, positions
@@ -87,7 +87,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(DeviceConfig):
+class DemoConfig(DeviceConfig, WritingConfig):
     """How long to train, and on how much to measure."""
 
     command = "demo"

@@ -24,6 +24,7 @@ from ..evaluation import (
     evaluate as scores_of,
 )
 from ..loading import max_prompt_length
+from ..models.inner_params import INNER_PARAMS
 from ..report import results_table
 from .command import command, outputs_of
 from .groups import (
@@ -48,7 +49,7 @@ class EvaluateConfig(ExamplesConfig, ModelConfig):
     dtype: str = dtype_field()
     inner_lr: float = option(1e-3, "rate η of the inner step")
     inner_steps: int = option(1, "inner steps on a context")
-    inner_params: str = option("full", "what the inner step moves", ("full", "lora"))
+    inner_params: str = option("full", "what the inner step moves", INNER_PARAMS)
     tune_inner_lr: bool = option(False, "take the best rate of the grid instead")
     inner_lr_grid: tuple[float, ...] = inner_lr_grid_field()
     contexts_per_group: int = option(1, "examples that share one inner step")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.files import is_empty, write_folder
-from ..config.fields import REQUIRED, check_counts, option
+from ..config.fields import REQUIRED, WritingConfig, check_counts, option
 from ..config.presets import load_preset
 from ..errors import UserError
 from ..experiments import EXPERIMENTS, Preset, experiment_contexts
@@ -25,7 +25,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(WeightsConfig, DeviceConfig):
+class ExperimentConfig(WeightsConfig, DeviceConfig, WritingConfig):
     """Which experiment, at which sizes, and where."""
 
     command = "experiment"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config.fields import REQUIRED, WritingConfig, option
+from ..config.fields import REQUIRED, CommandConfig, WritingConfig, option
 from ..data import Limits
 from ..loading import DTYPES, choose_device, load_model, print_notes
 
@@ -59,7 +59,7 @@ def resume_field() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceConfig(WritingConfig):
+class DeviceConfig(CommandConfig):
     """Where models run."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto: cuda or cpu", may_change=True)
@@ -75,7 +75,7 @@ class DeviceConfig(WritingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig(WritingConfig):
+class WeightsConfig(CommandConfig):
     """Which of a model's weights are loaded."""
 
     revision: str | None = revision_field()
@@ -92,7 +92,7 @@ class WeightsConfig(WritingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(WeightsConfig, DeviceConfig):
+class ModelConfig(WeightsConfig, DeviceConfig, WritingConfig):
     """The model."""
 
     model: Path = option(

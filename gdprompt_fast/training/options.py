@@ -12,6 +12,7 @@ from ..config.fields import Config, check_counts, check_numbers, option
 from ..errors import UserError
 from ..evaluation import InnerStep
 from ..meta.config import MetaStepConfig
+from ..models.inner_params import INNER_PARAMS
 from .optim import warmup_then_cosine
 
 
@@ -25,7 +26,7 @@ class StepOptions(Config):
     )
     inner_lr: float = option(1e-3, "learning rate η of the inner step")
     inner_steps: int = option(1, "inner gradient steps on a context")
-    inner_params: str = option("full", "what the inner step moves", ("full", "lora"))
+    inner_params: str = option("full", "what the inner step moves", INNER_PARAMS)
     objective: str = option(
         "kl", "match the teacher's predictions (kl) or the gold responses (gold)", ("kl", "gold")
     )

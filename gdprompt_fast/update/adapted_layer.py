@@ -15,6 +15,22 @@ from ..ops.handle import depend_on
 from ..ops.phase import Phase
 from ..ops.rate import Rate
 from ..rows import GroupedRows
+from .change import WeightChange
+
+
+@dataclass
+class LayerChange:
+    """What an inner step changed of a layer, for one group.
+
+    Attributes:
+        weight: of a matrix: W' − W [O, I], of an embedding [V, D].
+        bias: of a matrix: b' − b [O].
+        small: of small parameters: their new values, by name.
+    """
+
+    weight: WeightChange | None = None
+    bias: Tensor | None = None
+    small: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,9 +117,17 @@ class AdaptedLayer:
         """One of ``moved`` after an inner step."""
         return self.rate.step(tensor, gradient)
 
+    def factor_tensors(self) -> list[Tensor]:
+        """What makes θ' of θ: the factors, or θ' itself of small parameters."""
+        return []
+
     def release(self) -> None:
         """Drops the activations and cotangents kept for the backward passes."""
         self.tensors = []
+
+    def change(self, group: int) -> LayerChange:
+        """θ' − θ of one group at the current level, of what the inner step moves."""
+        raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The module's forward at the current level, for the rows now going through the model."""
@@ -137,6 +161,13 @@ class MaterialisedLayer(AdaptedLayer):
         parameters = [getattr(module, name) for name in self.names]
         own = [_per_group(parameter, state.groups) for parameter in parameters[:moving]]
         super().__init__(state, rate, [*own, *parameters[moving:]], moving)
+
+    def factor_tensors(self) -> list[Tensor]:
+        return self.moved
+
+    def change(self, group: int) -> LayerChange:
+        own = {name: tensor[group] for name, tensor in zip(self.names, self.moved, strict=False)}
+        return LayerChange(small=own)
 
     def of_rows(self, name: str) -> Tensor | None:
         """Each row's parameter at the current level, [B, *shape]; None if the layer has none."""

@@ -72,6 +72,10 @@ class AdaptedModel:
         """Each once."""
         return list(dict.fromkeys([*self.adapted_layers.values(), self.vocabulary]))
 
+    def layer_of(self, module: nn.Module) -> AdaptedLayer | None:
+        """The adapted layer of a module of the model."""
+        return self.vocabulary if module is self.head else self.adapted_layers.get(module)
+
     @contextmanager
     def differentiable(self, recompute: str = "none") -> Iterator[None]:
         """Inside, the model's modules run as adapted layers, with twice differentiable ops,

@@ -10,7 +10,15 @@ from ..errors import UserError
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.handle import weight_handle
 from ..ops.rate import Rate
-from .adapted_layer import AdaptedLayer, FactoredLayer, StepState, outer_gradient, rule_for
+from .adapted_layer import (
+    AdaptedLayer,
+    FactoredLayer,
+    LayerChange,
+    StepState,
+    outer_gradient,
+    rule_for,
+)
+from .change import WeightChange
 
 
 def check_embedding(module: Any) -> None:
@@ -23,6 +31,19 @@ def check_embedding(module: Any) -> None:
 def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
     """Ids shared by all rows ([1, T], as positions are) repeated for each."""
     return ids.expand(rows, -1) if len(ids) == 1 else ids
+
+
+def add_rows(change: WeightChange, ids_S: Tensor, e_SD: Tensor) -> None:
+    """ΔW[ids] += e, once for each id: rows that are one-hot, [V, D] in all."""
+    seen = ids_S >= 0  # not in unused places
+    ids_U, which = ids_S[seen].unique(return_inverse=True)
+    sum_UD = e_SD.new_zeros(len(ids_U), e_SD.shape[1]).index_add_(0, which, e_SD[seen])
+    if change.holds(change.rank + len(ids_U)):
+        one_hot_UV = sum_UD.new_zeros(len(ids_U), change.outputs)
+        change.add(one_hot_UV.scatter_(1, ids_U[:, None], 1.0), sum_UD)
+    else:
+        dense_VD = sum_UD.new_zeros(change.outputs, change.inputs)
+        change.add_dense(dense_VD.index_copy_(0, ids_U, sum_UD))
 
 
 class AdaptedEmbedding(FactoredLayer):
@@ -40,9 +61,19 @@ class AdaptedEmbedding(FactoredLayer):
         handle = weight_handle((module.weight, gradient), rate.moving(inner["weight"]))
         super().__init__(state, rate, handle, inner["weight"])
 
+    def factor_tensors(self) -> list[Tensor]:
+        return [factor.e_GSD for factor in self.table.factors]
+
     def release(self) -> None:
         super().release()
         self.table.factors.clear()
+
+    def change(self, group: int) -> LayerChange:
+        """−η Σ_t onehot(c_t)ᵀ e_t of every inner step."""
+        change, eta = WeightChange(*self.table.weight_VD.shape), self.rate.eta_G[group]
+        for factor in self.table.factors[: self.state.level]:
+            add_rows(change, factor.ids_GS[group], -eta * factor.e_GSD[group])
+        return LayerChange(change)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs

@@ -12,7 +12,15 @@ from ..ops.handle import weight_handle
 from ..ops.inner_linear import inner_linears
 from ..ops.linear import InnerLinear
 from ..ops.rate import Rate
-from .adapted_layer import AdaptedLayer, FactoredLayer, StepState, outer_gradient, rule_for
+from .adapted_layer import (
+    AdaptedLayer,
+    FactoredLayer,
+    LayerChange,
+    StepState,
+    outer_gradient,
+    rule_for,
+)
+from .change import WeightChange
 
 
 class AdaptedLinear(FactoredLayer):
@@ -43,9 +51,25 @@ class AdaptedLinear(FactoredLayer):
         handle = weight_handle((weight, weight_gradient), (bias, bias_gradient), rate.moving(moves))
         super().__init__(state, rate, handle, moves)
 
+    def factor_tensors(self) -> list[Tensor]:
+        return [each for factor in self.layer.factors for each in (factor.x_GSI, factor.e_GSO)]
+
     def release(self) -> None:
         super().release()
         self.layer.release()
+
+    def change(self, group: int) -> LayerChange:
+        """−η Σ_k E_kᵀ X_k, and −η Σ_k E_kᵀ 1 of the bias."""
+        layer, eta = self.layer, self.rate.eta_G[group]
+        weight, bias_O = WeightChange(*layer.weight_OI.shape), None
+        for factor in layer.factors[: self.state.level]:
+            e_SO = -eta * factor.e_GSO[group]
+            weight.add(e_SO, factor.x_GSI[group])
+            own_O = e_SO.sum(0)
+            bias_O = own_O if bias_O is None else bias_O + own_O
+        return LayerChange(
+            weight if layer.inner_weight else None, bias_O if layer.inner_bias else None
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (y,) = linears([self], inputs[0])

@@ -4,6 +4,7 @@ states.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ..ops.handle import weight_handle
 from ..ops.rate import Rate
 from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, tied_lookup
 from ..rows import GroupedRows
-from .adapted_layer import FactoredLayer, StepState, outer_gradient
-from .embedding import check_embedding, rows_of_ids
+from .adapted_layer import FactoredLayer, LayerChange, StepState, outer_gradient
+from .change import WeightChange
+from .embedding import add_rows, check_embedding, rows_of_ids
 
 
 class AdaptedVocabulary(FactoredLayer):
@@ -37,11 +39,41 @@ class AdaptedVocabulary(FactoredLayer):
         handle = weight_handle((head.weight, gradient), rate.moving(inner))
         super().__init__(state, rate, handle, inner)
 
+    def factor_tensors(self) -> list[Tensor]:
+        """Of the lookups; those of the head are the final states, which the loss keeps."""
+        lookups = [step.lookup_GSD for step in self.vocabulary.steps]
+        return [e_GSD for e_GSD in lookups if e_GSD is not None]
+
     def release(self) -> None:
         super().release()
         for kept in (self.vocabulary.steps, self.vocabulary.uses, self.vocabulary.lookups):
             kept.clear()
         self.vocabulary.response = None
+
+    @torch.no_grad()
+    def change(self, group: int) -> LayerChange:
+        """−η Σ_k B_kᵀ A_k, B_k made again, and of the lookups −η Σ_k onehot(c)ᵀ E_k."""
+        own = self.vocabulary.of_group(group)
+        change, level = WeightChange(*own.weight_VD.shape), own.terms(self.state.level)
+        eta = own.rate.eta_G[0]
+        for k, step in enumerate(own.steps[:level]):
+            a_SD = -eta * step.a_GSD[0]
+            blocks_Sv = self._differences(own, k)
+            if change.holds(change.rank + len(a_SD)):
+                change.add(torch.cat([*blocks_Sv], dim=1), a_SD)
+            else:
+                change.add_dense(torch.cat([b_Sv.T.to(a_SD.dtype) @ a_SD for b_Sv in blocks_Sv]))
+        if (lookup_GSD := own.lookup_sum(level)) is not None:
+            assert own.context_ids_GS is not None
+            add_rows(change, own.context_ids_GS[0], -eta * lookup_GSD[0])
+        return LayerChange(change)
+
+    @staticmethod
+    def _differences(own: Vocabulary, k: int) -> Iterator[Tensor]:
+        """B_k [S, v] of the only group, a block of the vocabulary after the other."""
+        assert own.context_ids_GS is not None
+        for block in own.blocks(own.context_ids_GS.numel()):
+            yield own.differences(block, range(k + 1))[k][0]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs

@@ -19,9 +19,9 @@ import triton
 from torch import Tensor
 
 from ...ops.attention import Kept, Visible
-from .launch import compile_cases, launch_kernel
+from .launch import launch_kernel
 
-__all__ = ["attention_backward", "attention_double_backward", "attention_forward", "compile_cases"]
+__all__ = ["attention_backward", "attention_double_backward", "attention_forward"]
 
 
 def attention_forward(

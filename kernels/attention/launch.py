@@ -1,4 +1,4 @@
-"""How an attention kernel is started, and compiled without a GPU."""
+"""How an attention kernel is started."""
 
 from __future__ import annotations
 
@@ -111,62 +111,3 @@ def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[st
         "SWEEPS": tiles.sweeps,
     }
     return {name: constants[name] for name in kernel.function.arg_names if name in constants}
-
-
-def compile_cases(target: str) -> list[dict[str, Any]]:
-    """Every kernel as it runs in bf16, to compile without a GPU.
-
-    ``target`` is sm_80, sm_90, sm_100 or gfx942, each with its own tiles.
-
-    ``aligned`` names the arguments (of a tuple: every element) that are divisible by 16.
-    """
-    long = [(64, 8192, False), (80, 8192, False), (96, 8192, False), (128, 8192, False)]
-    bounded = [(64, 8192, True), (128, 8192, True)]
-    short = [(64, 256, False), (128, 256, False), (64, 256, True)]
-    cases, seen = [], set()
-    for name in KERNELS:
-        for dim, tokens, is_bounded in [*long, *bounded, *short]:
-            tiles = tiles_of(name, dim, tokens, torch.bfloat16, target)
-            case = (name, dim, is_bounded, tiles)
-            if case not in seen:
-                seen.add(case)
-                cases.append(compile_case(*case))
-    return cases
-
-
-def compile_case(
-    name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str = "bf16"
-) -> dict[str, Any]:
-    """A kernel with some tiles, as ``compile_cases`` has them."""
-    kernel = KERNELS[name]
-    constants = _constants(kernel, tiles, dim, bounded)
-    block_d = constants["BLOCK_D"]
-    blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
-    blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}
-    if kernel.by_key:
-        blocks |= {argument: [1, 1, tiles.queries] for argument in STATISTICS}
-    scalars = {"H": "i32", "G": "i32", "T": "i32", "scale": "fp32"}
-    signature: dict[str, Any] = {}
-    for argument in kernel.function.arg_names:
-        row = argument in STATISTICS
-        if argument.endswith("_ptr"):
-            signature[argument] = "*i32"
-        elif argument in scalars:
-            signature[argument] = scalars[argument]
-        elif argument in blocks and tiles.tma:
-            signature[argument] = f"tensordesc<{'fp32' if row else dtype}{blocks[argument]}>"
-        elif argument not in constants:
-            signature[argument] = (
-                ("*fp32", "i32", "i32") if row else (f"*{dtype}", "i32", "i32", "i32")
-            )
-    extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
-    pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
-    return {
-        "name": f"{kernel.function.fn.__name__} D={dim}{extras}",
-        "kernel": kernel.function,
-        "signature": signature,
-        "constexprs": constants,
-        "aligned": pointers,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }

@@ -192,7 +192,7 @@ def test_a_configuration_says_all_that_the_command_line_does(tmp_path: Path) -> 
             assert each.metadata["help"], each.name
         needed = {each.name for each in fields(command.config) if required(each)}
         # what must be given is called the same in all commands; a new name is listed here
-        assert needed <= {"name", "model", "data", "output", "folder"}, command.name
+        assert needed <= {"name", "model", "data", "output", "folder", "adapter"}, command.name
 
 
 def test_what_python_gives_is_checked_as_a_file_is() -> None:

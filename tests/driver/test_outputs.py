@@ -15,7 +15,9 @@ from gdprompt_fast.artifacts.stage import run_stage
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.data import read_triples, write_triples
 from gdprompt_fast.data.people import make_people_data
-from gdprompt_fast.runs import experiment_run
+from gdprompt_fast.loading import load_config
+from gdprompt_fast.plan import PlannedStep, make_plan
+from gdprompt_fast.runs import experiment_run, plan_run
 
 Refused = Callable[..., str]
 EVALUATE = ["--answer-tokens", "0", "--device", "cpu"]
@@ -115,8 +117,10 @@ def test_evaluate_replaces_results_of_its_own_and_others_on_request(
 
 
 def test_plan_and_report_replace_files_of_their_own(
-    mine: Path, model_folder: Path, refused: Refused
+    mine: Path, model_folder: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = make_plan(load_config(model_folder / "config.json"), PlannedStep(batch=1, context=16))
+    monkeypatch.setattr(plan_run, "make_plan", lambda *_: made)  # seconds, and all the same here
     json_file = mine / "plan.json"
     plan = [
         "plan",

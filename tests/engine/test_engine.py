@@ -53,7 +53,7 @@ def test_every_architecture_is_exact_with_the_gold_objective_and_a_language_mode
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("inner", ["full", "lora"])
+@pytest.mark.parametrize("inner", ["full", "linear", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_with_lora(
     name: str, inner: str, lora_model: Build, make_batch: Build

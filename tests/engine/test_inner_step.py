@@ -9,43 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call
 
-from gdprompt_fast import MetaBatch, inner_step
+from gdprompt_fast import inner_step
 from gdprompt_fast.models.inner_params import select_inner
 from gdprompt_fast.ops.eager import lora as eager_lora
 from gdprompt_fast.reference.compare import without_upcasts
-from gdprompt_fast.reference.step import next_token_nll
-from gdprompt_fast.update.masks import attention_by
+from helpers.adapted import INNER_LR, adapted_copies
 from helpers.models import MODELS
 
 pytestmark = pytest.mark.quick
 
 Build = Callable[..., Any]
-INNER_LR = 0.1
-
-
-def adapted_copies(model: nn.Module, batch: MetaBatch, inner_params: Any, steps: int) -> list[dict]:
-    """θ' of every group, materialised by autograd."""
-    copies = []
-    with attention_by(model, None):
-        for group in range(batch.groups):
-            rows = (batch.context_group == group).nonzero().flatten()
-            ids, mask = batch.context_ids[rows], batch.context_mask[rows]
-            theta = {n: p.detach().clone() for n, p in select_inner(model, inner_params).items()}
-            for _ in range(steps):
-                leaves = {n: p.requires_grad_() for n, p in theta.items()}
-                logits = functional_call(model, leaves, kwargs={"input_ids": ids}).logits
-                grads = torch.autograd.grad(
-                    next_token_nll(logits, ids, mask).mean(), list(leaves.values())
-                )
-                theta = {
-                    n: (p - INNER_LR * g).detach()
-                    for (n, p), g in zip(leaves.items(), grads, strict=True)
-                }
-            copies.append(theta)
-    return copies
 
 
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
@@ -139,6 +114,18 @@ def test_adapters_take_an_inner_step_in_one_launch_per_layer_for_all_groups(
     inner_step(model, batch.context_ids, batch.context_mask, batch.context_group, 0.1, 1, "lora")
     layers = [p for n, p in model.named_parameters() if ".lora_" in n]
     assert sorted(shapes) == sorted((3, *layer.shape) for layer in layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_weights_are_those_of_linear_layers_but_the_head(
+    name: str, tiny_model: Build, lora_model: Build
+) -> None:
+    other = ("norm", "ln_", "emb", "wte", "wpe", "lm_head", "bias", ".lora_")
+    for model in (tiny_model(name), lora_model(name)):
+        names = {each for each, _ in model.named_parameters()}
+        expected = {each for each in names if not any(part in each for part in other)}
+        assert set(select_inner(model, "linear")) == expected
+    assert len(expected) == len([key for key in names if ".lora_A." in key])
 
 
 def test_the_update_works_under_no_grad_and_leaves_parameters_and_gradients_alone(

@@ -121,11 +121,11 @@ def dropped_bias(patch: Patch) -> None:
     patch.setattr(linear.InnerLinear, "__init__", init)
 
 
-def nothing_pulled(patch: Patch) -> None:
+def no_factor_cotangents(patch: Patch) -> None:
     patch.setattr(linear.InnerLinear, "factor_cotangents", lambda self, factor, x, e: (x, e))
 
 
-def half_pulled(patch: Patch) -> None:
+def no_cotangents_of_inputs(patch: Patch) -> None:
     own = linear.InnerLinear.factor_cotangents
     patch.setattr(
         linear.InnerLinear, "factor_cotangents", lambda self, *args: (None, own(self, *args)[1])
@@ -145,8 +145,11 @@ ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "weights are those of an earlier step": ("llama-untied", stale_weights),
     "contexts are not averaged by their lengths": ("llama-tied", unweighted_contexts),
     "biases do not move": ("llama-biases", dropped_bias),
-    "factors get no cotangents": ("llama-untied", nothing_pulled),
-    "inputs of the context get no cotangents from its factors": ("llama-untied", half_pulled),
+    "factors get no cotangents": ("llama-untied", no_factor_cotangents),
+    "inputs of the context get no cotangents from its factors": (
+        "llama-untied",
+        no_cotangents_of_inputs,
+    ),
     "attention's double backward forgets the queries": (
         "llama-tied",
         changes(eager_attention, "attention_double_backward", of_tuple(1, ZERO)),

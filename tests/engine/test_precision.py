@@ -169,7 +169,7 @@ def test_small_parameters_keep_their_update_in_bf16_too(
         )
         pairs = [
             (moved, getattr(module, name))
-            for module, adapted_layer in update._adapted.adapted_layers.items()
+            for module, adapted_layer in update.adapted.adapted_layers.items()
             if isinstance(adapted_layer, MaterialisedLayer)
             for moved, name in zip(adapted_layer.moved, adapted_layer.names, strict=False)
         ]

@@ -18,9 +18,10 @@ from gdprompt_fast.experiments.run import run_experiment
 from gdprompt_fast.ops import backend
 from helpers.experiments import TINY, contexts_of
 from helpers.models import small_llama
+from helpers.once import made_once
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny preset, on a random Llama over the generators' words."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -33,13 +34,14 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tomllib.loads(TINY.replace("MODEL", folder.as_posix()))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all experiments."""
+    """A folder with all experiments, made once for all of pytest's processes."""
     pytest.importorskip("peft", reason="PEFT is an optional dependency, of Table 1's LoRA variants")
-    output = tmp_path_factory.mktemp("experiments") / "all"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "load_cpp", lambda: False)  # as every test has it
-        for name in EXPERIMENTS:
-            run_experiment(name, contexts_of(sections, output))
+    with made_once("experiments", tmp_path_factory) as (output, is_there):
+        if not is_there:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(backend, "load_cpp", lambda: False)  # as every test has it
+                for name in EXPERIMENTS:
+                    run_experiment(name, contexts_of(sections, output))
     return output

@@ -110,7 +110,7 @@ margin = 0.1
 
 
 def contexts_of(sections: dict[str, Any], output: Path, **changes: Any) -> list[ExperimentContext]:
-    """Labs of a preset with changes, as ``train__outer_lr=1e-3``."""
+    """Contexts of a preset with changes, as ``train__outer_lr=1e-3``."""
     changed = copy.deepcopy(sections)
     for name, value in changes.items():
         section, key = name.split("__")

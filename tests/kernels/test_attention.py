@@ -187,7 +187,7 @@ def test_the_compiler_leaves_long_sums_in_fp32_in_two_parts() -> None:
     """No dot of the kernel with the longest sums has the running sum as its accumulator."""
     script = """
 from benchmarks.ops.compile_kernels import TARGETS, compile_case
-from gdprompt_fast.kernels.attention.launch import compile_case as case_of
+from benchmarks.ops.compile_cases.attention import attention_case as case_of
 from gdprompt_fast.kernels.attention.tiles import Tiles
 
 case = case_of("backward_key", 64, False, Tiles(16, 16, 8, 1), "fp32")

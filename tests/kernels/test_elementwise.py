@@ -4,10 +4,7 @@ plain passes in fp64.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +29,6 @@ from helpers.passes import (
     relative_error,
     widen,
 )
-from helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 from gdprompt_fast.kernels import gelu as kernel_gelu
@@ -293,14 +289,3 @@ def test_first_and_second_derivatives_through_rotary_equal_fp64() -> None:
         values = derivatives(op, q, k)
     for index, (value, exact) in enumerate(zip(values, gold, strict=True)):
         assert relative_error(value, exact) < 1e-5, index
-
-
-def test_every_kernel_compiles_for_sm_90_and_spills_only_where_that_is_faster(
-    tmp_path: Path,
-) -> None:
-    results = tmp_path / "compiled_kernels.jsonl"
-    command = [sys.executable, "-m", "benchmarks.ops.compile_kernels", "--targets", "sm_90"]
-    command += ["--results", str(results)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert results.read_text().count('"target": "sm_90"') > 0

@@ -112,7 +112,7 @@ def test_the_command_prints_a_plan_and_writes_its_numbers(
         (["--context", "-3"], "context: expected an integer >= 2, got -3"),
         (["--context", "9999"], "context: expected at most the model's 2048 positions, got 9999"),
         (["--response", "32"], "response: expected fewer tokens than the query's 32"),
-        (["--inner", "lora"], 'inner: expected "full" without adapters'),
+        (["--inner", "lora"], 'inner: expected "full" or "linear" without adapters'),
         (["--lora-rank", "0"], "lora_rank: expected an integer >= 1, got 0"),
         (["--memory", "80"], "memory: expected a size in MB, GB"),
         (["--memory", "80 Gb"], "memory: expected a size in MB, GB"),

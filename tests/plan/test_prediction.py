@@ -192,14 +192,14 @@ def test_the_prediction_of_the_sequential_loop_is_its_measured_peak(case: str) -
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("case", AUTOGRAD_CASES)
-def test_the_prediction_of_all_copies_at_once_is_its_measured_peak(case: str, batch: int) -> None:
+def test_the_prediction_of_all_copies_at_once_is_its_measured_peak(case: str) -> None:
     name, options = CASES[case]
-    planned = PlannedStep(**{**BASE, **options, "batch": batch})
-    made = predict_materialised(MODELS[name], planned)
-    measured = RealStep(MODELS[name], planned).measure_autograd(all_alive, with_gradients=False)
-    assert sum(made.at(batch).meta_step.values()) == pytest.approx(measured, rel=0.02)
+    made = predict_materialised(MODELS[name], PlannedStep(**{**BASE, **options}))
+    for batch in (1, 5):
+        planned = PlannedStep(**{**BASE, **options, "batch": batch})
+        measured = RealStep(MODELS[name], planned).measure_autograd(all_alive, with_gradients=False)
+        assert sum(made.at(batch).meta_step.values()) == pytest.approx(measured, rel=0.02)
 
 
 def test_each_example_of_all_copies_at_once_holds_more_than_a_copy_of_the_weights() -> None:

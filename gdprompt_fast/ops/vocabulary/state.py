@@ -22,7 +22,7 @@ Letters: G groups, S context positions of a group, M rows of a use, N any of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -93,11 +93,23 @@ class HeadStep:
     )
     adjoint: Adjoint | None = None
 
+    def of_group(self, one: slice) -> HeadStep:
+        """The step of one group, without what a double backward needs."""
+        h_GND, match_GNS, lookup_match_GNS = self.states
+        own = Projection(h_GND[one], [m[one] for m in match_GNS], _part(lookup_match_GNS, one))
+        lse_GS, mean_row_GSD = self.lse_GS[one], self.mean_row_GSD[one]
+        parts = _part(self.weight_GS, one), _part(self.lookup_GSD, one)
+        return HeadStep(own, lse_GS, mean_row_GSD, self.nll_weight_GS[one], *parts)
+
     @property
     def a_GSD(self) -> Tensor:
         """A = w ∘ H."""
         assert self.weight_GS is not None
         return wide(self.states.h_GND) * self.weight_GS[..., None]
+
+
+def _part(x_G: Tensor | None, one: slice) -> Tensor | None:
+    return None if x_G is None else x_G[one]
 
 
 class Tile(NamedTuple):
@@ -152,6 +164,20 @@ class Vocabulary:
         self.contexts, self.tokens_per_context = rows, context_ids.shape[1]
         self.context_ids_GS = rows.to_groups(context_ids, fill=-1).flatten(1)
         self.next_ids_GS = rows.to_groups(context_ids.roll(-1, 1), fill=-1).flatten(1)
+
+    def of_group(self, group: int) -> Vocabulary:
+        """One group alone, its inner steps without what a double backward needs."""
+        assert self.context_ids_GS is not None and self.next_ids_GS is not None
+        one = slice(group, group + 1)
+        return replace(
+            self,
+            rate=Rate(self.rate.eta_G[one].detach()),
+            steps=[step.of_group(one) for step in self.steps],
+            uses=[],
+            lookups=[],
+            context_ids_GS=self.context_ids_GS[one],
+            next_ids_GS=self.next_ids_GS[one],
+        )
 
     def terms(self, level: int) -> int:
         """The number of inner updates in W' at ``level``."""
