@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.fields import Config
@@ -18,21 +18,34 @@ from .context import ExperimentContext
 from .findings import Finding, Named, close, kept, larger
 from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
-from .preset import METRICS, Preset
+from .preset import METRICS, OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table
 from .variants import Variant
 
 TITLE = "Figure 2: No Context, Prompt and Fine-Tuning before and after meta-training"
 MODELS = {"BM": "none", "LC": "kl", "LG": "gold"}
+TRAINED = ("LC", "LG")
 BEST = "BM, best inner rate"
 FORWARD, REVERSED = "character-description", "reversal-curse"
 
 
 @dataclass(frozen=True)
 class Options(Config):
-    """The section ``[figure2]``: the names of the tasks."""
+    """The section ``[figure2]``: the names of the tasks, and the objectives to train with."""
 
     tasks: tuple[str, ...]
+    objectives: tuple[str, ...] = OBJECTIVES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for objective in self.objectives or [""]:
+            check_choice("objectives", objective, OBJECTIVES)
+
+    def models(self, task: str) -> dict[str, Variant]:
+        """What is compared on a task, by name."""
+        objectives = ("none", *self.objectives)
+        named = {name: each for name, each in MODELS.items() if each in objectives}
+        return {name: Variant(task, objective) for name, objective in named.items()}
 
 
 def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
@@ -42,7 +55,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     measured = {}
     for task in options.tasks:
         for metric in tasks[task].metrics:
-            rows, rates = _rows(repetitions, task, metric)
+            rows, rates = _rows(repetitions, options.models(task), metric)
             title = f"{tasks[task].label}, {METRICS[metric]}"
             is_first = metric == tasks[task].metrics[0]
             tables.append(Table(title, list(SETTINGS.values()), rows, _paper(task, is_first)))
@@ -53,7 +66,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
                 shown = ", ".join(f"{rate:g}" for rate in rates)
                 notes.append(f"{tasks[task].label}: BM's best inner rate: {shown}.")
     findings += _reversed_is_harder(measured)
-    columns = {tasks[task].label: _models(task) for task in options.tasks}
+    columns = {tasks[task].label: options.models(task) for task in options.tasks}
     forgotten, about_it = text_tables(repetitions, columns, "BM")
     tables += forgotten
     findings += about_it
@@ -67,20 +80,16 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
 
 def variants(preset: Preset, options: Options) -> list[Variant]:
     """All that it compares."""
-    return [variant for task in options.tasks for variant in _models(task).values()]
-
-
-def _models(task: str) -> dict[str, Variant]:
-    return {name: Variant(task, objective) for name, objective in MODELS.items()}
+    return [variant for task in options.tasks for variant in options.models(task).values()]
 
 
 def _rows(
-    repetitions: Sequence[ExperimentContext], task: str, metric: str
+    repetitions: Sequence[ExperimentContext], models: Mapping[str, Variant], metric: str
 ) -> tuple[dict[str, list[Cell | None]], list[float]]:
     """For every model its cells in the three settings, and BM's best rates."""
-    best, rates = measure_at_best(repetitions, EvalSpec(Variant(task)), metric)
+    best, rates = measure_at_best(repetitions, EvalSpec(models["BM"]), metric)
     rows: dict[str, list[Cell | None]] = {"BM": [], BEST: [None, None, best]}
-    for name, variant in _models(task).items():
+    for name, variant in models.items():
         asked = [EvalSpec(variant, setting) for setting in SETTINGS]
         rows[name] = [measure(repetitions, spec, metric) for spec in asked]
     return rows, rates
@@ -92,13 +101,14 @@ def _findings(
     """What a task's Fine-Tuning cells say, by model."""
     before = max((fine_tuned["BM"], fine_tuned[BEST]), key=lambda cell: cell.mean)
     bm = Named("BM at its better rate", before)
-    lc, lg = Named("LC", fine_tuned["LC"]), Named("LG", fine_tuned["LG"])
+    trained = [Named(name, fine_tuned[name]) for name in TRAINED if name in fine_tuned]
     claim = "Fine-Tuning is better after meta-training than before"
     margin = repetitions[0].preset.findings.margin
-    return [
-        *(larger(claim, label, after, bm) for after in (lc, lg)),
-        close("kl does as well as gold in Fine-Tuning", label, lc, lg, margin),
-    ]
+    findings = [larger(claim, label, after, bm) for after in trained]
+    if len(trained) == len(TRAINED):
+        lc, lg = trained
+        findings.append(close("kl does as well as gold in Fine-Tuning", label, lc, lg, margin))
+    return findings
 
 
 def _prompt_kept(
@@ -106,8 +116,9 @@ def _prompt_kept(
 ) -> list[Finding]:
     """Whether meta-training leaves the use of a prompt."""
     prompted = list(SETTINGS).index("prompt")
-    before, *after = (rows[name][prompted] for name in MODELS)
+    before = rows["BM"][prompted]
     assert before is not None
+    after = {name: rows[name][prompted] for name in TRAINED if name in rows}
     return [
         kept(
             "the use of a prompt is kept",
@@ -116,7 +127,7 @@ def _prompt_kept(
             Named("BM", before),
             repetitions[0].preset.findings.margin,
         )
-        for name, cell in zip(list(MODELS)[1:], after, strict=True)
+        for name, cell in after.items()
         if cell is not None
     ]
 
@@ -132,7 +143,8 @@ def _reversed_is_harder(fine_tuned: dict[str, dict[str, Cell]]) -> list[Finding]
             Named(REVERSED, fine_tuned[REVERSED][model]),
             independent=True,
         )
-        for model in ("LC", "LG")
+        for model in TRAINED
+        if model in fine_tuned[FORWARD]
     ]
 
 

@@ -144,6 +144,19 @@ def test_what_is_forgotten_is_in_every_table(done: Path) -> None:
     assert rows[0]["cells"][2] != rows[1]["cells"][2]  # BM and LC on the same task
 
 
+def test_figure_2_may_be_of_one_objective(
+    done: Path, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "one"
+    shutil.copytree(done, output)
+    run_experiment("figure2", contexts_of(sections, output, figure2__objectives=["kl"]))
+    found, both = content(output, "figure2"), content(done, "figure2")
+    for table, whole in zip(found["tables"], both["tables"], strict=True):
+        kept = [row for row in whole["rows"] if row["head"] != "LG"]
+        assert table["rows"] == kept and len(kept) < len(whole["rows"])
+    assert not any("gold" in each["claim"] for each in found["findings"])
+
+
 def test_processes_share_the_stages_of_a_folder(
     done: Path, sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
