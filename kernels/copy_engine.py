@@ -13,4 +13,7 @@ def begins_aligned(t: Tensor) -> bool:
 
 def describable(t: Tensor) -> bool:
     """Whether it and all its rows begin at multiples of 16 bytes."""
-    return begins_aligned(t) and all(n * t.element_size() % 16 == 0 for n in t.stride()[:-1])
+    bits = 0  # that any stride has: a multiple of 16 bytes has none of the lowest
+    for stride in t.stride()[:-1]:
+        bits |= stride
+    return bits * t.element_size() % 16 == 0 and begins_aligned(t)

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
+from .sizes import cdiv
+
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -31,16 +34,29 @@ def store(ptr, at, live, value):
 
 
 def launch(
-    kernel: Any, outputs: int, *inputs: Tensor, like: Tensor, **constants: Any
-) -> list[Tensor]:
-    """Runs ``kernel(*inputs, *outputs, n, BLOCK, **constants)``; its outputs are ``like`` one
-    input.
+    kernel: Any,
+    outputs: int,
+    *inputs: Tensor,
+    like: Tensor,
+    into: tuple[Tensor, ...] | None = None,
+    **constants: Any,
+) -> tuple[Tensor, ...]:
+    """Runs ``kernel(*inputs, *outputs, n, BLOCK, **constants)``; its outputs are ``into``, or
+    ``like`` one input.
     """
     n = like.numel()
-    out = [torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(outputs)]
+    out = into or tuple(
+        torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(outputs)
+    )
     dense = [t.contiguous() for t in inputs]
-    with torch.cuda.device_of(like):
-        kernel[(triton.cdiv(n, BLOCK),)](
-            *dense, *out, n, BLOCK=BLOCK, num_warps=NUM_WARPS, **constants
-        )
+    run_kernel(
+        kernel,
+        (cdiv(n, BLOCK),),
+        *dense,
+        *out,
+        n,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        **constants,
+    )
     return out

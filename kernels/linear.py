@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .copy_engine import begins_aligned, describable
+from .launching import descriptor, run_kernel
 from .linear_tiles import Tiles, choose_tiles
+from .sizes import cdiv
 
 SUM_BLOCK = 1024  # of _sum_parts_kernel
 
@@ -227,37 +228,40 @@ def fused_product(
     parts = y = x_GMI.new_empty(groups, rows, outputs)
     if tiles.split > 1:
         parts = y.new_empty(tiles.split, groups * rows, outputs, dtype=torch.float32)
-    blocks = triton.cdiv(groups * rows, tiles.rows) * triton.cdiv(outputs, tiles.outputs)
+    blocks = cdiv(groups * rows, tiles.rows) * cdiv(outputs, tiles.outputs)
     bias = bias_O if bias_O is not None else y
-    with torch.cuda.device_of(x_GMI):
-        _updated_product_kernel[blocks, tiles.split](
-            *operands,
-            bias,
+    run_kernel(
+        _updated_product_kernel,
+        (blocks, tiles.split),
+        *operands,
+        bias,
+        parts,
+        groups * rows,
+        rows,
+        inputs,
+        outputs,
+        context,
+        weight.stride(0),
+        HAS_BIAS=bias_O is not None,
+        TRANSPOSED=transposed,
+        TMA=tma,
+        **tiles.constexprs(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if tiles.split > 1:
+        run_kernel(
+            _sum_parts_kernel,
+            (cdiv(y.numel(), SUM_BLOCK),),
             parts,
+            bias,
+            y,
             groups * rows,
-            rows,
-            inputs,
             outputs,
-            context,
-            weight.stride(0),
             HAS_BIAS=bias_O is not None,
-            TRANSPOSED=transposed,
-            TMA=tma,
-            **tiles.constexprs(),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            SPLIT=tiles.split,
+            BLOCK=SUM_BLOCK,
         )
-        if tiles.split > 1:
-            _sum_parts_kernel[triton.cdiv(y.numel(), SUM_BLOCK),](
-                parts,
-                bias,
-                y,
-                groups * rows,
-                outputs,
-                HAS_BIAS=bias_O is not None,
-                SPLIT=tiles.split,
-                BLOCK=SUM_BLOCK,
-            )
     return y
 
 
@@ -279,4 +283,4 @@ def _descriptors(operands: list[Tensor], transposed: bool, tiles: Tiles) -> list
         (match, (tiles.update_rows, tiles.context)),
         (factor, (tiles.context, tiles.outputs)),
     ]
-    return [TensorDescriptor.from_tensor(tensor, [1, *block]) for tensor, block in blocks]
+    return [descriptor(tensor, [1, *block]) for tensor, block in blocks]

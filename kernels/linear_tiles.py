@@ -6,8 +6,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from .sizes import cdiv, next_power_of_2
 
 
 class Tiles(NamedTuple):
@@ -77,7 +78,7 @@ def choose_tiles(x_GMI: Tensor, factor_GSO: Tensor) -> Tiles | None:
     tiles = HOPPER.get(shape_class(groups * rows, inputs, outputs))
     if tiles is None or inputs % 8 or outputs % 8:  # the bulk copy engine reads 16 bytes
         return None
-    tiles = tiles._replace(context=min(tiles.context, max(16, triton.next_power_of_2(context))))
+    tiles = tiles._replace(context=min(tiles.context, max(16, next_power_of_2(context))))
     wasteful = products_done(tiles, groups, rows, inputs, context) > WASTE * (inputs + context)
     return None if wasteful else tiles
 
@@ -86,8 +87,8 @@ def products_done(tiles: Tiles, groups: int, rows: int, inputs: int, context: in
     """Of a row with every column of W and E: a block's rows meet the contexts of all its groups."""
     block = tiles.update_rows
     aligned = rows % block == 0 or block % rows == 0
-    met = min(groups, triton.cdiv(block, rows) + (not aligned))
-    return inputs + met * triton.cdiv(context, tiles.context) * tiles.context
+    met = min(groups, cdiv(block, rows) + (not aligned))
+    return inputs + met * cdiv(context, tiles.context) * tiles.context
 
 
 def shape_class(rows: int, inputs: int, outputs: int) -> tuple[str, str, str]:

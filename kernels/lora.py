@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
+from .sizes import cdiv, next_power_of_2
+
 if TYPE_CHECKING:
     from ..rows import GroupedRows
 
@@ -127,23 +130,24 @@ def lora_product(x: Tensor, weight_OI: Tensor | None, own_GOI: Tensor, rows: Gro
     w = weight_OI if x.dtype != own_GOI.dtype else None
     y = x.new_empty(*x.shape[:-1], O)
     blocks = _product_blocks(T, I, O)
-    programs = triton.cdiv(T, blocks["BLOCK_T"])
-    with torch.cuda.device_of(x):
-        _lora_product_kernel[(B * programs, triton.cdiv(O, blocks["BLOCK_O"]))](
-            x,
-            w,
-            own_GOI,
-            rows.group_B,
-            y,
-            T,
-            I,
-            O,
-            programs,
-            *(w.stride() if w is not None else (0, 0)),
-            *own_GOI.stride(),
-            **blocks,
-            **LAUNCH,
-        )
+    programs = cdiv(T, blocks["BLOCK_T"])
+    run_kernel(
+        _lora_product_kernel,
+        (B * programs, cdiv(O, blocks["BLOCK_O"])),
+        x,
+        w,
+        own_GOI,
+        rows.group_B,
+        y,
+        T,
+        I,
+        O,
+        programs,
+        *(w.stride() if w is not None else (0, 0)),
+        *own_GOI.stride(),
+        **blocks,
+        **LAUNCH,
+    )
     return y
 
 
@@ -156,28 +160,29 @@ def lora_materialise(
     O = e.shape[-1]
     after_GOI = x.new_empty(rows.groups, O, I, dtype=torch.float32)
     blocks = _materialise_blocks(I, O)
-    grid = rows.groups, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
-    with torch.cuda.device_of(x):
-        _lora_materialise_kernel[grid](
-            own_GOI,
-            e,
-            x,
-            rows.order_B,
-            rows.offset_G,
-            after_GOI,
-            math.prod(tokens),
-            I,
-            O,
-            *(own_GOI.stride() if own_GOI is not None else (0, 0, 0)),
-            scale,
-            **blocks,
-            **LAUNCH,
-        )
+    grid = rows.groups, cdiv(O, blocks["BLOCK_O"]), cdiv(I, blocks["BLOCK_I"])
+    run_kernel(
+        _lora_materialise_kernel,
+        grid,
+        own_GOI,
+        e,
+        x,
+        rows.order_B,
+        rows.offset_G,
+        after_GOI,
+        math.prod(tokens),
+        I,
+        O,
+        *(own_GOI.stride() if own_GOI is not None else (0, 0, 0)),
+        scale,
+        **blocks,
+        **LAUNCH,
+    )
     return after_GOI
 
 
 def _block(size: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, next_power_of_2(size)))
 
 
 def _product_blocks(T: int, I: int, O: int) -> dict[str, int]:

@@ -6,16 +6,17 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.norm import Kept, Options
+from .launching import run_kernel
 from .norm_kernels import (
     norm_backward_kernel,
     norm_double_backward_kernel,
     norm_forward_kernel,
     sum_kernel,
 )
+from .sizes import cdiv, next_power_of_2
 
 MAX_D = 16384
 
@@ -93,29 +94,51 @@ def _forward(
     mean = torch.empty_like(rstd) if center else None
     strides = weight_BD.stride(0), 0 if bias_BD is None else bias_BD.stride(0)
     grid, sizes, constants = _walk("forward", x)
-    with torch.cuda.device_of(x):
-        norm_forward_kernel[grid](
-            x, residual, weight_BD, bias_BD, h, y, mean, rstd, *sizes, *strides, eps, **constants
-        )
+    run_kernel(
+        norm_forward_kernel,
+        grid,
+        x,
+        residual,
+        weight_BD,
+        bias_BD,
+        h,
+        y,
+        mean,
+        rstd,
+        *sizes,
+        *strides,
+        eps,
+        **constants,
+    )
     return y, mean, rstd
 
 
 def norm_backward(
-    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
+    dy: Tensor, dh: Tensor | None, into: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    """dx, plus ``dh`` if given, added to ``into`` if given; dγ [B, D] and, ``with_bias``, dβ
+    [B, D].
+    """
     x, weight_BD, mean, rstd = kept
     dy, x, weight_BD = dy.contiguous(), x.contiguous(), _rows(weight_BD)
     dh = None if dh is None else dh.contiguous()
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if into is None else into
     grid, sizes, constants = _walk("backward", x)
     parts = _partial_sums(1 + with_bias, x, weight_BD, sizes[1])
     dbias = parts[1] if with_bias else None
     inputs = dy, dh, x, weight_BD, mean, rstd
-    with torch.cuda.device_of(x):
-        norm_backward_kernel[grid](
-            *inputs, dx, parts[0], dbias, *sizes, weight_BD.stride(0), **constants
-        )
+    run_kernel(
+        norm_backward_kernel,
+        grid,
+        *inputs,
+        dx,
+        parts[0],
+        dbias,
+        *sizes,
+        weight_BD.stride(0),
+        ADD=into is not None,
+        **constants,
+    )
     sums = _sum_parts(parts, weight_BD.dtype)
     return dx, sums[0], sums[1] if with_bias else None
 
@@ -132,10 +155,17 @@ def norm_double_backward(
     parts = _partial_sums(1, x, weight_BD, sizes[1])
     strides = v_BD.stride(0), 0 if w_BD is None else w_BD.stride(0), weight_BD.stride(0)
     inputs = u, v_BD, w_BD, dy, x, weight_BD, mean, rstd
-    with torch.cuda.device_of(x):
-        norm_double_backward_kernel[grid](
-            *inputs, cot_dy, cot_x, parts[0], *sizes, *strides, **constants
-        )
+    run_kernel(
+        norm_double_backward_kernel,
+        grid,
+        *inputs,
+        cot_dy,
+        cot_x,
+        parts[0],
+        *sizes,
+        *strides,
+        **constants,
+    )
     return cot_dy, cot_x, _sum_parts(parts, weight_BD.dtype)[0]
 
 
@@ -150,9 +180,9 @@ def _walk(pass_: str, x: Tensor) -> tuple[tuple[int], tuple[int, int, int], dict
     if D > MAX_D:
         raise ValueError(f"x: expected at most {MAX_D} elements in a row, got {D}")
     T, launch = math.prod(tokens), _launch(pass_, D)
-    blocks = triton.cdiv(T, launch.rows)
-    steps = triton.cdiv(max(1, blocks), min(max(1, blocks), max(1, launch.programs // max(1, B))))
-    P = triton.cdiv(blocks, steps)
+    blocks = cdiv(T, launch.rows)
+    steps = cdiv(max(1, blocks), min(max(1, blocks), max(1, launch.programs // max(1, B))))
+    P = cdiv(blocks, steps)
     return (B * P,), (T, P, steps), _constants(pass_, launch, D)
 
 
@@ -161,7 +191,7 @@ def _launch(pass_: str, D: int) -> Launch:
 
 
 def _constants(pass_: str, launch: Launch, D: int) -> dict[str, Any]:
-    block_d = triton.next_power_of_2(D)
+    block_d = next_power_of_2(D)
     constants = {"D": D, "BLOCK_T": launch.rows, "BLOCK_D": block_d, "STAGES": launch.stages}
     most = 16 if torch.version.hip else 32  # 1024 threads
     constants["num_warps"] = warps = min(most, launch.warps)
@@ -183,7 +213,6 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if P == 1:
         return parts[:, :, 0].unbind(0)
     sums = torch.empty(n, B, D, dtype=dtype, device=parts.device)
-    with torch.cuda.device_of(parts):
-        grid = n * B, triton.cdiv(D, SUM_TILE["BLOCK_D"])
-        sum_kernel[grid](parts, sums, P, D, **SUM_TILE)
+    grid = n * B, cdiv(D, SUM_TILE["BLOCK_D"])
+    run_kernel(sum_kernel, grid, parts, sums, P, D, **SUM_TILE)
     return sums.unbind(0)

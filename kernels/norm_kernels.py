@@ -114,7 +114,7 @@ def norm_backward_kernel(
     weight_ptr,  # [B, D] in, rows weight_stride apart
     mean_ptr,  # [B, T] in, fp32, or None for RMSNorm
     rstd_ptr,  # [B, T] in, fp32
-    dx_ptr,  # [B, T, D] out, x's dtype
+    dx_ptr,  # [B, T, D] out, x's dtype; added to, if ADD
     dweight_ptr,  # [B, P, D] out
     dbias_ptr,  # [B, P, D] out, or None
     T,
@@ -126,6 +126,7 @@ def norm_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     SPREAD: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     # dx = r (g − x̂ mean(g ∘ x̂) − mean(g)) + dh, g = dy ∘ γ;  dγ = Σ_t dy ∘ x̂;  dβ = Σ_t dy
     program = tl.program_id(0).to(tl.int64)
@@ -155,6 +156,8 @@ def norm_backward_kernel(
             dx = (g - xhat * (tl.sum(g * xhat, 1) / D)[:, None]) * rstd
         if dh_ptr is not None:
             dx += tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
+        if ADD:
+            dx += tl.load(dx_ptr + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
     out = program * D + column
     dtype: tl.constexpr = dweight_ptr.dtype.element_ty

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.eager.vocabulary import Sums
+from .launching import run_kernel
+from .sizes import next_power_of_2
 from .tiles import block_of, elementwise, grid, rows_of
 
 WHOLE_ROW = 16384
@@ -167,10 +169,18 @@ def online_softmax(
     e = torch.empty(z_GNv.shape, dtype=dtype, device=z.device)
     new = torch.empty(4, *ids_GN.shape, dtype=torch.float32, device=z.device)
     statistics = (s.contiguous() for s in (ids_GN, *sums))
-    with torch.cuda.device_of(z):
-        _online_softmax_kernel[(len(z),)](
-            z, *statistics, e, new, *z.shape, z.stride(0), first, **_sweep(z.shape[1])
-        )
+    run_kernel(
+        _online_softmax_kernel,
+        (len(z),),
+        z,
+        *statistics,
+        e,
+        new,
+        *z.shape,
+        z.stride(0),
+        first,
+        **_sweep(z.shape[1]),
+    )
     top, total, picked, shrink = new
     return e, top, total, picked, shrink
 
@@ -185,21 +195,22 @@ def online_kl(
     new = torch.empty(3, groups, 2 * rows, dtype=torch.float32, device=z.device)
     gap = torch.empty(groups, rows, dtype=torch.float32, device=z.device)
     statistics = (s.contiguous() for s in sums)
-    with torch.cuda.device_of(z):
-        _online_kl_kernel[(len(z),)](
-            z,
-            t,
-            *statistics,
-            e,
-            new,
-            gap,
-            2 * len(z),
-            rows,
-            width,
-            z.stride(0),
-            t.stride(0),
-            **_sweep(width),
-        )
+    run_kernel(
+        _online_kl_kernel,
+        (len(z),),
+        z,
+        t,
+        *statistics,
+        e,
+        new,
+        gap,
+        2 * len(z),
+        rows,
+        width,
+        z.stride(0),
+        t.stride(0),
+        **_sweep(width),
+    )
     top, total, shrink = new
     return e, top, total, gap, shrink
 
@@ -208,15 +219,14 @@ def accumulate_(sum_GRX: Tensor, share_GRX: Tensor, shrink_GR: Tensor) -> Tensor
     """sum = shrink ∘ sum + share, in place."""
     share, shrink = share_GRX.contiguous(), shrink_GR.contiguous()
     assert sum_GRX.is_contiguous()
-    with torch.cuda.device_of(share):
-        width = share.shape[2]
-        _accumulate_kernel[grid(share)](sum_GRX, share, shrink, width, **elementwise(width))
+    width = share.shape[2]
+    run_kernel(_accumulate_kernel, grid(share), sum_GRX, share, shrink, width, **elementwise(width))
     return sum_GRX
 
 
 def _sweep(width: int) -> dict[str, Any]:
     """The constants of a program to a row."""
-    block = triton.next_power_of_2(width) if width <= WHOLE_ROW else SWEEP_BLOCK
+    block = next_power_of_2(width) if width <= WHOLE_ROW else SWEEP_BLOCK
     most = 8 if torch.version.hip else 16  # 512 threads
     warps = min(most, max(1, block // (32 * ELEMENTS_PER_THREAD)))
     return {"WHOLE": width <= block, "BLOCK": block, "num_warps": warps}

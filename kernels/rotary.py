@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
+from .sizes import next_power_of_2
+
 TILE_ELEMENTS = 1024  # of half a rotated head, over the heads taken at once
 NUM_WARPS = 8  # with four, ptxas spills on sm_100
 
@@ -109,22 +112,23 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> tu
     cos, sin = cos.contiguous(), sin.contiguous()
     q_out, k_out = _token_major(q), _token_major(k)
     batch, heads, tokens, dim = q.shape
-    with torch.cuda.device_of(q):
-        _rotary_kernel[(batch * tokens,)](
-            q,
-            k,
-            cos,
-            sin,
-            q_out,
-            k_out,
-            *(t.stride()[:3] for t in (q, k, q_out, k_out)),
-            *(0 if len(t) == 1 else t.stride(0) for t in (cos, sin)),
-            heads,
-            k.shape[1],
-            tokens,
-            ADJOINT=adjoint,
-            **_tile(heads, k.shape[1], dim, cos.shape[-1]),
-        )
+    run_kernel(
+        _rotary_kernel,
+        (batch * tokens,),
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        *(t.stride()[:3] for t in (q, k, q_out, k_out)),
+        *(0 if len(t) == 1 else t.stride(0) for t in (cos, sin)),
+        heads,
+        k.shape[1],
+        tokens,
+        ADJOINT=adjoint,
+        **_tile(heads, k.shape[1], dim, cos.shape[-1]),
+    )
     return q_out, k_out
 
 
@@ -137,14 +141,14 @@ def _token_major(x: Tensor) -> Tensor:
 
 def _tile(heads: int, kv_heads: int, dim: int, rotated: int) -> dict[str, int]:
     """The compile-time constants for this many heads of queries and keys of this size."""
-    block_r = triton.next_power_of_2(rotated // 2)
+    block_r = next_power_of_2(rotated // 2)
     most = max(1, TILE_ELEMENTS // block_r)
     return {
         "HALF": rotated // 2,
         "REST": dim - rotated,
-        "BLOCK_H": min(triton.next_power_of_2(heads), most),
-        "BLOCK_K": min(triton.next_power_of_2(kv_heads), most),
+        "BLOCK_H": min(next_power_of_2(heads), most),
+        "BLOCK_K": min(next_power_of_2(kv_heads), most),
         "BLOCK_R": block_r,
-        "BLOCK_REST": triton.next_power_of_2(max(1, dim - rotated)),
+        "BLOCK_REST": next_power_of_2(max(1, dim - rotated)),
         "num_warps": NUM_WARPS,
     }

@@ -38,10 +38,11 @@ def _swiglu_backward_kernel(
     dy_ptr,  # [n] in
     gate_ptr,  # [n] in
     up_ptr,  # [n] in
-    dgate_ptr,  # [n] out, gate's dtype
-    dup_ptr,  # [n] out, gate's dtype
+    dgate_ptr,  # [n] out, gate's dtype; added to, if ADD
+    dup_ptr,  # [n] out, gate's dtype; added to, if ADD
     n,
     BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     # dgate = dy up silu'(gate);  dup = dy silu(gate)
     at, live = flat(n, BLOCK)
@@ -49,8 +50,12 @@ def _swiglu_backward_kernel(
     gate = load(gate_ptr, at, live)
     up = load(up_ptr, at, live)
     _, value, first = _silu(gate)
-    store(dgate_ptr, at, live, dy * up * first)
-    store(dup_ptr, at, live, dy * value)
+    dgate, dup = dy * up * first, dy * value
+    if ADD:
+        dgate += load(dgate_ptr, at, live)
+        dup += load(dup_ptr, at, live)
+    store(dgate_ptr, at, live, dgate)
+    store(dup_ptr, at, live, dup)
 
 
 @triton.jit
@@ -89,10 +94,14 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate)."""
-    dgate, dup = launch(_swiglu_backward_kernel, 2, dy, gate, up, like=gate)
-    return dgate, dup
+def swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate), added to the two ``into``, dense
+    ones, if given.
+    """
+    add = into is not None
+    return launch(_swiglu_backward_kernel, 2, dy, gate, up, like=gate, into=into, ADD=add)
 
 
 def swiglu_double_backward(

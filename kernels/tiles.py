@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
+
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -26,10 +28,10 @@ def rows_of(t_GNv: Tensor) -> Tensor:
 
 def elementwise(width: int) -> dict[str, int]:
     """The constants of a program to a block of columns of a row."""
-    return {"BLOCK": min(BLOCK, triton.next_power_of_2(width)), "num_warps": NUM_WARPS}
+    return {"BLOCK": min(BLOCK, next_power_of_2(width)), "num_warps": NUM_WARPS}
 
 
 def grid(t_GNv: Tensor) -> tuple[int, int]:
     """Of the elementwise kernels."""
     groups, rows, width = t_GNv.shape
-    return groups * rows, triton.cdiv(width, elementwise(width)["BLOCK"])
+    return groups * rows, cdiv(width, elementwise(width)["BLOCK"])

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.eager.vocabulary import CotangentRows, Into
+from .launching import run_kernel
 from .online import accumulate_, online_kl, online_softmax
 from .tiles import block_of, elementwise, grid, rows_of
 
@@ -112,18 +113,19 @@ def softmax_minus_one_hot(
     z = rows_of(z_GNv)
     b = _room(into, z_GNv)
     ids, (first, columns_ptr) = ids_GN.contiguous(), _columns(columns)
-    with torch.cuda.device_of(z):
-        _softmax_minus_one_hot_kernel[grid(b)](
-            z,
-            lse_GN.contiguous(),
-            ids,
-            columns_ptr,
-            b,
-            *b.shape[1:],
-            z.stride(0),
-            first,
-            **elementwise(b.shape[2]),
-        )
+    run_kernel(
+        _softmax_minus_one_hot_kernel,
+        grid(b),
+        z,
+        lse_GN.contiguous(),
+        ids,
+        columns_ptr,
+        b,
+        *b.shape[1:],
+        z.stride(0),
+        first,
+        **elementwise(b.shape[2]),
+    )
     return b
 
 
@@ -134,11 +136,20 @@ def softmax_difference(
     z, t = rows_of(z_GNv), rows_of(teacher_z_GNv)
     f = _room(into, z_GNv)
     lse, t_lse = lse_GN.contiguous(), teacher_lse_GN.contiguous()
-    with torch.cuda.device_of(z):
-        width = f.shape[2]
-        _softmax_difference_kernel[grid(f)](
-            z, lse, t, t_lse, f, width, z.stride(0), t.stride(0), **elementwise(width)
-        )
+    width = f.shape[2]
+    run_kernel(
+        _softmax_difference_kernel,
+        grid(f),
+        z,
+        lse,
+        t,
+        t_lse,
+        f,
+        width,
+        z.stride(0),
+        t.stride(0),
+        **elementwise(width),
+    )
     return f
 
 
@@ -149,19 +160,20 @@ def logit_cotangent(b_bar_GNv: Tensor, b_GNv: Tensor, into: Into, *rows: *Cotang
     z_cot = _room(into, b)
     first, columns_ptr = _columns(columns)
     statistics = (t.contiguous() for t in (center_GN, weight_GN))
-    with torch.cuda.device_of(b):
-        _logit_cotangent_kernel[grid(b)](
-            b_bar,
-            *statistics,
-            b,
-            ids_GN.contiguous(),
-            columns_ptr,
-            z_cot,
-            *b.shape[1:],
-            b_bar.stride(0),
-            first,
-            **elementwise(b.shape[2]),
-        )
+    run_kernel(
+        _logit_cotangent_kernel,
+        grid(b),
+        b_bar,
+        *statistics,
+        b,
+        ids_GN.contiguous(),
+        columns_ptr,
+        z_cot,
+        *b.shape[1:],
+        b_bar.stride(0),
+        first,
+        **elementwise(b.shape[2]),
+    )
     return z_cot
 
 

@@ -72,6 +72,7 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
         "odd": dict(batch=2, heads=6, kv_heads=2, tokens=37, dim=20),
         "odd, window": dict(batch=1, heads=3, kv_heads=1, tokens=131, dim=64, window=40),
         "odd, segments": dict(batch=2, heads=2, kv_heads=2, tokens=131, dim=96, segments=3),
+        "contexts, added": dict(batch=2, tokens=256, **HEADS, add=1),
     },
     "lora": {
         "odd, groups of 0 to 3 rows": dict(groups=4, rows=5, tokens=37, inputs=401, outputs=3),
@@ -81,8 +82,12 @@ ODD: dict[str, dict[str, Shape]] = {  # for the gate only
         "odd": dict(examples=3, tokens=5, hidden=401),
         "odd, layer norm": dict(examples=2, tokens=7, hidden=401, center=1),
         "one token": dict(examples=2, tokens=1, hidden=64),
+        "contexts, added": dict(examples=2, tokens=256, hidden=2048, add=1),
     },
-    "swiglu": {"odd": dict(examples=3, tokens=1, hidden=401)},
+    "swiglu": {
+        "odd": dict(examples=3, tokens=1, hidden=401),
+        "odd, added": dict(examples=3, tokens=1, hidden=401, add=1),
+    },
     "gelu": {
         "odd": dict(examples=3, tokens=1, hidden=401),
         "odd, tanh": dict(examples=3, tokens=1, hidden=401, tanh=1),

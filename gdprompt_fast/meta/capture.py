@@ -130,6 +130,10 @@ class _Recorded:
 class Graphs:
     """The graphs of one model and the gradients that they add to.
 
+    They share a pool of memory, in which a smaller one lives where the largest one does if that was
+    recorded first: one that is larger than all others takes their place, and they are recorded
+    again after it.
+
     A gradient that a graph adds to is a buffer outside the graphs' pool. It becomes the ``.grad``
     of its parameter: zeroed where that was None, with the value of another tensor that stood there.
     A buffer that somebody keeps from an earlier step is left to them, and all is recorded again.
@@ -174,22 +178,44 @@ class Graphs:
         if key not in self._recorded and key not in self._refused:
             if key not in self._seen:
                 self._seen.add(key)
-                return unit(inputs), "the first step of a shape warms kernels up"
+                done = self._eagerly(unit, inputs, trained)
+                return done, "the first step of a shape warms kernels up"
             try:
                 self._record(key, unit, inputs, trained)
             except torch.OutOfMemoryError:
                 self.clear()
                 self._refused[key] = "there is no memory for a graph beside what is in use"
         if key in self._refused:
-            return unit(inputs), self._refused[key]
+            return self._eagerly(unit, inputs, trained), self._refused[key]
         self._recorded.move_to_end(key)
         recorded = self._recorded[key]
         self._take_over(recorded.reached)
         return recorded(inputs), ""
 
-    def _record(self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
+    def _eagerly(self, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> Done:
+        """``unit(inputs)``, without the graphs if there is no memory for it beside them."""
+        before = [(p, p.grad, None if p.grad is None else p.grad._version) for p in trained]
+        try:
+            return unit(inputs)
+        except torch.OutOfMemoryError:
+            added = any(grad is not None and grad._version != seen for _, grad, seen in before)
+            if added or not self._recorded:
+                raise
+        for parameter, grad, _ in before:
+            parameter.grad = grad
+        self.clear()
+        return unit(inputs)
+
+    def _make_room(self, inputs: Any) -> None:
+        size = _elements(tensors_of(inputs))
+        if all(size > _elements(each.inputs) for each in self._recorded.values()):
+            self._recorded.clear()
+            self._pool = None
         while len(self._recorded) >= MOST_GRAPHS:
             self._recorded.popitem(last=False)
+
+    def _record(self, key: Any, unit: Unit, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
+        self._make_room(inputs)
         self._add_buffers(trained)
         before = {p: _references(self._buffers, p) for p in trained}
         written = {p: self._buffers[p]._version for p in trained}
@@ -239,6 +265,10 @@ def _gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _references(held: dict[Any, Tensor], key: Any) -> int:

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from .backend import implementation
 from .guard import forbid_higher_order
+from .left import Left
 
 # The first key that each query sees and the last query that sees each key, int32 [B, T]; None where
 # that is all before or after it.
@@ -46,7 +47,8 @@ def attention(
     Returns:
         [B, T, H, D], contiguous, as transformers' attention functions return it.
     """
-    return _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
+    out, _ = _Attention.apply(q, k, v, scale, visible_keys(q, window, segment_BT))
+    return out
 
 
 def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None = None) -> Visible:
@@ -68,32 +70,45 @@ def visible_keys(q: Tensor, window: int | None = None, segment_BT: Tensor | None
 
 
 class _Attention(Function):
+    # The second output is an anchor (ops/left.py): the double backward runs before the last
+    # backward, which adds to the cotangents of q, k and v that it leaves.
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Visible
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.options = scale, visible
+        anchor, ctx.left = q.new_empty(0), Left()
         out, lse = implementation("attention", q).attention_forward(q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        ctx.save_for_backward(anchor, q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, anchor
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        # Detached: how O depends on q, k and v is part of the double backward.
-        dq, dk, dv = _AttentionBackward.apply(dout, q, k, v, out.detach(), lse, *ctx.options)
-        return dq, dk, dv, None, None
+    def backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> Any:
+        anchor, *tensors = ctx.saved_tensors
+        if dout is None:
+            return *(ctx.left.take() or (None, None, None)), None, None
+        # Detached: how they and O depend on each other is part of the double backward.
+        kept = *(each.detach() for each in tensors), *ctx.options
+        if torch.is_grad_enabled():
+            gradients = _AttentionBackward.apply(dout, anchor, ctx.left, *kept)
+        else:
+            passes = implementation("attention", dout)
+            gradients = passes.attention_backward(dout, ctx.left.take(), *kept)
+        return *gradients, None, None
 
 
 class _AttentionBackward(Function):
     # P = exp(scale Q Kᵀ − lse);  dP = dO Vᵀ;  δ = rowsum(dO ∘ O);  dS = P ∘ (dP − δ)
     # dQ = scale dS K;  dK = scale dSᵀ Q;  dV = Pᵀ dO
     @staticmethod
-    def forward(ctx: Any, dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, dout: Tensor, anchor: Tensor, left: Left, *kept: *Kept
+    ) -> tuple[Tensor, ...]:
         *tensors, scale, visible = kept
         ctx.save_for_backward(dout, *tensors)
-        ctx.options = scale, visible
-        return implementation("attention", dout).attention_backward(dout, *kept)
+        ctx.options, ctx.left = (scale, visible), left
+        return implementation("attention", dout).attention_backward(dout, None, *kept)
 
     @staticmethod
     def backward(ctx: Any, cot_dq: Tensor, cot_dk: Tensor, cot_dv: Tensor) -> Any:
@@ -103,7 +118,8 @@ class _AttentionBackward(Function):
         #   cot dO = Ṗ V + P V̇;  cot V = Ṗᵀ dO
         #   cot Q = scale (S̄ K + dS K̇);  cot K = scale (S̄ᵀ Q + dSᵀ Q̇)
         forbid_higher_order("attention", "twice")
-        cotangents = implementation("attention", cot_dq).attention_double_backward(
+        cot_dout, *cotangents = implementation("attention", cot_dq).attention_double_backward(
             cot_dq, cot_dk, cot_dv, *ctx.saved_tensors, *ctx.options
         )
-        return *cotangents, None, None, None, None
+        ctx.left.put(*cotangents)
+        return cot_dout, *(None for _ in range(9))

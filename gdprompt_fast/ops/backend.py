@@ -118,9 +118,21 @@ def implementation(op: str, like: Tensor) -> ModuleType:
 
     A tensor of a dtype that the backend does not have, such as an fp64 sum, takes the eager one.
     """
-    backend = resolve_backend(_chosen, like.device)
-    if backend == "triton" and op in KERNELS and like.dtype in DTYPES[backend]:
+    if _chosen == "auto":
+        return _passes(resolve_backend(_chosen, like.device), op, like.dtype)
+    return _chosen_implementation(op, _chosen, like.device, like.dtype)
+
+
+@functools.cache  # a step asks some 800 times
+def _chosen_implementation(
+    op: str, chosen: str, device: torch.device, dtype: torch.dtype
+) -> ModuleType:
+    return _passes(resolve_backend(chosen, device), op, dtype)
+
+
+def _passes(backend: str, op: str, dtype: torch.dtype) -> ModuleType:
+    if backend == "triton" and op in KERNELS and dtype in DTYPES[backend]:
         return importlib.import_module(f"gdprompt_fast.kernels.{op}")
-    if backend == "cpp" and op in CPP and like.dtype in DTYPES[backend]:
+    if backend == "cpp" and op in CPP and dtype in DTYPES[backend]:
         return importlib.import_module(f"gdprompt_fast.ops.cpp.{op}")
     return importlib.import_module(f"gdprompt_fast.ops.eager.{op}")

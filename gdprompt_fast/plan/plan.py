@@ -221,6 +221,11 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(f"{most} {of_batch} fit{'' if micro else 's'} in {_size(plan.memory)}.")
     if plan.planned.objective == "kl":
         notes.append("The teacher's head and final states are counted, its other weights are not.")
+    notes.append(
+        "Captured steps, on a GPU, keep their memory between steps: "
+        f"{_size(plan.fast.captured_peak_bytes)} with this optimizer, "
+        f"{_size(sum(plan.fast.meta_step.values()))} with one that makes no temporaries (fused)."
+    )
     notes.append("Not counted: the CUDA context, and what the allocator holds in reserve.")
     return notes
 

@@ -55,6 +55,16 @@ class Prediction:
         """The peak of the whole."""
         return max(sum(self.meta_step.values()), sum(self.optimizer_step.values()))
 
+    @property
+    def captured_peak_bytes(self) -> int:
+        """The peak where captured steps keep their memory in a pool, so that the optimizer's
+        temporaries come on top of it.
+        """
+        states, with_temporaries = (
+            parts.get(OPTIMIZER, 0) for parts in (self.meta_step, self.optimizer_step)
+        )
+        return sum(self.meta_step.values()) + max(0, with_temporaries - states)
+
 
 @dataclass(frozen=True)
 class Materialised:

@@ -38,13 +38,22 @@ def widened(value: Any) -> Any:
     """An argument of a pass for its run in fp64."""
     if isinstance(value, torch.dtype):
         return torch.float64
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
     floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.double() if floating else value
 
 
 def copied(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments of their own for a pass that writes to them."""
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+    return tuple(
+        copied(value)
+        if isinstance(value, tuple)
+        else value.clone()
+        if isinstance(value, Tensor)
+        else value
+        for value in values
+    )
 
 
 def tensors_in(values: Any) -> list[Tensor]:

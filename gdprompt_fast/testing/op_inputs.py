@@ -75,7 +75,7 @@ def norm_passes(draw: Draw, shape: Shape) -> Passes:
     kept = (forward[0], weight, *eager.norm_forward(*forward)[1:])
     return {
         "norm_forward": forward,
-        "norm_backward": (dy, None, center, *kept),
+        "norm_backward": (dy, None, draw(*x.shape) if shape.get("add") else None, center, *kept),
         "norm_double_backward": (u, v, w if center else None, dy, *kept),
     }
 
@@ -85,7 +85,7 @@ def swiglu_passes(draw: Draw, shape: Shape) -> Passes:
     gate, up, dy, a, b = (draw(*size) for _ in range(5))
     return {
         "swiglu_forward": (gate, up),
-        "swiglu_backward": (dy, gate, up),
+        "swiglu_backward": (dy, gate, up, (draw(*size), draw(*size)) if shape.get("add") else None),
         "swiglu_double_backward": (a, b, dy, gate, up),
     }
 
@@ -147,11 +147,15 @@ def attention_passes(draw: Draw, shape: Shape) -> Passes:
         segment_BT = (torch.arange(tokens, device=q.device) * segments // tokens).expand(batch, -1)
     options = dim**-0.5, visible_keys(q, shape.get("window"), segment_BT)
     forward = (q, k, v, *options)
-    backward = (dout.transpose(1, 2), q, k, v, *eager.attention_forward(*forward), *options)
+    kept = (q, k, v, *eager.attention_forward(*forward), *options)
+    dout = dout.transpose(1, 2)
+    into = None
+    if shape.get("add"):
+        into = tuple(draw_heads(shape[heads]) for heads in ("heads", "kv_heads", "kv_heads"))
     return {
         "attention_forward": forward,
-        "attention_backward": backward,
-        "attention_double_backward": (cot_dq, cot_dk, cot_dv, *backward),
+        "attention_backward": (dout, into, *kept),
+        "attention_double_backward": (cot_dq, cot_dk, cot_dv, dout, *kept),
     }
 
 

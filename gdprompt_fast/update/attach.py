@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
 from ..models.intact import has_own_forward
+from ..models.walk import Modules, modules_of
 from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
@@ -48,7 +49,8 @@ class AdaptedModel:
         tied = tokens.weight is head.weight
         moved = {id(parameter) for parameter in inner.values()}
         self.head = head
-        head_name = next(name for name, module in model.named_modules() if module is head)
+        modules = modules_of(model)
+        head_name = next(name for name, module in modules if module is head)
         self.vocabulary = AdaptedVocabulary(
             head,
             tokens if tied else None,
@@ -57,8 +59,8 @@ class AdaptedModel:
             state.rate(head_name, head.weight),
         )
         self.adapted_layers: dict[nn.Module, AdaptedLayer] = {}
-        _check_not_shared(model, moved, {tokens, head})
-        for name, module in model.named_modules():
+        _check_not_shared(modules, moved, {tokens, head})
+        for name, module in modules:
             if module is head or not any(True for _ in module.parameters(recurse=False)):
                 continue
             if tied and module is tokens and has_own_forward(module):
@@ -90,7 +92,7 @@ class AdaptedModel:
             forwards |= decoder_layers(self.backbone, self.adapted_layers)
         ours = engine_attention(self.model)
         self.state.phase.recomputing = recompute == "block"
-        for module in self.model.modules():
+        for _, module in modules_of(self.model):
             if "forward" in vars(module):
                 continue
             if module not in forwards:
@@ -216,10 +218,10 @@ class AdaptedModel:
                 )
 
 
-def _check_not_shared(model: nn.Module, moved: set[int], tied: set[nn.Module]) -> None:
+def _check_not_shared(modules: Modules, moved: set[int], tied: set[nn.Module]) -> None:
     """Each rule knows the uses of its own layer only; tied head and tokens are one layer."""
     owners: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         for key, parameter in module.named_parameters(recurse=False):
             owner = owners.setdefault(id(parameter), f"{name}.{key}")
             if owner != f"{name}.{key}" and id(parameter) in moved and module not in tied:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import UserError
 from ..models.architecture import causal_lm
 from ..models.intact import has_own_forward, is_shipped
+from ..models.walk import modules_of
 from ..ops.attention import attention
 
 ATTENTION = "gdprompt_fast"
@@ -180,7 +181,7 @@ def positions_in_order(check: Callable[[Tensor], None]) -> Iterator[None]:
 
 def _configs(inner: nn.Module) -> list[Any]:
     """The model's configuration, and those that its modules have instead."""
-    configs = (getattr(module, "config", None) for module in inner.modules())
+    configs = (getattr(module, "config", None) for _, module in modules_of(inner))
     return list({id(config): config for config in configs if config is not None}.values())
 
 
@@ -199,12 +200,12 @@ def _mask_path(inner: nn.Module) -> list[nn.Module]:
     """The modules that a mask goes through: those that look like attention, and all around them."""
     attentions = [
         name
-        for name, module in inner.named_modules()
+        for name, module in modules_of(inner)
         if name.rpartition(".")[2] in _PLACES or type(module).__name__.endswith("Attention")
     ]
     paths = (name.split(".")[:depth] for name in attentions for depth in range(1, 9))
     names = {".".join(path) for path in paths}
-    return [module for name, module in inner.named_modules() if name in names]
+    return [module for name, module in modules_of(inner) if name in names]
 
 
 def _is_shipped_module(module: nn.Module) -> bool:

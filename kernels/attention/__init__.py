@@ -15,10 +15,10 @@ Shapes: B batch, H heads, K key/value heads, G = H / K, T tokens, D head dim.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ops.attention import Kept, Visible
+from ..sizes import cdiv
 from .launch import launch_kernel
 
 __all__ = ["attention_backward", "attention_double_backward", "attention_forward"]
@@ -39,15 +39,17 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV from dO [B, T, H, D]."""
+def attention_backward(
+    dout: Tensor, into: tuple[Tensor, ...] | None, *kept: *Kept
+) -> tuple[Tensor, ...]:
+    """dQ, dK and dV from dO [B, T, H, D], added to the three ``into`` if given."""
     q, k, v, out, lse, scale, visible = kept
     dout, q, k, v, out = _rows_dense(dout, q, k, v, out)
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-    rows = *_rows_dense(lse), _statistic(q)
+    dq, dk, dv = into or tuple(map(torch.empty_like, (q, k, v)))
+    rows, add = (*_rows_dense(lse), _statistic(q)), into is not None
     inputs = {"do": dout.transpose(1, 2), "q": q, "k": k, "v": v, "out": out.transpose(1, 2)}
-    launch_kernel("backward_query", inputs, (dq,), rows, scale, visible)
-    launch_kernel("backward_key", inputs, (dk, dv), rows, scale, visible)
+    launch_kernel("backward_query", inputs, (dq,), rows, scale, visible, add)
+    launch_kernel("backward_key", inputs, (dk, dv), rows, scale, visible, add)
     return dq, dk, dv
 
 
@@ -76,4 +78,4 @@ def _rows_dense(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _statistic(q: Tensor) -> Tensor:
     """An fp32 number for each query, [B, H, T], its rows aligned for the copy engine."""
     batch, heads, tokens, _ = q.shape
-    return q.new_empty(batch, heads, triton.cdiv(tokens, 4) * 4, dtype=torch.float32)[..., :tokens]
+    return q.new_empty(batch, heads, cdiv(tokens, 4) * 4, dtype=torch.float32)[..., :tokens]

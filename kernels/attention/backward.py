@@ -33,7 +33,7 @@ def attention_backward_query_kernel(
     out,  # [B, H, T, D] in, q's dtype
     k,  # [B, K, T, D] in, q's dtype
     v,  # [B, K, T, D] in, q's dtype
-    dq,  # [B, H, T, D] out, q's dtype
+    dq,  # [B, H, T, D] out, q's dtype; added to, if ADD
     lse,  # [B, H, T] in, fp32
     delta,  # [B, H, T] out, fp32
     first_key_ptr,  # [B, T] in, int32, if BOUNDED
@@ -47,6 +47,7 @@ def attention_backward_query_kernel(
     BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     # dQ = scale dS K, with dS = P ∘ (dP − δ), dP = dO Vᵀ, δ = rowsum(dO ∘ O)
     batch, head, kv_head, first = query_program(H, G, BLOCK_M)
@@ -72,7 +73,7 @@ def attention_backward_query_kernel(
             acc = _add_keys(
                 acc, queries, keys, begin, full_begin, scale, D, BLOCK_D, BLOCK_N, True, True
             )
-    store(dq, acc * scale, batch, head, first, T, D, BLOCK_M, BLOCK_D)
+    store(dq, acc * scale, batch, head, first, T, D, BLOCK_M, BLOCK_D, ADD)
 
 
 @triton.jit
@@ -112,8 +113,8 @@ def attention_backward_key_kernel(
     q,  # [B, H, T, D] in
     k,  # [B, K, T, D] in, q's dtype
     v,  # [B, K, T, D] in, q's dtype
-    dk,  # [B, K, T, D] out, q's dtype
-    dv,  # [B, K, T, D] out, q's dtype
+    dk,  # [B, K, T, D] out, q's dtype; added to, if ADD
+    dv,  # [B, K, T, D] out, q's dtype; added to, if ADD
     lse,  # [B, H, T] in, fp32
     delta,  # [B, H, T] in, fp32
     first_key_ptr,  # [B, T] in, int32, if BOUNDED; the last queries likewise
@@ -128,6 +129,7 @@ def attention_backward_key_kernel(
     BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     # dK = scale dSᵀ Q,  dV = Pᵀ dO, summed over the heads of the group; tiles are [keys, queries]
     batch, kv_head, first = key_program(H, G, BLOCK_N)
@@ -154,8 +156,8 @@ def attention_backward_key_kernel(
                 sums, keys, queries, full_end, end, scale, D, BLOCK_D, BLOCK_M, True, True
             )
     dk_acc, dv_acc = sums
-    store(dk, dk_acc * scale, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
-    store(dv, dv_acc, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D)
+    store(dk, dk_acc * scale, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D, ADD)
+    store(dv, dv_acc, batch, kv_head, first, T, D, BLOCK_N, BLOCK_D, ADD)
 
 
 @triton.jit

@@ -147,10 +147,21 @@ def load(x, batch, head, first, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def store(
-    x, tile, batch, head, first, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    tile,
+    batch,
+    head,
+    first,
+    T,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr = False,
 ):
-    # x[batch, head, first + i, :] = tile[i, :]
+    # x[batch, head, first + i, :] = tile[i, :], or += if ADD
     pointers, inside = _tile(x, batch, head, first, T, D, ROWS, BLOCK_D)
+    if ADD:
+        tile += tl.load(pointers, inside, 0.0).to(tl.float32)
     tl.store(pointers, tile.to(pointers.dtype.element_ty), inside)
 
 

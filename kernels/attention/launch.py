@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...ops.attention import Visible
 from ..copy_engine import describable
+from ..launching import descriptor, run_kernel
+from ..sizes import cdiv, next_power_of_2
 from .backward import attention_backward_key_kernel, attention_backward_query_kernel
 from .double_backward import (
     attention_double_backward_key_kernel,
@@ -53,15 +52,18 @@ def launch_kernel(
     rows: tuple[Tensor, ...],
     scale: float,
     visible: Visible,
+    add: bool = False,
 ) -> None:
-    """Runs a kernel on [B, H or K, T, D] tensors and the row statistics [B, H, T]."""
+    """Runs a kernel on [B, H or K, T, D] tensors and the row statistics [B, H, T]; with ``add``,
+    what it makes is added to the outputs.
+    """
     kernel = KERNELS[name]
     batch, heads, tokens, dim = inputs["q"].shape
     kv_heads = inputs["k"].shape[1]
     if outputs[0].numel() == 0:
         return
     tiles = tiles_of(name, dim, tokens, inputs["q"].dtype, target_of(inputs["q"].device))
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     arguments = [_input(inputs[n], tiles, tiles.queries, block_d) for n in kernel.by_query_inputs]
     arguments += [_input(inputs[n], tiles, tiles.keys, block_d) for n in kernel.by_key_inputs]
     arguments += [_strided(t) for t in outputs]
@@ -71,28 +73,29 @@ def launch_kernel(
         arguments += [_strided(row) for row in rows]
     bounds: tuple[Tensor | None, ...] = visible or (None, None)
     if kernel.by_key:
-        grid = (batch * kv_heads, triton.cdiv(tokens, tiles.keys))
+        grid = (batch * kv_heads, cdiv(tokens, tiles.keys))
     else:
-        grid = (batch * heads, triton.cdiv(tokens, tiles.queries))
+        grid = (batch * heads, cdiv(tokens, tiles.queries))
         bounds = bounds[:1]
-    with torch.cuda.device_of(inputs["q"]):
-        kernel.function[grid](
-            *arguments,
-            *bounds,
-            heads,
-            heads // kv_heads,
-            tokens,
-            scale,
-            **_constants(kernel, tiles, dim, visible is not None),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+    run_kernel(
+        kernel.function,
+        grid,
+        *arguments,
+        *bounds,
+        heads,
+        heads // kv_heads,
+        tokens,
+        scale,
+        **_constants(kernel, tiles, dim, visible is not None, add),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
 
 
 def _input(t: Tensor, tiles: Tiles, *block: int) -> Any:
     """A descriptor for the copy engine, where it can read the tensor."""
     if tiles.tma and describable(t):
-        return TensorDescriptor(t, t.shape, t.stride(), [1, 1, *block])
+        return descriptor(t, [1, 1, *block])
     return _strided(t)
 
 
@@ -100,14 +103,15 @@ def _strided(t: Tensor) -> tuple[Any, ...]:
     return (t, *t.stride()[:-1])
 
 
-def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool) -> dict[str, Any]:
+def _constants(kernel: Kernel, tiles: Tiles, dim: int, bounded: bool, add: bool) -> dict[str, Any]:
     constants = {
         "D": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_D": max(16, next_power_of_2(dim)),
         "BLOCK_M": tiles.queries,
         "BLOCK_N": tiles.keys,
         "BOUNDED": bounded,
         "SPLIT": tiles.split,
         "SWEEPS": tiles.sweeps,
+        "ADD": add,
     }
     return {name: constants[name] for name in kernel.function.arg_names if name in constants}

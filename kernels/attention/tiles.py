@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ SM_90: dict[str, dict[tuple[int, str], Tiles]] = {
 }
 
 
+@functools.cache
 def target_of(device: torch.device) -> str:
     """The GPU whose tiles fit: sm_80 stands for those without wgmma or tcgen05."""
     if torch.version.hip:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gdprompt_fast import LMBatch, MetaBatch, MetaStepOutput, TeacherTargets, fast_meta_step
-from gdprompt_fast.meta import capture
+from gdprompt_fast.meta import capture, compute
 from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.models.memory import PeakMemory
 from helpers.tape import Tape, on_tapes
@@ -306,6 +306,42 @@ def test_without_memory_for_a_graph_the_step_is_eager(
     for _ in range(3):
         out = gold_step(model, batch)
     assert "no memory" in out.eager
+
+
+def test_without_memory_beside_the_graphs_the_step_is_taken_without_them(
+    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, other = tiny_model("llama-tied"), make_batch(), make_batch("grouped")
+    for _ in range(2):
+        assert gold_step(model, batch) is not None
+    graphs, own = capture._graphs[model], compute.MetaStep.backward
+    assert graphs._recorded
+
+    def in_little_memory(self: Any, inputs: Any) -> Any:
+        done = own(self, inputs)
+        if graphs._recorded:
+            raise torch.OutOfMemoryError("out of memory")
+        return done
+
+    model.zero_grad()
+    monkeypatch.setattr(compute.MetaStep, "backward", in_little_memory)
+    gold_step(model, other)
+    ours = gradients(model)
+    monkeypatch.setattr(compute.MetaStep, "backward", own)
+    gold_step(model, other, capture="never")
+    assert not graphs._recorded and same(ours, gradients(model))
+
+
+def test_a_larger_shape_is_recorded_before_smaller_ones(
+    tiny_model: Build, make_batch: Build
+) -> None:
+    """In whose memory they live: they are recorded again after it."""
+    model, small, large = tiny_model("llama-tied"), make_batch(), make_batch("grouped")
+    order = (small, small, large, large, small, small, large)
+    captured = [gold_step(model, batch).captured for batch in order]
+    assert captured == [False, True, False, True, True, True, True]
+    shapes = [len(each.inputs[0]) for each in capture._graphs[model]._recorded.values()]
+    assert sorted(shapes, reverse=True) == sorted(set(shapes), reverse=True) and len(shapes) == 2
 
 
 def test_under_a_dispatch_mode_the_step_is_eager(tiny_model: Build, make_batch: Build) -> None:

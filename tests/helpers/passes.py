@@ -68,7 +68,7 @@ def check_norm(
     bias = rows(B, D, dtype, expanded) if center else None
     results = check("norm_forward", fast, eager, (x, weight, bias, 1e-5, center))
     kept = [result[1:] for result in results]
-    check("norm_backward", fast, eager, (dy, None, True, x, weight), kept)
+    check("norm_backward", fast, eager, (dy, None, None, True, x, weight), kept)
     check("norm_double_backward", fast, eager, (u, v, w, dy, x, weight), kept)
 
     results = check("add_norm_forward", fast, eager, (x, u, weight, bias, 1e-5, center))
@@ -76,14 +76,14 @@ def check_norm(
     assert torch.equal(results[0][0], h)
     kept = [result[2:] for result in results]
     for with_bias in (False, True):
-        check("norm_backward", fast, eager, (dy, u, with_bias, h, weight), kept)
+        check("norm_backward", fast, eager, (dy, u, None, with_bias, h, weight), kept)
     check("norm_double_backward", fast, eager, (u, v, None, dy, h, weight), kept)
 
 
 def assert_norm_keeps_dtypes(fast: Any, of_x: torch.dtype, of_weight: torch.dtype) -> None:
     x, weight = torch.randn(2, 3, 8).to(of_x), torch.randn(2, 8).to(of_weight)
     y, mean, rstd = fast.norm_forward(x, weight, None, 1e-5, False)
-    dx, dweight, dbias = fast.norm_backward(y, None, True, x, weight, mean, rstd)
+    dx, dweight, dbias = fast.norm_backward(y, None, None, True, x, weight, mean, rstd)
     assert (y.dtype, dx.dtype) == (of_x, of_x)
     assert (dweight.dtype, dbias.dtype) == (of_weight, of_weight)
 
@@ -102,7 +102,7 @@ def assert_norm_of_nothing_is_empty(fast: Any, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), torch.randn(shape[0], 8)
     y, mean, rstd = fast.norm_forward(x, weight, weight, 1e-5, True)
     kept = x, weight, mean, rstd
-    dx, dweight, dbias = fast.norm_backward(y, None, True, *kept)
+    dx, dweight, dbias = fast.norm_backward(y, None, None, True, *kept)
     cot_dy, cot_x, cot_weight = fast.norm_double_backward(dx, dweight, dbias, y, *kept)
     assert y.shape == dx.shape == cot_dy.shape == cot_x.shape == shape
     for total in (dweight, dbias, cot_weight):

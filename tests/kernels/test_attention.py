@@ -90,12 +90,12 @@ def run(
     """The outputs of all passes; the backward passes read O and lse as the forward left them."""
     qkv = tensors["q"], tensors["k"], tensors["v"]
     out, lse = module.attention_forward(*qkv, scale, visible)
-    backward = tensors["dout"], *qkv, out, lse, scale, visible
+    dout, kept = tensors["dout"], (*qkv, out, lse, scale, visible)
     cotangents = tensors["cot_dq"], tensors["cot_dk"], tensors["cot_dv"]
     return {
         "forward": (out, lse),
-        "backward": module.attention_backward(*backward),
-        "double backward": module.attention_double_backward(*cotangents, *backward),
+        "backward": module.attention_backward(dout, None, *kept),
+        "double backward": module.attention_double_backward(*cotangents, dout, *kept),
     }
 
 

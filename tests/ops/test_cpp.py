@@ -120,7 +120,7 @@ def test_every_pass_of_attention_errs_at_most_twice_as_much_as_pytorch(
     results = check("attention_forward", cpp_attention, eager_attention, (q, k, v, *options))
     saved = [(*result, *options) for result in results]
     inputs = (dout, q, k, v)
-    check("attention_backward", cpp_attention, eager_attention, inputs, saved)
+    check("attention_backward", cpp_attention, eager_attention, (dout, None, q, k, v), saved)
     check("attention_double_backward", cpp_attention, eager_attention, (*dots, *inputs), saved)
 
 
@@ -131,9 +131,10 @@ def test_attention_to_one_key_has_gradients_of_exactly_zero(dtype: torch.dtype) 
         torch.randn(B, heads, T, D).to(dtype) for heads in (H, K, K, H, H, K, K)
     )
     dout, options = dout.transpose(1, 2), (D**-0.5, visible_keys(q, window=1))
-    saved = dout, q, k, v, *cpp_attention.attention_forward(q, k, v, *options), *options
-    dq, dk, dv = cpp_attention.attention_backward(*saved)
-    cot_dout, cot_q, cot_k, cot_v = cpp_attention.attention_double_backward(*dots, *saved)
+    kept = q, k, v, *cpp_attention.attention_forward(q, k, v, *options), *options
+    dq, dk, dv = cpp_attention.attention_backward(dout, None, *kept)
+    cotangents = cpp_attention.attention_double_backward(*dots, dout, *kept)
+    cot_dout, cot_q, cot_k, cot_v = cotangents
     for zero in (dq, dk, cot_q, cot_k, cot_v):
         assert torch.equal(zero, torch.zeros_like(zero))
     assert torch.equal(cot_dout, dots[2].repeat_interleave(H // K, 1).transpose(1, 2))
@@ -147,7 +148,9 @@ def test_gradients_of_rows_with_nearly_one_key_keep_their_digits(dtype: torch.dt
     q, k, v, dout = (t.to(dtype) for t in (40 * k, k, v, dout))
     inputs, options = (dout.transpose(1, 2), q, k, v), (1.0, None)
     fast, gold = (
-        module.attention_backward(*t, *module.attention_forward(*t[1:], *options), *options)[0]
+        module.attention_backward(
+            t[0], None, *t[1:], *module.attention_forward(*t[1:], *options), *options
+        )[0]
         for module, t in ((cpp_attention, inputs), (eager_attention, widen(inputs)))
     )
     assert relative_error(fast, gold) < (1e-4 if dtype == torch.float32 else 1e-2)
@@ -245,10 +248,10 @@ def test_empty_inputs_give_empty_results_and_sums_of_zero(shape: tuple[int, ...]
 def test_results_are_the_same_with_any_number_of_threads() -> None:
     x, weight = torch.randn(3, 500, 64), torch.randn(3, 64)
     y, mean, rstd = cpp_norm.norm_forward(x, weight, None, 1e-5, True)
-    one = cpp_norm.norm_backward(y, None, True, x, weight, mean, rstd)
+    one = cpp_norm.norm_backward(y, None, None, True, x, weight, mean, rstd)
     torch.set_num_threads(2)
     try:
-        two = cpp_norm.norm_backward(y, None, True, x, weight, mean, rstd)
+        two = cpp_norm.norm_backward(y, None, None, True, x, weight, mean, rstd)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

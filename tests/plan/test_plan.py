@@ -21,6 +21,7 @@ from gdprompt_fast.plan import (
     predict,
 )
 from gdprompt_fast.plan.plan import LARGEST_BATCH, largest_batch
+from gdprompt_fast.plan.prediction import Prediction
 from helpers.plans import BASE, MODELS
 
 
@@ -63,6 +64,12 @@ def test_the_search_finds_the_largest_batch_in_a_few_predictions(start: int, lar
     asked.clear()
     assert largest_batch(peak_at, {start: max(100 + 7 * start, 10 * start)}, memory) == largest
     assert len(asked) <= 12
+
+
+def test_captured_steps_have_the_optimizers_temporaries_on_top() -> None:
+    meta_step = {"weights": 5, "optimizer": 10, "activations": 7}
+    prediction = Prediction(1, meta_step, {"weights": 5, "optimizer": 15})
+    assert (prediction.peak_bytes, prediction.captured_peak_bytes) == (22, 27)
 
 
 def test_abridged_loops_take_the_last_blocks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -21,19 +22,22 @@ def attention_cases(target: str) -> list[Case]:
     short = [(64, 256, False), (128, 256, False), (64, 256, True)]
     cases, seen = [], set()
     for name in launch.KERNELS:
-        for dim, tokens, is_bounded in [*long, *bounded, *short]:
+        adds = (False, True) if "ADD" in launch.KERNELS[name].function.arg_names else (False,)
+        for (dim, tokens, is_bounded), add in itertools.product([*long, *bounded, *short], adds):
             tiles = tiles_of(name, dim, tokens, torch.bfloat16, target)
-            case = (name, dim, is_bounded, tiles)
+            case = (name, dim, is_bounded, tiles, add)
             if case not in seen:
                 seen.add(case)
                 cases.append(attention_case(*case))
     return cases
 
 
-def attention_case(name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str = "bf16") -> Case:
+def attention_case(
+    name: str, dim: int, bounded: bool, tiles: Tiles, add: bool = False, dtype: str = "bf16"
+) -> Case:
     """A kernel with some tiles, as :func:`attention_cases` has them."""
     kernel = launch.KERNELS[name]
-    constants = launch._constants(kernel, tiles, dim, bounded)
+    constants = launch._constants(kernel, tiles, dim, bounded, add)
     block_d = constants["BLOCK_D"]
     blocks = {argument: [1, 1, tiles.queries, block_d] for argument in kernel.by_query_inputs}
     blocks |= {argument: [1, 1, tiles.keys, block_d] for argument in kernel.by_key_inputs}
@@ -53,7 +57,7 @@ def attention_case(name: str, dim: int, bounded: bool, tiles: Tiles, dtype: str 
             signature[argument] = (
                 ("*fp32", "i32", "i32") if row else (f"*{dtype}", "i32", "i32", "i32")
             )
-    extras = f"{', bounded' if bounded else ''}, {tiles.queries}x{tiles.keys}"
+    extras = f"{', bounded' * bounded}{', adding' * add}, {tiles.queries}x{tiles.keys}"
     pointers = [n for n, kind in signature.items() if isinstance(kind, tuple) or kind[0] == "*"]
     return {
         "name": f"{kernel.function.fn.__name__} D={dim}{extras}",

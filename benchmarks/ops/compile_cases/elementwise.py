@@ -29,12 +29,13 @@ def elementwise_case(kernel: Any, variant: str = "", **constants: Any) -> Case:
 
 
 def swiglu_cases(_target: str) -> list[Case]:
-    kernels = (
-        swiglu._swiglu_forward_kernel,
-        swiglu._swiglu_backward_kernel,
-        swiglu._swiglu_double_backward_kernel,
-    )
-    return [elementwise_case(kernel) for kernel in kernels]
+    backward = swiglu._swiglu_backward_kernel
+    return [
+        elementwise_case(swiglu._swiglu_forward_kernel),
+        elementwise_case(backward, ADD=False),
+        elementwise_case(backward, " adding", ADD=True),
+        elementwise_case(swiglu._swiglu_double_backward_kernel),
+    ]
 
 
 def gelu_cases(_target: str) -> list[Case]:
@@ -67,6 +68,8 @@ def norm_cases(_target: str) -> list[Case]:
                     absent += ("mean_ptr", "bias_ptr", "dbias_ptr", "w_ptr")
                 constants = norm._constants(pass_, norm._launch(pass_, D), D)
                 name = f"{'add_' * add}norm_{pass_} {kind} D={D}"
+                if pass_ == "backward":  # what is added is a residual's, and the double backward's
+                    constants["ADD"] = add
                 cases.append(_norm_case(name, kernel, constants, absent))
     return cases
 

@@ -21,13 +21,16 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV from dO [B, T, H, D]."""
+def attention_backward(
+    dout: Tensor, into: tuple[Tensor, ...] | None, *kept: *Kept
+) -> tuple[Tensor, ...]:
+    """dQ, dK and dV from dO [B, T, H, D], added to the three ``into`` if given."""
     q, k, v, _, lse, scale, visible = kept
     inputs = rows(dout.transpose(1, 2), q, k, v)
     dq, dk, dv = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
     _ops.attention_backward(*inputs, lse, scale, _first_key(q, visible), dq, dk, dv)
-    return dq, dk, dv
+    new = dq, dk, dv
+    return new if into is None else tuple(t.add_(n) for t, n in zip(into, new, strict=True))
 
 
 def attention_double_backward(

@@ -33,15 +33,19 @@ def add_norm_forward(
 
 
 def norm_backward(
-    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
+    dy: Tensor, dh: Tensor | None, into: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    """dx, plus ``dh`` if given, added to ``into`` if given; dγ [B, D] and, ``with_bias``, dβ
+    [B, D].
+    """
     x, weight_BD, mean, rstd = kept
     dy, x = dy.contiguous(), x.contiguous()
     dx, dweight, dbias = torch.empty_like(x), _partials(x), _partials(x)
     _ops.norm_backward(dy, x, _rows(weight_BD, x), mean, rstd, dx, dweight, dbias)
     if dh is not None:
         dx += dh
+    if into is not None:
+        dx = into.add_(dx)
     dtype = weight_BD.dtype
     return dx, dweight.sum(1).to(dtype), dbias.sum(1).to(dtype) if with_bias else None
 

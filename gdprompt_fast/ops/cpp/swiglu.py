@@ -16,12 +16,16 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate)."""
+def swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate), added to the two ``into`` if
+    given.
+    """
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
     _ops.swiglu_backward(dy, gate, up, dgate, dup)
-    return dgate, dup
+    return (dgate, dup) if into is None else (into[0].add_(dgate), into[1].add_(dup))
 
 
 def swiglu_double_backward(

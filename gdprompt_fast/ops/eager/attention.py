@@ -34,10 +34,12 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(dout: Tensor, *kept: *Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV from dO [B, T, H, D]."""
+def attention_backward(
+    dout: Tensor, into: tuple[Tensor, ...] | None, *kept: *Kept
+) -> tuple[Tensor, ...]:
+    """dQ, dK and dV from dO [B, T, H, D], added to the three ``into`` if given."""
     q, k, v, out, lse, scale, visible = kept
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = into or tuple(map(torch.zeros_like, (q, k, v)))
     for block in _blocks(q, k, scale, visible):
         p, do = block.probabilities(lse), block.rows(dout.transpose(1, 2))
         ds = block.centred_dp(do, v, out).mul_(p).mul_(scale)

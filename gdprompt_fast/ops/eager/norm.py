@@ -31,9 +31,11 @@ def add_norm_forward(
 
 
 def norm_backward(
-    dy: Tensor, dh: Tensor | None, with_bias: bool, *kept: *Kept
+    dy: Tensor, dh: Tensor | None, into: Tensor | None, with_bias: bool, *kept: *Kept
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx, plus ``dh`` if given, dγ [B, D] and, ``with_bias``, dβ [B, D]."""
+    """dx, plus ``dh`` if given, added to ``into`` if given; dγ [B, D] and, ``with_bias``, dβ
+    [B, D].
+    """
     x, weight_BD, mean, rstd = kept
     xhat, wide_dy = _standardise(x, mean, rstd), _wide(dy)
     dx = _project(wide_dy * _per_row(weight_BD, x), xhat, rstd, mean is not None)
@@ -41,7 +43,8 @@ def norm_backward(
         dx += dh
     dweight = _sum_tokens(wide_dy * xhat).to(weight_BD.dtype)
     dbias = _sum_tokens(wide_dy).to(weight_BD.dtype) if with_bias else None
-    return dx.to(x.dtype), dweight, dbias
+    dx = dx.to(x.dtype) if into is None else into.add_(dx)
+    return dx, dweight, dbias
 
 
 def norm_double_backward(

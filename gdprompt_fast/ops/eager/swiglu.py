@@ -12,10 +12,15 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate)."""
+def swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """dgate = dy ∘ up ∘ silu'(gate) and dup = dy ∘ silu(gate), added to the two ``into`` if
+    given.
+    """
     dgate = torch.ops.aten.silu_backward(dy, gate).mul_(up)
-    return dgate, torch.ops.aten.silu(gate).mul_(dy)
+    dup = torch.ops.aten.silu(gate).mul_(dy)
+    return (dgate, dup) if into is None else (into[0].add_(dgate), into[1].add_(dup))
 
 
 def swiglu_double_backward(

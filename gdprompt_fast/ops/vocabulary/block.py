@@ -16,6 +16,7 @@ from ..blocks import block_ranges
 # [all tokens, hidden] costs the more the fewer columns share it.
 TILE_ELEMENTS = 1 << 21
 CUDA_TILE_ELEMENTS = 1 << 25
+WIDEST = 1 << 15  # block: few tokens need no wider one for that
 ALIGNMENT = 128  # of wide blocks: matrix units like whole tiles
 
 
@@ -133,7 +134,7 @@ class Columns(Block):
 
 def slices(vocabulary: int, tokens: int, device: torch.device) -> Iterator[Slice]:
     """The whole vocabulary, in blocks whose tiles have about :func:`tile_elements`."""
-    size = max(1, min(vocabulary, tile_elements(device) // max(1, tokens)))
+    size = max(1, min(vocabulary, WIDEST, tile_elements(device) // max(1, tokens)))
     if ALIGNMENT < size < vocabulary:
         size -= size % ALIGNMENT
     for start, stop in block_ranges(vocabulary, size):

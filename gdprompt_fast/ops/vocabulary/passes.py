@@ -168,6 +168,7 @@ class OuterProduct:
     def add_to(self, vocabulary: Vocabulary, block: Slice) -> None:
         """The head's gradient += Fᵀ U at the rows of the block, whose room has been filled."""
         vocabulary.add_weight_gradient(block, self._f_Nv, self._u_ND)
+        del self._f_Nv  # before the room of the next block is made
 
 
 def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
@@ -196,6 +197,7 @@ def adjoint_pass(vocabulary: Vocabulary, level: int) -> Tensor:
             _add_product(sums, f"b{k}", b, b_T)
         if outer is not None:
             outer.add_to(vocabulary, block)
+        del tile, z_cot, b
     z_b, z_context = [sums[f"z{k}"] for k in terms], None
     if terms:
         assert vocabulary.context_ids_GS is not None

@@ -90,8 +90,6 @@ class KLTarget:
         head_VD: Tensor | None,
     ) -> None:
         self._logits_GNV, self._hidden_GND = logits_GNV, hidden_GND
-        if hidden_GND is not None and head_VD is not None:
-            head_VD = head_VD.to(hidden_GND.dtype)  # once: every block of every pass reads it
         self._head_VD = head_VD
         self._lse_GN: Tensor | None = None  # known after the loss
 
