@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifacts.stage import StaleStage
-from . import figure2, kept, table1, table2, table3, table4, table5
+from . import figure2, kept, second_order, table1, table2, table3, table4, table5
 from .context import ExperimentContext, experiment_contexts
 from .preset import Preset
 from .results import Outcome
@@ -44,8 +44,8 @@ def _nothing_else(preset: Preset, settings: Any) -> None:
 
 
 EXPERIMENTS = {
-    module.__name__.rpartition(".")[2]: Experiment(
+    module.__name__.rpartition(".")[2].replace("_", "-"): Experiment(
         module.Options, module.run, module.variants, getattr(module, "check", _nothing_else)
     )
-    for module in (figure2, table1, table2, table3, table4, table5, kept)
+    for module in (figure2, table1, table2, table3, table4, table5, kept, second_order)
 }

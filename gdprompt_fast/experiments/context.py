@@ -17,7 +17,7 @@ from ..bundled import bundled_folder
 from ..errors import UserError
 from ..loading import find_model, load_config
 from .preset import Preset
-from .versions import versions
+from .versions import device_name, versions
 
 STAGES = "stages"
 BUNDLED = "bundled"
@@ -58,8 +58,9 @@ class ExperimentContext:
         """
         full_name = f"seed-{self.seed}/{name}"
         folder = self.output / STAGES / full_name
+        done_with = {**versions(), "device": device_name(self.device)}
         stage = run_stage(
-            folder, {**settings, "seed": self.seed}, _announced(full_name, work), versions()
+            folder, {**settings, "seed": self.seed}, _announced(full_name, work), done_with
         )
         self.used[full_name] = stage
         return stage

@@ -138,7 +138,8 @@ class Preset:
         dtype: of the weights.
         seeds: every seed is a repetition of everything: data, preparation, training, evaluation.
         prepare_examples: how many training examples the preparation goes by.
-        train: the section ``[train]`` with its own ``[train.KIND]``; see :meth:`train_options`.
+        train: the section ``[train]`` with its own ``[train.KIND]`` and
+            ``[train.contexts-K]``; see :meth:`train_options`.
         text: the section ``[text]``; None: there is none, and it is not measured.
     """
 
@@ -271,15 +272,17 @@ class Preset:
             task: whose ``[tasks.NAME.options]`` go over ``[train]``.
             kind: ``full``, ``lora`` (adapters outside, full rank inside) or ``lora-inner``;
                 ``[train.KIND]`` goes over both.
-            contexts: as many share a θ'; an outer step has as many contexts as with 1.
+            contexts: as many share a θ'; ``[train.contexts-K]`` goes over all these.
             of_variant: what the variant itself says, over all.
 
         Raises:
             ValueError: naming the sections and what is wrong in them.
         """
         common = {name: value for name, value in self.train.items() if not isinstance(value, dict)}
-        options = {**common, **self.tasks[task].options, **self.train.get(kind, {})}
-        where = f"train, tasks.{task}.options, train.{kind}"
+        shared = f"contexts-{contexts}"
+        options = {**common, **self.tasks[task].options}
+        options |= self.train.get(kind, {}) | self.train.get(shared, {})
+        where = f"train, tasks.{task}.options, train.{kind}, train.{shared}"
         for name in OF_VARIANTS:
             if name in options:
                 raise UserError(f"preset, [{where}]: {name}: expected to be left to the experiment")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .cells import Cell
+from .cells import Cell, Estimate
 from .findings import Finding
 
 PERCENT, NATS = "%", "nats a token"  # units of tables
@@ -69,6 +69,37 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Numbers with standard errors over a number.
+
+    Attributes:
+        title: what is drawn.
+        x, y: what the axes are.
+        lines: by name, the points from left to right.
+        log_x: whether ``x`` is drawn by its logarithm.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]]
+    log_x: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As numbers and names."""
+        lines = [
+            {
+                "head": head,
+                "points": [
+                    {"x": x, "value": _number(at.value), "se": _number(at.se)} for x, at in points
+                ],
+            }
+            for head, points in self.lines.items()
+        ]
+        return {"title": self.title, "x": self.x, "y": self.y, "log_x": self.log_x, "lines": lines}
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Everything that an experiment reports.
 
@@ -78,6 +109,7 @@ class Outcome:
         findings: what the numbers show or do not show.
         notes: how to read them.
         texts: tables of words.
+        charts: the panels of its figure in the place of its tables, if there are any.
     """
 
     title: str
@@ -85,6 +117,7 @@ class Outcome:
     findings: Sequence[Finding]
     notes: Sequence[str]
     texts: Sequence[Texts] = ()
+    charts: Sequence[Chart] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as what ``json`` can write; there is no NaN in it."""
@@ -94,6 +127,7 @@ class Outcome:
             "findings": [_finding(finding) for finding in self.findings],
             "notes": list(self.notes),
             "texts": [asdict(texts) for texts in self.texts],
+            "charts": [chart.to_json() for chart in self.charts],
         }
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..artifacts.files import read_json, write_file, write_json, write_whole
 from ..errors import UserError
-from ..report import draw_tables, experiment_markdown
+from ..report import draw_charts, draw_tables, experiment_markdown
 from . import EXPERIMENTS
 from .context import ExperimentContext
-from .versions import device_name, versions
+from .versions import versions
 
 
 def is_experiment(path: Path) -> bool:
@@ -41,7 +41,9 @@ def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
     outcome = experiment.run(repetitions, preset.section(name, experiment.options))
     content = {"experiment": name, **outcome.to_json(), **_circumstances(repetitions)}
     write_json(output / f"{name}.json", content)
-    write_whole(output / f"{name}.png", partial(draw_tables, content["tables"]))
+    charts = content["charts"]
+    draw = partial(draw_charts, charts) if charts else partial(draw_tables, content["tables"])
+    write_whole(output / f"{name}.png", draw)
     markdown = output / f"{name}.md"
     write_file(markdown, experiment_markdown(content, f"{name}.png"))
     return markdown
@@ -57,7 +59,7 @@ def _circumstances(repetitions: Sequence[ExperimentContext]) -> dict[str, Any]:
         "settings": preset.sections,
         "model": repetitions[0].fingerprint,
         "seeds": [ctx.seed for ctx in repetitions],
-        "device": device_name(repetitions[0].device),
+        "device": ", ".join(sorted({stage.versions["device"] for stage in stages.values()})),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(stage.seconds for stage in stages.values()),

@@ -20,7 +20,7 @@ from ..experiments.run import is_experiment, run_experiment
 from .command import command, outputs_of
 from .groups import REPLACES_FOLDER, DeviceConfig, WeightsConfig, overwrite_field
 
-OWN_PRESETS = ("small", "smollm2-cpu", "smollm2-gpu", "paper")
+OWN_PRESETS = ("small", "smollm2-cpu", "smollm2-gpu", "smollm2-second-order", "paper")
 ALL = "all"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,7 @@ def meta_train(
     joint: Sequence[Example] | None = None,
     texts: Sequence[array[int]] | None = None,
     held_out: HeldOut | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
@@ -81,6 +82,8 @@ def meta_train(
         texts: rows of running text, of which every step draws as many as contexts for L_LM, in the
             place of what ``lm_on`` says.
         held_out: what to measure on as training goes; the model that does best there is kept.
+        watch: called with the number of steps done, before the first step and after each; it must
+            leave the model as it is.
 
     Raises:
         ValueError: if the teacher does not go with the objective or the examples.
@@ -108,6 +111,8 @@ def meta_train(
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         report = _Report(metrics, bar)
+        if watch is not None:
+            watch(start)
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
             rows = [texts[i] for i in samplers["texts"].take(options.contexts)] if texts else None
@@ -136,6 +141,8 @@ def meta_train(
                 late.read_all()  # a step that failed is never saved
                 metrics.to_disk()
                 save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
+            if watch is not None:
+                watch(step + 1)
     barrier()
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 

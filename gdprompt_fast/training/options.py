@@ -98,6 +98,7 @@ class TrainOptions(StepOptions):
     group_by_length: bool = option(
         True, "draw batches of about equal lengths, in which little is padding"
     )
+    first_order: bool = option(False, "drop the second-order term of the meta-gradient")
     micro_batch: int = option(
         0, "of those models, so many at a time, in the memory of so many; 0: all at once"
     )
@@ -134,7 +135,11 @@ class TrainOptions(StepOptions):
 
     @property
     def step_config(self) -> MetaStepConfig:
-        return replace(super().step_config, micro_groups=self.micro_batch or None)
+        return replace(
+            super().step_config,
+            first_order=self.first_order,
+            micro_groups=self.micro_batch or None,
+        )
 
     @property
     def contexts(self) -> int:
