@@ -83,11 +83,11 @@ class InnerUpdate:
 
     Attributes:
         adapted: the model's layers at θ'.
-        learnt: how θ' was.
+        learnt: how the θ' of each group was.
     """
 
-    def __init__(self, adapted: AdaptedModel, learnt: Learnt) -> None:
-        self.adapted, self.learnt = adapted, learnt
+    def __init__(self, adapted: AdaptedModel, learnt: Sequence[Learnt]) -> None:
+        self.adapted, self.learnt = adapted, tuple(learnt)
 
     @property
     def groups(self) -> int:
@@ -166,7 +166,11 @@ class InnerUpdate:
                 update that no adapter holds.
         """
         self._check_group(group)
-        learnt = replace(self.learnt, texts=tuple(texts) or self.learnt.texts)
+        if isinstance(texts, str):
+            raise UserError(f"texts: expected a sequence of texts, got the text {texts[:40]!r}")
+        learnt = self.learnt[group]
+        if texts:
+            learnt = replace(learnt, texts=tuple(texts))
         options: dict[str, Any] = dict(form=form, rank=rank, for_vllm=for_vllm)
         kept = save(self.adapted, Path(folder), group, learnt, **options)
         print(kept)
@@ -263,4 +267,4 @@ def inner_step(
     failures.check()
     adapted.detach(level=inner_steps)
     chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
-    return InnerUpdate(adapted, Learnt(float(inner_lr), inner_steps, chosen))
+    return InnerUpdate(adapted, [Learnt(float(inner_lr), inner_steps, chosen)] * groups)

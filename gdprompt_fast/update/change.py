@@ -50,7 +50,14 @@ class WeightChange:
         return sum(len(left) for left, _ in self._pairs)
 
     def add(self, left_KO: Tensor, right_KI: Tensor) -> None:
-        """ΔW += leftᵀ right; rows of zeros, as those of padding, are left out."""
+        """ΔW += leftᵀ right; rows of zeros, as those of padding, are left out.
+
+        Raises:
+            ValueError: for factors of another weight.
+        """
+        if (left_KO.shape[1:], right_KI.shape[1:]) != ((self.outputs,), (self.inputs,)):
+            sizes = tuple(left_KO.shape), tuple(right_KI.shape)
+            raise ValueError(f"expected factors of [{self.outputs}, {self.inputs}], got {sizes}")
         left_KO, right_KI = _wide(left_KO), _wide(right_KI)
         counts = left_KO.any(1) & right_KI.any(1)
         if not counts.all():

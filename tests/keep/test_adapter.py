@@ -256,6 +256,7 @@ def test_an_update_that_no_adapter_holds_is_refused(tiny_model: Build, tmp_path:
         ({"rank": 0}, "rank: expected an integer >= 1 or None, got 0"),
         ({"rank": 4.0}, "rank: expected an integer"),
         ({"rank": 513, "for_vllm": True}, "rank: expected an integer >= 1 <= 512 or None, got 513"),
+        ({"texts": "one"}, "texts: expected a sequence of texts, got the text 'one'"),
         ({"form": "dora"}, 'form: expected "lora" or "full", got \'dora\''),
         ({"form": "full", "rank": 2}, 'rank: expected none with form "full"'),
         ({"form": "full", "for_vllm": True}, 'for_vllm: expected none with form "full"'),
