@@ -16,7 +16,7 @@ from ..models.architecture import check_model, compute_dtype
 from ..ops.phase import Phase
 from ..update.adapted_layer import LayerChange, MaterialisedLayer, StepState, find_rule
 from ..update.attach import AdaptedModel
-from ..update.change import WeightChange
+from ..update.change import WeightChange, wide
 from ..update.changed import (
     ChangedEmbedding,
     ChangedLinear,
@@ -107,7 +107,7 @@ def _change(folder: Path, name: str, module: Any, parts: Parts) -> LayerChange:
         if "lora_embedding_A" in parts:
             change.add(parts["lora_embedding_A"], parts["lora_embedding_B"].T)
             return LayerChange(change)
-        own = {key: parts[key] - p.detach() for key, p in module.named_parameters()}
+        own = {key: wide(parts[key]) - p.detach() for key, p in module.named_parameters()}
     except (KeyError, ValueError, RuntimeError):
         shapes = {key: tuple(part.shape) for key, part in parts.items()}
         raise UserError(
