@@ -52,9 +52,9 @@ class WeightChange:
     @property
     def finite(self) -> bool:
         """Whether the factors, and so all that is made of them, are within the dtype's range."""
-        return all(
-            bool((left.norm() * right.norm()).isfinite()) for left, right in self._pairs
-        ) and (self._dense_OI is None or bool(self._dense_OI.norm().isfinite()))
+        norms = [left.norm() * right.norm() for left, right in self._pairs]
+        norms += [] if self._dense_OI is None else [self._dense_OI.norm()]
+        return all(bool(norm.isfinite()) for norm in norms)
 
     def add(self, left_KO: Tensor, right_KI: Tensor) -> None:
         """ΔW += leftᵀ right; rows of zeros, as those of padding, are left out.

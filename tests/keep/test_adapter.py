@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from gdprompt_fast import inner_step
 from gdprompt_fast.artifacts import files
 from gdprompt_fast.errors import UserError
 from helpers.kept import (
     OF_THE_CHANGE,
     config_in,
+    contexts,
     distance,
     learnt,
     logits,
