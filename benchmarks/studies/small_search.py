@@ -65,10 +65,11 @@ GRIDS = {  # outer and inner rates
     "lora-inner": [(5e-3, 4.0), (1e-2, 4.0), (5e-3, 0.5)],
 }
 STEPS = 200
-CANDIDATES = [
+CANDIDATES = [  # families in turns
     Candidate(family, {"outer_lr": outer, "inner_lr": inner, "steps": STEPS})
+    for number in range(max(map(len, GRIDS.values())))
     for family, grid in GRIDS.items()
-    for outer, inner in grid
+    for outer, inner in grid[number : number + 1]
 ]
 
 
