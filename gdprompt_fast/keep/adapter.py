@@ -111,8 +111,8 @@ def as_adapter(
             whole[layer.name] = layer.values()
     if not low_rank:
         raise UserError(
-            'form: expected "full" for an update of no linear layer\'s weight alone, of which PEFT '
-            'has no adapter, got "lora"'
+            'form: expected "full" for an update that changes no linear layer\'s weight alone, of '
+            'which PEFT has no adapter, got "lora"'
         )
     adapter = Adapter(low_rank, whole)
     if for_vllm:

@@ -73,6 +73,7 @@ def changed_layers(adapted: AdaptedModel, group: int) -> Iterator[ChangedLayer]:
 
     Raises:
         UserError: naming an adapter whose bias its layer has no place for.
+        FloatingPointError: naming a layer whose θ' is not finite.
     """
     base = causal_lm(adapted.model)
     changes: dict[AdaptedLayer, LayerChange] = {}
@@ -88,8 +89,18 @@ def changed_layers(adapted: AdaptedModel, group: int) -> Iterator[ChangedLayer]:
         if path.endswith(".base_layer"):
             lora = base.get_submodule(path.removesuffix(".base_layer"))
             change = _with_adapters(adapted, group, name, lora, change)
+        if not _is_finite(change):
+            raise FloatingPointError(
+                f"inner_lr: expected a rate at which θ' is finite, got one at which {name} is not"
+            )
         if copied or change.small or change.bias is not None or _moved(change.weight):
             yield ChangedLayer(name, module, change, copied)
+
+
+def _is_finite(change: LayerChange) -> bool:
+    others = [*change.small.values(), *([] if change.bias is None else [change.bias])]
+    finite = change.weight is None or change.weight.finite
+    return finite and all(bool(each.isfinite().all()) for each in others)
 
 
 def _moved(weight: WeightChange | None) -> bool:

@@ -16,7 +16,7 @@ from ..models.architecture import check_model, compute_dtype
 from ..ops.phase import Phase
 from ..update.adapted_layer import LayerChange, MaterialisedLayer, StepState, find_rule
 from ..update.attach import AdaptedModel
-from ..update.change import WeightChange
+from ..update.change import WeightChange, wide
 from ..update.changed import (
     ChangedEmbedding,
     ChangedLinear,
@@ -31,8 +31,8 @@ from .record import Learnt, learnt_in, read_record
 Parts = Mapping[str, Tensor]  # of a layer in an adapter, by their names there
 
 
-def load_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[AdaptedModel, Learnt]:
-    """The base model at the θ' of an adapter for each group, and how the first was learnt.
+def load_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[AdaptedModel, list[Learnt]]:
+    """The base model at the θ' of an adapter for each group, and how each was learnt.
 
     Raises:
         UserError: if a folder has no adapter that save_pretrained wrote, or not one of this model.
@@ -42,7 +42,7 @@ def load_adapters(model: nn.Module, folders: Sequence[Path]) -> tuple[AdaptedMod
         raise UserError("model: expected the base of the adapters without any, got one with some")
     if not folders:
         raise UserError("folder: expected a folder or several, got none")
-    learnt = learnt_in(folders[0])
+    learnt = [learnt_in(folder) for folder in folders]
     device = next(model.parameters()).device
     changes = [_changes_in(model, folder, device) for folder in folders]
     state = StepState(len(folders), 0.0, Phase(second_order=False), compute_dtype(model))
@@ -107,8 +107,8 @@ def _change(folder: Path, name: str, module: Any, parts: Parts) -> LayerChange:
         if "lora_embedding_A" in parts:
             change.add(parts["lora_embedding_A"], parts["lora_embedding_B"].T)
             return LayerChange(change)
-        own = {key: parts[key] - p.detach() for key, p in module.named_parameters()}
-    except (KeyError, RuntimeError):
+        own = {key: wide(parts[key]) - p.detach() for key, p in module.named_parameters()}
+    except (KeyError, ValueError, RuntimeError):
         shapes = {key: tuple(part.shape) for key, part in parts.items()}
         raise UserError(
             f"folder: expected parts of a layer {sizes} for {name}, got {shapes} in {folder}"

@@ -83,11 +83,11 @@ class InnerUpdate:
 
     Attributes:
         adapted: the model's layers at θ'.
-        learnt: how θ' was.
+        learnt: how the θ' of each group was.
     """
 
-    def __init__(self, adapted: AdaptedModel, learnt: Learnt) -> None:
-        self.adapted, self.learnt = adapted, learnt
+    def __init__(self, adapted: AdaptedModel, learnt: Sequence[Learnt]) -> None:
+        self.adapted, self.learnt = adapted, tuple(learnt)
 
     @property
     def groups(self) -> int:
@@ -109,8 +109,8 @@ class InnerUpdate:
             groups: LongTensor [B], one group for each row of the inputs.
 
         Raises:
-            ValueError: for another model or other groups; inside, for an input with another number
-                of rows.
+            ValueError: for another model or other groups; for weights written to since the update
+                was made; inside, for an input with another number of rows.
         """
         if model is not self.adapted.model:
             raise UserError("model: expected the one the inner step was taken on, got another")
@@ -163,10 +163,15 @@ class InnerUpdate:
         Raises:
             ValueError: naming the argument, what was expected and what was given: a folder that
                 is not empty; ``for_vllm`` for an update of more than linear layers' weights; an
-                update that no adapter holds.
+                update that no adapter holds; weights written to since the update was made.
+            FloatingPointError: if θ' is not finite.
         """
         self._check_group(group)
-        learnt = replace(self.learnt, texts=tuple(texts) or self.learnt.texts)
+        if isinstance(texts, str):
+            raise UserError(f"texts: expected a sequence of texts, got the text {texts[:40]!r}")
+        learnt = self.learnt[group]
+        if texts:
+            learnt = replace(learnt, texts=tuple(texts))
         options: dict[str, Any] = dict(form=form, rank=rank, for_vllm=for_vllm)
         kept = save(self.adapted, Path(folder), group, learnt, **options)
         print(kept)
@@ -177,7 +182,8 @@ class InnerUpdate:
         own dtypes: ``model.load_state_dict`` of a copy makes it the adapted model.
 
         Raises:
-            ValueError: for a group that there is not.
+            ValueError: for a group that there is not; for weights written to since the update was
+                made.
         """
         self._check_group(group)
         return state_of(self.adapted, group)
@@ -201,6 +207,7 @@ class InnerUpdate:
         return cls(adapted, learnt)
 
     def _check_group(self, group: int) -> None:
+        self.adapted.check_theta()
         if type(group) is not int or not 0 <= group < self.groups:
             raise UserError(f"group: expected an integer in [0, {self.groups}), got {group!r}")
 
@@ -263,4 +270,4 @@ def inner_step(
     failures.check()
     adapted.detach(level=inner_steps)
     chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
-    return InnerUpdate(adapted, Learnt(float(inner_lr), inner_steps, chosen))
+    return InnerUpdate(adapted, [Learnt(float(inner_lr), inner_steps, chosen)] * groups)

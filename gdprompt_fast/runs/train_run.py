@@ -10,6 +10,7 @@ from pathlib import Path
 from ..artifacts.files import write_file
 from ..artifacts.stage import KeptResults
 from ..config.fields import check_counts, check_numbers, option
+from ..distributed.group import barrier, rank
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..report import draw_figure
@@ -76,18 +77,22 @@ class TrainConfig(TrainingConfig):
 @command(
     "Meta-train a transformers model on triples of context, query and response.",
     continued_by="--resume continues the run",
+    shared=True,
 )
 def train(config: TrainConfig) -> Callable[[], Results]:
     """Loads model and examples; the work is to train, and with a test set to evaluate."""
     outputs = outputs_of(config)
-    check_output(config.output, config.resume, outputs)
+    if rank() == 0:
+        check_output(config.output, config.resume, outputs)
     job = load_job(config, config.options)
-    claim_output(config.output, run_settings(config), config.resume, outputs)
+    if rank() == 0:
+        claim_output(config.output, run_settings(config), config.resume, outputs)
 
     def work() -> Results:
+        barrier()
         write_dropped(config.dropped, config.command, job.reader.dropped)
         teacher = job.build_teacher()
-        if config.check:
+        if config.check and rank() == 0:
             check_before_training(job, teacher, config.output)
         return run_training(job, teacher, config.output, config.held_out(job.test))
 
@@ -112,6 +117,8 @@ def run_training(
         text = describe_results(results.content, test)
         write_file(output / TABLE_FILE, text)
         print(f"\n{text}")
+    if rank() > 0:
+        return results.content
     metrics = read_metrics(output / METRICS_FILE)
     draw_figure(summaries(results.content), metrics, output / FIGURE_FILE)
     print(f"model, metrics and figure: {output}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data import Example, batched, end_token
 from ..meta.targets import TeacherTargets
+from ..models.architecture import backbone_and_head
 from .targets import teach
 
 
@@ -55,5 +56,7 @@ class TeacherOnTheFly:
             examples, targets = teach(self._teacher, asked, self._end, self._answer_tokens)
             answered += examples
             parts.append(targets)
-        hidden = torch.cat([part.hidden for part in parts if part.hidden is not None])
-        return answered, TeacherTargets(hidden=hidden, head=parts[0].head)
+        head = backbone_and_head(self._teacher)[1].weight.detach()
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        states = torch.cat(hidden or [head.new_empty(0, head.shape[1])])  # none of no examples
+        return answered, TeacherTargets(hidden=states, head=head)

@@ -11,6 +11,7 @@ from ..config.fields import check_counts
 from ..data import Limits
 from ..errors import UserError
 from ..meta.config import MetaStepConfig
+from ..models.inner_params import INNER_PARAMS
 from .refused import check_arguments
 
 
@@ -33,7 +34,7 @@ class MetaTrainingArguments(TrainingArguments):
 
     inner_lr: float = _argument(1e-3, "learning rate η of the inner step")
     inner_steps: int = _argument(1, "inner gradient steps on a context")
-    inner_params: str = _argument("full", "what the inner step moves: full or lora")
+    inner_params: str = _argument("full", "what the inner step moves: full, linear or lora")
     objective: str = _argument("kl", "match the teacher's answers (kl) or the responses (gold)")
     outer_reduction: str = _argument("sum", "over the tokens of a response: sum or mean")
     lm_weight: float = _argument(0.0, "weight λ of the next-token loss on the contexts")
@@ -76,8 +77,10 @@ class MetaTrainingArguments(TrainingArguments):
                 "accelerator_config: expected dispatch_batches to be off, got True: a batch is "
                 "made where its step is taken"
             )
-        if self.inner_params not in ("full", "lora"):
-            raise UserError(f'inner_params: expected "full" or "lora", got {self.inner_params!r}')
+        if self.inner_params not in INNER_PARAMS:
+            raise UserError(
+                f'inner_params: expected "full", "linear" or "lora", got {self.inner_params!r}'
+            )
         self.step_config.check()
         check_counts(self, "answer_tokens", "teacher_batch_size")
         check_counts(self, "max_context_tokens", "max_query_tokens", "max_prompt_tokens")

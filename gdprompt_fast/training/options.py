@@ -114,6 +114,12 @@ class TrainOptions(StepOptions):
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
     teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
     checkpoint_every: int = option(200, "steps between checkpoints")
+    sharding: str = option(
+        "none",
+        "optimizer: of several processes each has its part of Adam's state",
+        ("none", "optimizer"),
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,20 +52,20 @@ class StepData:
         answered: all of them in a row, with the responses that the step asks for: those of the
             teacher, if there is one.
         targets: the teacher's predictions of these responses; None for the gold objective.
-        texts: rows of running text for L_LM, in the place of what ``lm_on`` says; empty: none.
+        texts: rows of running text for L_LM, in the place of what ``lm_on`` says; None: as it says.
     """
 
     units: Sequence[Sequence[Example]]
     answered: Sequence[Example]
     targets: TeacherTargets | None = None
-    texts: Sequence[array[int]] = ()
+    texts: Sequence[array[int]] | None = None
 
     @staticmethod
     def of(
         examples: Sequence[Example],
         units: Sequence[Sequence[int]],
         teacher: Teacher | None,
-        texts: Sequence[array[int]] = (),
+        texts: Sequence[array[int]] | None = None,
     ) -> StepData:
         """Of the examples with these indices, answered by the teacher, if there is one."""
         drawn = [[examples[index] for index in unit] for unit in units]
@@ -103,7 +103,9 @@ class StepData:
             return moved(tensor, device)
 
         context_of = [number for number, unit in enumerate(self.units) for _ in unit]
-        batch = meta_batch(self.answered, context_of, options.contexts_per_group)
+        batch = MetaBatch.padding()  # of a process without a share of the step
+        if self.units:
+            batch = meta_batch(self.answered, context_of, options.contexts_per_group)
         at_once = options.step_config.micro_groups is None
         lm_batch = self._lm_batch(options)
         if ladder and at_once:
@@ -121,16 +123,24 @@ class StepData:
         """The rows of L_LM; None where it is on the contexts, or counts for nothing."""
         if not options.lm_weight:
             return None
-        if self.texts:
-            return LMBatch(*pad(self.texts))
-        if options.lm_on == "contexts":
+        if self.texts is None and options.lm_on == "contexts":
             return None
+        if not (self.units if self.texts is None else self.texts):
+            return LMBatch.padding()  # of a process without a share of the step
+        if self.texts is not None:
+            return LMBatch(*pad(self.texts))
         prompts = prompt_rows([example for unit in self.units for example in unit])
         return LMBatch(prompts.ids, prompts.mask)
 
 
 def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
-    """The share of padding in the positions of context and query rows that a step computes.
+    """The share of padding in what :func:`positions_of` counts."""
+    real, computed = positions_of(batch, micro_groups, ladder)
+    return 1 - real / computed
+
+
+def positions_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> tuple[int, int]:
+    """The positions of context and query rows that a step computes: the real ones, and all.
 
     Args:
         micro_groups: groups at a time, whose rows are as long as their longest.
@@ -153,4 +163,4 @@ def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> floa
             computed += len(rows_P) * int(rows_P.max()) * rung(int(width_P.max()))
         else:
             computed += int((rows_P * width_P).sum())
-    return 1 - tokens / computed
+    return tokens, computed

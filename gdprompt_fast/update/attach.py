@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
 from ..models.intact import has_own_forward
-from ..models.walk import Modules, modules_of
+from ..models.walk import Modules, modules_of, parameters_of
 from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
@@ -114,7 +114,8 @@ class AdaptedModel:
         The adapted layers compute in the precision of the step that made θ', also where autocast is
         entered inside; what a matrix product gives then has autocast's dtype, as without them.
         """
-        self._check_unchanged()
+        self.check_theta()
+        self._check_forwards()
         self.state.rows = rows
         forwards: dict[nn.Module, Callable[..., Any]]
         forwards = {
@@ -126,11 +127,23 @@ class AdaptedModel:
         with _replaced(forwards), torch.autocast(device, enabled=False):
             yield
 
-    def _check_unchanged(self) -> None:
-        """Nothing has come between the adapted layers and their modules since the inner step:
-        another update that is applied, a forward of the user's, merged adapters.
+    def check_theta(self) -> None:
+        """θ is what θ' was made of: factors are of its activations, norms' θ' not a difference.
+
+        Raises:
+            UserError: for weights written to since then, or other adapters in use.
         """
         check_adapters(self.model)
+        if _theta_of(self.model) != self._made_of:
+            raise UserError(
+                "model: expected the weights, and the adapters in use, as they were when the "
+                "update was made, got others: take the inner step again"
+            )
+
+    def _check_forwards(self) -> None:
+        """Nothing has come between the adapted layers and their modules since the inner step:
+        another update that is applied, a forward of the user's.
+        """
         for module in (*self.adapted_layers, self.head):
             if not has_own_forward(module):
                 raise UserError(
@@ -202,6 +215,7 @@ class AdaptedModel:
     def detach(self, level: int) -> None:
         """Keeps the values of θ' after ``level`` steps and drops their graph, for inference."""
         self.state.level = level
+        self._made_of = _theta_of(self.model)
         for adapted_layer in self.all_layers:
             adapted_layer.tensors = [tensor.detach() for tensor in adapted_layer.tensors]
 
@@ -216,6 +230,19 @@ class AdaptedModel:
                     "inner_params: expected parameters that the inner loss depends on, "
                     f"got those of {name}, on which it does not"
                 )
+
+
+def _theta_of(model: nn.Module) -> tuple[Any, ...]:
+    """What changes whenever a weight is written to, or other adapters are used."""
+    weights = [
+        (name, id(p), 0 if p.is_inference() else p._version) for name, p in parameters_of(model)
+    ]
+    in_use = [
+        (name, module.disable_adapters, *cast(Any, module).active_adapters)
+        for name, module in modules_of(model)
+        if hasattr(module, "lora_A")
+    ]
+    return *weights, *in_use
 
 
 def _check_not_shared(modules: Modules, moved: set[int], tied: set[nn.Module]) -> None:

@@ -49,9 +49,23 @@ class WeightChange:
             return min(self.outputs, self.inputs)
         return sum(len(left) for left, _ in self._pairs)
 
+    @property
+    def finite(self) -> bool:
+        """Whether the factors, and so all that is made of them, are within the dtype's range."""
+        norms = [left.norm() * right.norm() for left, right in self._pairs]
+        norms += [] if self._dense_OI is None else [self._dense_OI.norm()]
+        return all(bool(norm.isfinite()) for norm in norms)
+
     def add(self, left_KO: Tensor, right_KI: Tensor) -> None:
-        """ΔW += leftᵀ right; rows of zeros, as those of padding, are left out."""
-        left_KO, right_KI = _wide(left_KO), _wide(right_KI)
+        """ΔW += leftᵀ right; rows of zeros, as those of padding, are left out.
+
+        Raises:
+            ValueError: for factors of another weight.
+        """
+        if (left_KO.shape[1:], right_KI.shape[1:]) != ((self.outputs,), (self.inputs,)):
+            sizes = tuple(left_KO.shape), tuple(right_KI.shape)
+            raise ValueError(f"expected factors of [{self.outputs}, {self.inputs}], got {sizes}")
+        left_KO, right_KI = wide(left_KO), wide(right_KI)
         counts = left_KO.any(1) & right_KI.any(1)
         if not counts.all():
             left_KO, right_KI = left_KO[counts], right_KI[counts]
@@ -73,7 +87,7 @@ class WeightChange:
 
     def add_to(self, weight_OI: Tensor) -> Tensor:
         """W + ΔW, in the weight's dtype, rounded once."""
-        total = _wide(weight_OI.detach()).clone()
+        total = wide(weight_OI.detach()).clone()
         for left, right in self._pairs:
             total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
         if self._dense_OI is not None:
@@ -116,5 +130,6 @@ def _balanced(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
     return b_OR / ratio, a_RI * ratio[:, None]
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
+    """In fp32 at least."""
     return t if t.dtype == torch.float64 else t.float()

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from gdprompt_fast import inner_step
 from gdprompt_fast.artifacts import files
 from gdprompt_fast.errors import UserError
 from helpers.kept import (
     OF_THE_CHANGE,
     config_in,
+    contexts,
     distance,
     learnt,
     logits,
@@ -243,9 +245,19 @@ def test_layers_chosen_by_name_are_named_in_full(tiny_model: Build, tmp_path: Pa
 
 def test_an_update_that_no_adapter_holds_is_refused(tiny_model: Build, tmp_path: Path) -> None:
     update = learnt(tiny_model("llama-tied", FP32), inner_params=lambda name, _: "norm" in name)
-    with pytest.raises(UserError, match='form: expected "full" for an update of no linear'):
+    with pytest.raises(UserError, match='form: expected "full" for an update that changes no'):
         update.save_pretrained(tmp_path / "a")
     update.save_pretrained(tmp_path / "a", form="full")
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"form": "full"}], ids=str)
+def test_an_update_that_is_not_finite_is_not_kept(
+    options: dict[str, Any], tiny_model: Build, tmp_path: Path
+) -> None:
+    update = inner_step(tiny_model("llama-tied", FP32), *contexts(), inner_lr=3e38)
+    with pytest.raises(FloatingPointError, match="inner_lr: expected a rate at which θ' is finite"):
+        update.save_pretrained(tmp_path / "a", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,7 @@ def test_an_update_that_no_adapter_holds_is_refused(tiny_model: Build, tmp_path:
         ({"rank": 0}, "rank: expected an integer >= 1 or None, got 0"),
         ({"rank": 4.0}, "rank: expected an integer"),
         ({"rank": 513, "for_vllm": True}, "rank: expected an integer >= 1 <= 512 or None, got 513"),
+        ({"texts": "one"}, "texts: expected a sequence of texts, got the text 'one'"),
         ({"form": "dora"}, 'form: expected "lora" or "full", got \'dora\''),
         ({"form": "full", "rank": 2}, 'rank: expected none with form "full"'),
         ({"form": "full", "for_vllm": True}, 'for_vllm: expected none with form "full"'),

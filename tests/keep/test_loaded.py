@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gdprompt_fast import InnerUpdate
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.keep.record import read_record
 from helpers.kept import OF_THE_CHANGE, distance, learnt, logits, logits_at, queries, tensors_in
 from helpers.model_folders import cut, edit_json, write
 from helpers.models import MODELS
@@ -98,12 +99,13 @@ def test_adapters_of_different_layers_and_ranks_go_together(
 
 def test_how_it_was_learnt_comes_back(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model("llama-tied", FP32)
-    learnt(model, 2).save_pretrained(tmp_path / "a", texts=["one", "two"])
-    update = InnerUpdate.from_pretrained(tmp_path / "a", model)
-    assert update.learnt.texts == ("one", "two")
-    assert (update.learnt.inner_lr, update.learnt.inner_steps) == (0.1, 2)
-    update.save_pretrained(tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "gdprompt.json").read_text())["texts"] == ["one", "two"]
+    learnt(model).save_pretrained(tmp_path / "a", texts=["one"])
+    learnt(model, 2).save_pretrained(tmp_path / "b", 1, texts=["two", "three"])
+    update = InnerUpdate.from_pretrained([tmp_path / "a", tmp_path / "b"], model)
+    assert [each.texts for each in update.learnt] == [("one",), ("two", "three")]
+    assert [(each.inner_lr, each.inner_steps) for each in update.learnt] == [(0.1, 1), (0.1, 2)]
+    update.save_pretrained(tmp_path / "c", 1)
+    assert read_record(tmp_path / "c")["texts"] == ["two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,13 @@ def test_adapters_of_another_model_and_whole_models_are_named(
     save_file({key: value[:, :-1].clone() for key, value in matrices.items()}, path)
     with pytest.raises(UserError, match=r"folder: expected parts of a layer \(\d+, \d+\) for"):
         InnerUpdate.from_pretrained(tmp_path / "a", model)
+
+
+def test_an_adapter_of_layers_of_another_size_is_named(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model("llama-untied", FP32)
+    learnt(model, inner_params="linear").save_pretrained(tmp_path / "a")
+    config = copy.deepcopy(model.config)
+    config.intermediate_size += 8
+    wider = type(model)(config).eval()
+    with pytest.raises(UserError, match=r"folder: expected parts of a layer .* for .*mlp\."):
+        InnerUpdate.from_pretrained(tmp_path / "a", wider)

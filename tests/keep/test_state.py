@@ -132,6 +132,41 @@ def test_what_is_raised_inside_leaves_nothing_on_the_model(tiny_model: Build) ->
                 raise ZeroDivisionError
 
 
+def optimizer_step(model: Any) -> None:
+    weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], 0.1).step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        optimizer_step,
+        lambda model: model.merge_adapter(),
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.set_adapter("other"),
+    ],
+    ids=["step", "merge", "disable", "switch"],
+)
+def test_another_theta_than_the_update_was_made_of_is_refused(
+    change: Callable[[Any], None], lora_model: Build, tmp_path: Path
+) -> None:
+    model: Any = lora_model("llama-tied").float()
+    model.add_adapter("other", model.peft_config["default"])
+    update = learnt(model)
+    update.save_pretrained(tmp_path / "before")
+    change(model)
+    for use in (
+        lambda: update.save_pretrained(tmp_path / "after"),
+        lambda: update.save_pretrained(tmp_path / "after", form="full"),
+        lambda: update.to_state_dict(0),
+        lambda: logits_at(update, model, 0),
+    ):
+        with pytest.raises(UserError, match=r"model: expected .*adapters"):
+            use()
+    assert not (tmp_path / "after").exists()
+
+
 @pytest.mark.parametrize("inner_params", ["full", "linear", "lora"])
 def test_inside_one_group_a_model_with_adapters_saves_theta_prime_as_one_adapter(
     inner_params: str, lora_model: Build, tiny_model: Build, tmp_path: Path

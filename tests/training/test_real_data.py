@@ -118,14 +118,14 @@ def test_padding_to_the_longest_rows_of_all_changes_no_gradient(
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-7, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("indices", [[4, 0, 2], []], ids=["some", "none"])
 def test_a_teacher_on_the_fly_says_what_the_cache_says(
-    examples: list[Example], tmp_path: Path
+    examples: list[Example], tmp_path: Path, indices: list[int]
 ) -> None:
     teacher = tiny_llama(seed=1).eval()
     cache = TeacherCache.build(tmp_path / "teacher", teacher, examples, 3, batch_size=4)
     asked = TeacherOnTheFly(teacher, examples, 3, batch_size=2)
     assert asked.examples == cache.examples
-    indices = [4, 0, 2]
     (kept, kept_targets), (said, said_targets) = cache.batch(indices), asked.batch(indices)
     assert said == kept
     assert said_targets.hidden is not None and kept_targets.hidden is not None
