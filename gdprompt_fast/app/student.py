@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Example, TripleEncoder, pad
+from ..data import TripleEncoder, pad
 from ..data.chat import ChatEncoder
 from ..errors import UserError
 from ..evaluation import SETTINGS, decode
@@ -35,7 +35,6 @@ from .probabilities import Place, probabilities, shown
 
 KEPT_LESSONS = 4  # θ' of so many of the longest lessons are kept, of short ones more
 KEPT_ADAPTERS = 8
-PROBE = "a"  # stands for the answer where a row is divided before it
 
 Report = Callable[[str], None]  # is told what is done next
 
@@ -246,9 +245,7 @@ class Student:
         question = checked("question", question).strip()
         if not question:
             raise UserError("question: expected one, got none")
-        context = "\n\n".join(lesson.passages)
-        record = {"context": context, "query": question, "response": PROBE}
-        example: Example | None = self._encode.examples([record])[0]
+        example = self._encode.asked("\n\n".join(lesson.passages), question)
         if example is None:
             raise UserError(
                 "question: expected one that is the same tokens with the passages before it, got "

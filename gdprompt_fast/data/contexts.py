@@ -52,10 +52,16 @@ class ContextRow:
 
 
 def read_contexts(
-    texts: Sequence[Path], data: Path | None = None, encoding: str = UTF_8
+    texts: Sequence[Path],
+    data: Path | None = None,
+    encoding: str = UTF_8,
+    taken: Sequence[str] = (),
 ) -> list[Context]:
     """The contexts of text files, one each, and of the records of a JSONL file or JSON array: of
     those with the same context one. They are named by a file's stem, a record's "id", or its line.
+
+    Args:
+        taken: names that none of them is to have.
 
     Raises:
         UserError: naming the file and the line, if one has no text; if there is no context.
@@ -74,7 +80,7 @@ def read_contexts(
         found.setdefault((context.text, str(context.spans)), context)
     if not found:
         raise UserError(f"data: expected at least one record in {data}, got none")
-    return _named_apart([*found.values()])
+    return _named_apart([*found.values()], taken)
 
 
 def encode_contexts(contexts: Sequence[Context], encoder: TripleEncoder) -> list[ContextRow]:
@@ -108,9 +114,11 @@ def _of_record(content: Any, path: Path, line: int) -> Context:
     return Context(str(content.get(ID) or line), text, spans, path, line)
 
 
-def _named_apart(contexts: Sequence[Context]) -> list[Context]:
-    """The contexts with names that folders can have side by side, also where case is nothing."""
-    taken: set[str] = set()
+def _named_apart(contexts: Sequence[Context], others: Sequence[str]) -> list[Context]:
+    """The contexts with names that folders can have side by side, and beside others, also where
+    case is nothing.
+    """
+    taken = {name.casefold() for name in others}
     named = []
     for context in contexts:
         name = re.sub(r"[^\w.-]", "_", context.name)[:90]

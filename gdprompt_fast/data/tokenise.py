@@ -33,6 +33,8 @@ from ..errors import UserError
 RECORDS_AT_ONCE = 1000  # a fast tokenizer works through a list of texts in parallel
 OPENING_WORDS = ["In", "Once", "The", "When", "Who"]  # how do texts that begin so begin in tokens?
 
+_RESPONSE = "The"  # stands for one where it is only asked
+
 Item = TypeVar("Item")
 
 
@@ -199,6 +201,13 @@ class TripleEncoder:
         queries = self._split([record["query"] for record in records], responses)
         prompts = self._split([self._prompt(r["context"], r["query"]) for r in records], responses)
         return list(map(self._example, records, contexts, queries, prompts))
+
+    def asked(self, context: str, query: str) -> Example | None:
+        """An example of which only what stands before the response counts; None where that depends
+        on whether the context stands before the query.
+        """
+        (example,) = self.examples([{"context": context, "query": query, "response": _RESPONSE}])
+        return example
 
     def _example(
         self, record: Mapping[str, Any], context: list[int], query: Split, prompt: Split

@@ -25,8 +25,6 @@ from ..teacher.answers import greedy_answers
 from .command import command
 from .groups import ModelConfig, dtype_field
 
-PROBE = "The"  # stands for a response: where one begins
-
 
 @dataclass(frozen=True, kw_only=True)
 class AskConfig(ModelConfig):
@@ -92,8 +90,7 @@ class Asked:
 
     def encoded(self, question: str) -> Example:
         """The rows of a question, as those of a triple's query."""
-        record = {"context": self.text or question, "query": question, "response": PROBE}
-        (example,) = self.encoder.examples([record])
+        example = self.encoder.asked(self.text or question, question)
         if example is None or not example.query:
             raise UserError(f"question: expected one that has tokens, got {question!r}")
         longest = len(example.prompt if "prompt" in self.settings else example.query)

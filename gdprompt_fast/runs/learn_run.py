@@ -44,10 +44,11 @@ from .groups import (
     overwrite_field,
     resume_field,
 )
-from .output import check_output, claim_output
+from .output import SETTINGS_FILE, check_output, claim_output
 from .reading import write_dropped
 
 INDEX_FILE = "adapters.json"
+OWN_FILES = (SETTINGS_FILE, INDEX_FILE)
 INNER_CHOICES = ("auto", *INNER_PARAMS)
 
 
@@ -125,7 +126,7 @@ def learn(config: LearnConfig) -> Callable[[], list[dict[str, Any]]]:
     outputs = outputs_of(config)
     if rank() == 0:
         check_output(config.output, config.resume, outputs)
-    contexts = read_contexts(config.text, config.data, config.encoding)
+    contexts = read_contexts(config.text, config.data, config.encoding, OWN_FILES)
     model, tokenizer = config.load(config.dtype)
     check_inner_step(model, config.inner, one_after_another=False)
     lessons, dropped = _lessons(config, contexts, model, tokenizer)

@@ -217,12 +217,16 @@ def test_records_have_names_that_folders_can_have(model_folder: Path, tmp_path: 
         {"context": f"{text} the", "id": ".."},
         {"text": f"{text} mother", "id": 7, "context_loss": [[0, 10]]},
         {"context": text},
+        {"context": f"{text} Maria", "id": "adapters.json"},
+        {"context": f"{text} Anna", "id": "Run.json"},
     ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = learn(LearnConfig(model=model_folder, data=data, output=tmp_path / "out", device="cpu"))
-    assert [entry["folder"] for entry in kept] == ["a_b", "A_B-2", "_..", "7"]
-    assert [entry["line"] for entry in kept] == [1, 2, 3, 4]
+    assert [entry["folder"] for entry in kept] == [
+        *("a_b", "A_B-2", "_..", "7", "adapters.json-2", "Run.json-2")
+    ]
+    assert [entry["line"] for entry in kept] == [1, 2, 3, 4, 6, 7]
 
 
 def test_texts_too_long_are_dropped_and_listed(
