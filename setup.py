@@ -17,6 +17,7 @@ SUBPACKAGES = [
     "cli",
     "config",
     "data",
+    "distributed",
     "evaluation",
     "exactness",
     "experiments",

@@ -28,7 +28,9 @@ DOOR = "__init__"  # the room of the public names
 
 # From the ground up. A room may import those of its own floor, in no circle, and of lower ones.
 FLOORS = {
-    "ground": ("errors", "rows", "layout", "batch", "artifacts", "config", "presets"),
+    "ground": (
+        *("errors", "rows", "layout", "batch", "artifacts", "config", "presets", "distributed"),
+    ),
     "models": ("models",),
     "ops": ("ops", "kernels"),
     "layers": ("update",),

@@ -44,6 +44,14 @@ class BatchShape(NamedTuple):
         )
         return self._replace(**sizes)
 
+    def at_least(self, context_tokens: int, query_tokens: int, group_responses: int) -> BatchShape:
+        """The shape with these sizes where it has smaller ones."""
+        return self._replace(
+            context_tokens=max(self.context_tokens, context_tokens),
+            query_tokens=max(self.query_tokens, query_tokens),
+            group_responses=max(self.group_responses, group_responses),
+        )
+
 
 def rung(size: int) -> int:
     """The next size of the ladder."""

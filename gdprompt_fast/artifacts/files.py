@@ -1,4 +1,7 @@
-"""Files and folders that are whole or not there, whenever the process is killed."""
+"""Files and folders that are whole or not there, whenever the process is killed.
+
+Of several processes the first writes; for the others there is nothing to do here.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..distributed.group import writes
 from ..errors import UserError
 
 # Beside the file or folder of that name; what carries these names is ours to remove.
@@ -35,6 +39,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     exchange two folders, nothing else is needed; where it cannot, the old one may be left set
     aside, and :func:`recover` puts it back. What else is left beside it, the next call removes.
     """
+    if not writes():
+        return
     folder = Path(os.path.realpath(folder))
     recover(folder)
     temporary, aside = _hidden(folder, TEMPORARY), _hidden(folder, ASIDE)
@@ -57,6 +63,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def recover(folder: Path) -> None:
     """Puts back a folder that a killed :func:`write_folder` had set aside."""
+    if not writes():
+        return
     folder = Path(os.path.realpath(folder))
     if folder.name and not folder.exists() and _hidden(folder, ASIDE).is_dir():
         _hidden(folder, ASIDE).rename(folder)
@@ -76,6 +84,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Has ``write`` make a temporary file beside ``path`` and puts that in its place."""
+    if not writes():
+        return
     path = Path(os.path.realpath(path))
     temporary = _hidden(path, TEMPORARY)
     with _failing_as_files_do(path):

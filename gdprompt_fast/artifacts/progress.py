@@ -6,11 +6,15 @@ import sys
 
 from tqdm import tqdm
 
+from ..distributed.group import rank
+
 
 def progress_bar(
     total: int, what: str, unit: str, done: int = 0, leave: bool = True, delay: float = 0.0
 ) -> tqdm:
-    """A bar on stderr, after ``delay`` seconds; where that is no terminal, a line every ten."""
+    """A bar on stderr, after ``delay`` seconds; where that is no terminal, a line every ten. Of
+    several processes the first shows one.
+    """
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
@@ -21,4 +25,5 @@ def progress_bar(
         delay=delay,
         mininterval=interval,
         dynamic_ncols=True,
+        disable=rank() > 0,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -17,7 +18,12 @@ from typing import Any
 from ..errors import UserError
 from .files import read_json, write_json
 
-STAGE_FILE = "stage.json"
+try:
+    import fcntl
+except ImportError:  # Windows: stages of one folder are done by one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+STAGE_FILE, LOCK_FILE = "stage.json", "lock"
 
 Result = dict[str, Any]
 
@@ -60,6 +66,7 @@ def run_stage(
     """The stage in ``folder``: read if it is finished, else done by ``work(folder)``.
 
     Interrupted work is called again with the same folder, and may go on from what it left there.
+    Of several processes that ask for it one does the work and the others wait for it.
 
     Args:
         settings: all that the result follows from.
@@ -68,30 +75,55 @@ def run_stage(
     Raises:
         StaleStage: if the folder belongs to a stage with other settings.
     """
-    path = folder / STAGE_FILE
-    settings = json.loads(json.dumps(settings))
-    record: dict[str, Any] = {
-        "settings": settings,
+    new: dict[str, Any] = {
+        "settings": json.loads(json.dumps(settings)),
         "seconds": 0.0,
         "versions": dict(versions or {}),
         "result": None,
     }
-    if path.exists():
-        read = read_json(path)
-        if record.keys() != read.keys() or not isinstance(read["settings"], dict):
-            raise UserError(f"{path}: expected {', '.join(record)} of a stage, got {short(read)}")
-        record = read
-        _check_same(folder, record["settings"], settings)
+    record = _read_record(folder, new)
     if record["result"] is None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
-        start, before = time.monotonic(), record["seconds"]
-        try:
-            record["result"] = work(folder)
-        finally:
-            record["seconds"] = before + time.monotonic() - start
-            write_json(path, record)
+        with _locked(folder):
+            record = _read_record(folder, new)  # another process may have finished it meanwhile
+            if record["result"] is None:
+                _do(folder, record, work)
     return Stage(folder=folder, **record)
+
+
+def _read_record(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The record of a stage that was begun, or that of a new one."""
+    path = folder / STAGE_FILE
+    if not path.exists():
+        return new
+    read = read_json(path)
+    if new.keys() != read.keys() or not isinstance(read["settings"], dict):
+        raise UserError(f"{path}: expected {', '.join(new)} of a stage, got {short(read)}")
+    _check_same(folder, read["settings"], new["settings"])
+    return read
+
+
+def _do(folder: Path, record: dict[str, Any], work: Callable[[Path], Result]) -> None:
+    """Does the work of a stage and completes its record."""
+    path = folder / STAGE_FILE
+    write_json(path, record)
+    start, before = time.monotonic(), record["seconds"]
+    try:
+        record["result"] = work(folder)
+    finally:
+        record["seconds"] = before + time.monotonic() - start
+        write_json(path, record)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same folder; a killed one leaves at once."""
+    if fcntl is None:
+        yield
+        return
+    with (folder / LOCK_FILE).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _check_same(folder: Path, done: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

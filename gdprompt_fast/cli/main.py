@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
 
 from transformers.utils.logging import disable_progress_bar
 
 from ..config.presets import read_config
+from ..distributed.group import first_to_fail, launched, rank, world_size
+from ..distributed.watch import ProcessLost
 from ..errors import UserError
 from ..runs import COMMANDS, Command, run
 from .arguments import DEBUG, parser_of
@@ -20,19 +25,24 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 (failed on the way), 2 (bad input) or 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    debug = DEBUG in arguments
-    commands = {**COMMANDS, run.name: run}
-    parser = parser_of(commands, "The command line, gdprompt COMMAND.")
-    given = vars(parser.parse_args([each for each in arguments if each != DEBUG]))
-    command = commands[given.pop("command")]
     disable_progress_bar()  # of transformers, for the writing of files: it would break ours
     _print_anything()
-    try:
-        return _prepare_and_work(command, given, debug)
-    except KeyboardInterrupt:
-        hint = f"; {command.continued_by}" if command.continued_by else ""
-        print(f"\ngdprompt {command.name}: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
+    with launched(), _first_prints() as errors:
+        code = _run(arguments, errors)
+        if code and world_size() > 1:
+            raise SystemExit(code)  # nobody waits for the others
+    return code
+
+
+@contextmanager
+def _first_prints() -> Iterator[TextIO]:
+    """Of several processes the first prints; where errors go, of any."""
+    errors = sys.stderr
+    if rank() == 0:
+        yield errors
+        return
+    with Path(os.devnull).open("w") as out, redirect_stdout(out), redirect_stderr(out):
+        yield errors
 
 
 def _print_anything() -> None:
@@ -42,18 +52,35 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _prepare_and_work(command: Command[Any, Any], given: dict[str, Any], debug: bool) -> int:
+def _run(arguments: list[str], errors: TextIO) -> int:
+    debug = DEBUG in arguments
+    commands = {**COMMANDS, run.name: run}
+    parser = parser_of(commands, "The command line, gdprompt COMMAND.")
+    given = vars(parser.parse_args([each for each in arguments if each != DEBUG]))
+    command = commands[given.pop("command")]
+    try:
+        return _prepare_and_work(command, given, debug, errors)
+    except KeyboardInterrupt:
+        hint = f"; {command.continued_by}" if command.continued_by else ""
+        print(f"\ngdprompt {command.name}: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _prepare_and_work(
+    command: Command[Any, Any], given: dict[str, Any], debug: bool, errors: TextIO
+) -> int:
+    def said(what: str, error: Exception, code: int) -> int:
+        if debug:
+            raise error
+        if first_to_fail(error):
+            print(f"gdprompt {command.name}: {what}: {error}", file=errors, flush=True)
+        return code
+
     try:
         work = command.begin(read_config(command.config, given, ""))
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        print(f"gdprompt {command.name}: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except (UserError, OSError, ProcessLost) as error:
+        return said("error", error, BAD_INPUT)
     try:
         return 0 if command.succeeded(work()) else FAILED
-    except (FloatingPointError, OSError, UserError) as error:
-        if debug:
-            raise
-        print(f"gdprompt {command.name}: stopped: {error}", file=sys.stderr)
-        return FAILED
+    except (FloatingPointError, OSError, UserError, ProcessLost) as error:
+        return said("stopped", error, FAILED)

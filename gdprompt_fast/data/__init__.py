@@ -22,6 +22,7 @@ from .contexts import (
 )
 from .lengths import LengthSampler, Size, by_length, prompt_sizes, step_sizes
 from .people import make_people_articles, make_people_data, people_dialogue, people_vocabulary
+from .running_text import text_rows
 from .sampler import Sampler, ShuffledSampler, units_by_context
 from .sources import SOURCES, Source, make_data
 from .tokenise import (
@@ -76,6 +77,7 @@ __all__ = [
     "reason_to_drop_context",
     "response_rows",
     "step_sizes",
+    "text_rows",
     "tokenise_triples",
     "units_by_context",
     "with_responses",

@@ -103,6 +103,12 @@ SOURCES = {
         read_hub=lambda split, seed: read_squad_hub(split),
         max_characters=1500,  # about 350 tokens; leaves out one record in twenty
     ),
+    "squad-sentences": Source(
+        "SQuAD with only the sentence that the answer stands in as passage",
+        {},
+        read_file=lambda path, seed, encoding: read_squad_file(path, encoding, sentences=True),
+        read_hub=lambda split, seed: read_squad_hub(split, sentences=True),
+    ),
     "wikitext": Source(
         "WikiText-103, from the hub or from text files of its layout",
         {"train": 343_586, "test": 758},

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.progress import progress_bar
 from ..data import Example, Size, batched, by_length, end_token, response_rows
+from ..distributed.group import shared_work, world_size
 from ..errors import UserError
 from ..loading import positions
 from ..teacher import greedy_answers
@@ -177,12 +178,16 @@ def _scores(
 
     The model's answers are the same for every size of the batches, up to rounding.
     """
-    parts = []
+    batches = list(batched((examples[index] for index in order), batch_size))
     with progress_bar(len(examples), f"evaluating {SETTINGS[setting]}", "ex", leave=False) as bar:
-        for batch in batched((examples[index] for index in order), batch_size):
+
+        def score(batch: list[Example]) -> Scores:
             with adapt(batch):
-                parts.append(_score_batch(model, batch, _starts(batch, setting), answerer))
-            bar.update(len(batch))
+                scores = _score_batch(model, batch, _starts(batch, setting), answerer)
+            bar.update(len(batch) * world_size())
+            return scores
+
+        parts = shared_work(batches, score, errors=(FloatingPointError,))
     places = sorted(range(len(order)), key=order.__getitem__)
     return Scores.concatenate(parts).reordered(places)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifacts.stage import StaleStage
-from . import figure2, table1, table2, table3, table4, table5
+from . import figure2, kept, second_order, table1, table2, table3, table4, table5
 from .context import ExperimentContext, experiment_contexts
 from .preset import Preset
 from .results import Outcome
+from .variants import Variant
 
 __all__ = [
     "EXPERIMENTS",
@@ -28,11 +29,13 @@ class Experiment:
     """An experiment: what its section of a preset says, what else must hold, and what it does.
 
     Attributes:
+        variants: the models that it compares.
         check: raises a ValueError before any work if the preset does not do.
     """
 
     options: type
     run: Callable[[Sequence[ExperimentContext], Any], Outcome]
+    variants: Callable[[Preset, Any], list[Variant]]
     check: Callable[[Preset, Any], None]
 
 
@@ -41,8 +44,8 @@ def _nothing_else(preset: Preset, settings: Any) -> None:
 
 
 EXPERIMENTS = {
-    module.__name__.rpartition(".")[2]: Experiment(
-        module.Options, module.run, getattr(module, "check", _nothing_else)
+    module.__name__.rpartition(".")[2].replace("_", "-"): Experiment(
+        module.Options, module.run, module.variants, getattr(module, "check", _nothing_else)
     )
-    for module in (figure2, table1, table2, table3, table4, table5)
+    for module in (figure2, table1, table2, table3, table4, table5, kept, second_order)
 }

@@ -47,3 +47,8 @@ def table_by_task(
 def chosen(tasks: Mapping[str, ExperimentTask], names: Sequence[str]) -> dict[str, ExperimentTask]:
     """The tasks of these names, in their order."""
     return {name: tasks[name] for name in names}
+
+
+def better_base(kinds: Mapping[str, Named]) -> Named:
+    """The model that was not meta-trained at the better of its two rates."""
+    return max(kinds["none"], kinds["none, best"], key=lambda base: base.cell.mean)

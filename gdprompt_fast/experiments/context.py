@@ -17,7 +17,7 @@ from ..bundled import bundled_folder
 from ..errors import UserError
 from ..loading import find_model, load_config
 from .preset import Preset
-from .versions import versions
+from .versions import device_name, versions
 
 STAGES = "stages"
 BUNDLED = "bundled"
@@ -58,8 +58,9 @@ class ExperimentContext:
         """
         full_name = f"seed-{self.seed}/{name}"
         folder = self.output / STAGES / full_name
+        done_with = {**versions(), "device": device_name(self.device)}
         stage = run_stage(
-            folder, {**settings, "seed": self.seed}, _announced(full_name, work), versions()
+            folder, {**settings, "seed": self.seed}, _announced(full_name, work), done_with
         )
         self.used[full_name] = stage
         return stage
@@ -87,7 +88,7 @@ def experiment_contexts(
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
         raise UserError(f"model: expected a causal LM, got one of type {config.model_type}")
-    needed = preset.limits.prompt_tokens + preset.longest_answer
+    needed = preset.longest_prompt + preset.longest_answer
     if needed > room:
         raise UserError(
             "limits: expected prompt_tokens and answer_tokens within the model's "

@@ -92,6 +92,38 @@ def destroyed(claim: str, where: str, right: Named, wrong: Named, without: Named
     )
 
 
+def kept(claim: str, where: str, after: Named, before: Named, margin: float) -> Finding:
+    """Shows if ``after`` is below ``before`` by no more than ``margin``, two standard errors of the
+    difference included.
+    """
+    difference = after.cell.minus(before.cell)
+    return Finding(
+        claim,
+        where,
+        difference.value - STANDARD_ERRORS * difference.se >= -margin,
+        f"{after}, {before}; difference {_points(difference)}, kept if no more than "
+        f"{100 * margin:g} points are lost with two standard errors.",
+        (difference,),
+    )
+
+
+def forgets_little(where: str, after: Named, before: Named, margin: float) -> Finding:
+    """Shows if the NLL of running text, in nats a token, rises by no more than ``margin``, two
+    standard errors of the rise included.
+    """
+    rise = after.cell.minus(before.cell)
+    nats = "{}: {:.3f} ± {:.3f}".format
+    numbers = ", ".join(nats(each.name, each.cell.mean, each.cell.se) for each in (after, before))
+    return Finding(
+        "running text is not forgotten",
+        where,
+        rise.value + STANDARD_ERRORS * rise.se <= margin,
+        f"NLL in nats a token, {numbers}; rise {rise.value:+.3f} ± {rise.se:.3f}, little if at "
+        f"most {margin:g} with two standard errors.",
+        (rise,),
+    )
+
+
 def is_positive(difference: Estimate) -> bool:
     """By more than two standard errors; never where the standard error is not known."""
     return difference.value > STANDARD_ERRORS * difference.se

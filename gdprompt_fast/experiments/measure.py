@@ -143,9 +143,10 @@ def best_inner_lr(ctx: ExperimentContext, spec: EvalSpec) -> float:
     """The inner rate with the best mean of the task's first metric, then the lowest NLL."""
     options = ctx.preset.evaluate
     metric = ctx.preset.tasks[spec.on].metrics[0]
+    most = options.tune_examples if spec.count is None else spec.count
 
     def merit(rate: float) -> tuple[float, float]:
-        count = max(options.tune_examples, spec.contexts)
+        count = max(min(options.tune_examples, most), spec.contexts)
         asked = replace(spec, inner_lr=rate, count=count)
         # With several inner steps a large rate can make the inner loss infinite on the way.
         try:

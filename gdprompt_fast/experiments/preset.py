@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ..config.fields import Config, check_counts, from_section
+from ..config.fields import Config, check_counts, check_numbers, from_section
 from ..data import SOURCES, Limits
 from ..errors import UserError
 from ..loading import DTYPES
@@ -16,6 +16,7 @@ from ..training.options import TrainOptions
 METRICS = {"exact_match": "exact match", "f1": "F1", "token_accuracy": "token accuracy"}
 GENERATED = {"exact_match", "f1"}
 OBJECTIVES = ("kl", "gold")
+SEEDS = "seeds"  # of an experiment: a part of the preset's own
 OF_VARIANTS = ("objective", "inner_params", "contexts_per_group", "seed")
 
 C = TypeVar("C")
@@ -35,6 +36,8 @@ class ExperimentTask(Config):
             ``test_file``; None: generated, or from the hub.
         test_file: the file to read the test examples from.
         options: training options of this task's variants, over those of ``[train]``.
+        limits: of this task's examples, over those of ``[limits]``.
+        teacher_on_the_fly: its teacher answers anew in every step, and nothing of it is kept.
     """
 
     source: str
@@ -45,6 +48,8 @@ class ExperimentTask(Config):
     file: str | None = None
     test_file: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    teacher_on_the_fly: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,14 +97,34 @@ class FindingOptions(Config):
 
     Attributes:
         margin: the largest difference, as a share, at which two scores still count as close.
+        text_margin: the largest rise of running text's NLL, in nats a token, that counts as little.
     """
 
     margin: float
+    text_margin: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, "text_margin", above_zero=True)
         if not 0 < self.margin < 1:
             raise UserError(f"margin: expected a number between 0 and 1, got {self.margin!r}")
+
+
+@dataclass(frozen=True)
+class TextOptions(Config):
+    """The section ``[text]``: running text, on which it is measured what a model forgets.
+
+    Attributes:
+        task: whose triples are put together again to the texts they were cut from.
+        examples: the number of test examples to measure on.
+    """
+
+    task: str
+    examples: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "examples")
 
 
 @dataclass(frozen=True)
@@ -113,7 +138,9 @@ class Preset:
         dtype: of the weights.
         seeds: every seed is a repetition of everything: data, preparation, training, evaluation.
         prepare_examples: how many training examples the preparation goes by.
-        train: the section ``[train]`` with its own ``[train.KIND]``; see :meth:`train_options`.
+        train: the section ``[train]`` with its own ``[train.KIND]`` and
+            ``[train.contexts-K]``; see :meth:`train_options`.
+        text: the section ``[text]``; None: there is none, and it is not measured.
     """
 
     sections: dict[str, Any]
@@ -128,6 +155,7 @@ class Preset:
     evaluate: EvaluateOptions
     findings: FindingOptions
     tasks: dict[str, ExperimentTask]
+    text: TextOptions | None = None
 
     @staticmethod
     def read(sections: Mapping[str, Any]) -> Preset:
@@ -159,8 +187,12 @@ class Preset:
             evaluate=_read("evaluate", EvaluateOptions, sections),
             findings=_read("findings", FindingOptions, sections),
             tasks={name: _read(name, ExperimentTask, tasks, within="tasks.") for name in tasks},
+            text=_read("text", TextOptions, sections) if "text" in sections else None,
         )
+        if preset.text is not None:
+            preset._check_task("text", "task", preset.text.task)
         for task in preset.tasks:
+            preset.limits_of(task)
             for kind in ("full", "lora", "lora-inner"):
                 preset.train_options(task, kind)
         return preset
@@ -177,16 +209,59 @@ class Preset:
         Raises:
             ValueError: naming the section and what is wrong in it.
         """
-        read = _read(name, config, self.sections)
+        its = self.sections.get(name)
+        if isinstance(its, Mapping):
+            its = {key: value for key, value in its.items() if key != SEEDS}
+        read = _read(name, config, {name: its})
         for key in ("task", "tasks", "source", "target"):
             named = getattr(read, key, ())
             for task in (named,) if isinstance(named, str) else named:
-                if task not in self.tasks:
-                    raise UserError(
-                        f"preset, [{name}]: {key}: expected among {sorted(self.tasks)}, "
-                        f"got {task!r}"
-                    )
+                self._check_task(name, key, task)
         return read
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """The seeds of an experiment: its section's, or all of the preset's.
+
+        Raises:
+            ValueError: if the section names one that the preset does not.
+        """
+        seeds = self.sections.get(name, {}).get(SEEDS, list(self.seeds))
+        if not isinstance(seeds, list) or not seeds or not set(seeds) <= set(self.seeds):
+            raise UserError(
+                f"preset, [{name}]: seeds: expected some of {list(self.seeds)}, got {seeds!r}"
+            )
+        return tuple(seeds)
+
+    @property
+    def text_task(self) -> str:
+        """The task of ``[text]``.
+
+        Raises:
+            ValueError: if there is no such section.
+        """
+        if self.text is None:
+            raise UserError("preset: expected a section [text] with running text, got none")
+        return self.text.task
+
+    def _check_task(self, section: str, key: str, task: str) -> None:
+        if task not in self.tasks:
+            raise UserError(
+                f"preset, [{section}]: {key}: expected among {sorted(self.tasks)}, got {task!r}"
+            )
+
+    def limits_of(self, task: str) -> Limits:
+        """The longest rows of a task.
+
+        Raises:
+            ValueError: naming the section and what is wrong in it.
+        """
+        where = f"limits, tasks.{task}.limits"
+        return _read(where, Limits, {where: {**vars(self.limits), **self.tasks[task].limits}})
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens of context, query and response together, of any task."""
+        return max(self.limits_of(task).prompt_tokens for task in self.tasks)
 
     def train_options(
         self, task: str, kind: str = "full", contexts: int = 1, **of_variant: Any
@@ -197,15 +272,17 @@ class Preset:
             task: whose ``[tasks.NAME.options]`` go over ``[train]``.
             kind: ``full``, ``lora`` (adapters outside, full rank inside) or ``lora-inner``;
                 ``[train.KIND]`` goes over both.
-            contexts: as many share a θ'; an outer step has as many contexts as with 1.
+            contexts: as many share a θ'; ``[train.contexts-K]`` goes over all these.
             of_variant: what the variant itself says, over all.
 
         Raises:
             ValueError: naming the sections and what is wrong in them.
         """
         common = {name: value for name, value in self.train.items() if not isinstance(value, dict)}
-        options = {**common, **self.tasks[task].options, **self.train.get(kind, {})}
-        where = f"train, tasks.{task}.options, train.{kind}"
+        shared = f"contexts-{contexts}"
+        options = {**common, **self.tasks[task].options}
+        options |= self.train.get(kind, {}) | self.train.get(shared, {})
+        where = f"train, tasks.{task}.options, train.{kind}, train.{shared}"
         for name in OF_VARIANTS:
             if name in options:
                 raise UserError(f"preset, [{where}]: {name}: expected to be left to the experiment")

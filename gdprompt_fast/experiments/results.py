@@ -7,30 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .cells import Cell
+from .cells import Cell, Estimate
 from .findings import Finding
+
+PERCENT, NATS = "%", "nats a token"  # units of tables
 
 PaperNumbers = Mapping[tuple[str, str], float | None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by row and column, each a share of examples or a mean score between 0 and 1.
+    """Cells by row and column, each a share of examples or a mean score between 0 and 1, or an NLL.
 
     Attributes:
         title: what is measured, and on what.
         columns: the heads of the columns.
         rows: for every row's head its cells; None where there is nothing to measure.
         paper: the paper's own numbers in %, by the heads of row and column.
+        unit: ``PERCENT`` for shares and scores, ``NATS`` for an NLL.
     """
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Cell | None]]
     paper: PaperNumbers = field(default_factory=dict)
+    unit: str = PERCENT
 
     def to_json(self) -> dict[str, Any]:
-        """Means and standard errors in %."""
+        """Means and standard errors in the table's unit."""
         rows = [
             {
                 "head": head,
@@ -41,14 +45,16 @@ class Table:
             }
             for head, cells in self.rows.items()
         ]
-        return {"title": self.title, "columns": list(self.columns), "rows": rows}
+        head = {"title": self.title, "unit": self.unit, "columns": list(self.columns)}
+        return {**head, "rows": rows}
 
     def _cell(self, cell: Cell, row: str, column: str) -> dict[str, Any]:
+        scale = 100 if self.unit == PERCENT else 1
         return {
-            "mean": _number(100 * cell.mean),
-            "se": _number(100 * cell.se),
+            "mean": _number(scale * cell.mean),
+            "se": _number(scale * cell.se),
             "examples": cell.examples,
-            "per_seed": [_number(100 * mean) for mean in cell.per_seed],
+            "per_seed": [_number(scale * mean) for mean in cell.per_seed],
             "paper": self.paper.get((row, column)),
         }
 
@@ -63,6 +69,37 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Numbers with standard errors over a number.
+
+    Attributes:
+        title: what is drawn.
+        x, y: what the axes are.
+        lines: by name, the points from left to right.
+        log_x: whether ``x`` is drawn by its logarithm.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]]
+    log_x: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As numbers and names."""
+        lines = [
+            {
+                "head": head,
+                "points": [
+                    {"x": x, "value": _number(at.value), "se": _number(at.se)} for x, at in points
+                ],
+            }
+            for head, points in self.lines.items()
+        ]
+        return {"title": self.title, "x": self.x, "y": self.y, "log_x": self.log_x, "lines": lines}
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Everything that an experiment reports.
 
@@ -72,6 +109,7 @@ class Outcome:
         findings: what the numbers show or do not show.
         notes: how to read them.
         texts: tables of words.
+        charts: the panels of its figure in the place of its tables, if there are any.
     """
 
     title: str
@@ -79,6 +117,7 @@ class Outcome:
     findings: Sequence[Finding]
     notes: Sequence[str]
     texts: Sequence[Texts] = ()
+    charts: Sequence[Chart] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as what ``json`` can write; there is no NaN in it."""
@@ -88,6 +127,7 @@ class Outcome:
             "findings": [_finding(finding) for finding in self.findings],
             "notes": list(self.notes),
             "texts": [asdict(texts) for texts in self.texts],
+            "charts": [chart.to_json() for chart in self.charts],
         }
 
 

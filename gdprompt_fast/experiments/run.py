@@ -10,7 +10,7 @@ from typing import Any
 
 from ..artifacts.files import read_json, write_file, write_json, write_whole
 from ..errors import UserError
-from ..report import draw_tables, experiment_markdown
+from ..report import draw_charts, draw_tables, experiment_markdown
 from . import EXPERIMENTS
 from .context import ExperimentContext
 from .versions import versions
@@ -36,11 +36,14 @@ def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
         The Markdown file.
     """
     output, preset = repetitions[0].output, repetitions[0].preset
-    experiment = EXPERIMENTS[name]
+    experiment, seeds = EXPERIMENTS[name], preset.seeds_of(name)
+    repetitions = [ctx for ctx in repetitions if ctx.seed in seeds]
     outcome = experiment.run(repetitions, preset.section(name, experiment.options))
     content = {"experiment": name, **outcome.to_json(), **_circumstances(repetitions)}
     write_json(output / f"{name}.json", content)
-    write_whole(output / f"{name}.png", partial(draw_tables, content["tables"]))
+    charts = content["charts"]
+    draw = partial(draw_charts, charts) if charts else partial(draw_tables, content["tables"])
+    write_whole(output / f"{name}.png", draw)
     markdown = output / f"{name}.md"
     write_file(markdown, experiment_markdown(content, f"{name}.png"))
     return markdown
@@ -48,12 +51,15 @@ def run_experiment(name: str, repetitions: Sequence[ExperimentContext]) -> Path:
 
 def _circumstances(repetitions: Sequence[ExperimentContext]) -> dict[str, Any]:
     """How the numbers came about."""
-    preset, stages = repetitions[0].preset, repetitions[0].used
+    preset = repetitions[0].preset
+    seeds = {f"seed-{ctx.seed}" for ctx in repetitions}
+    used = repetitions[0].used.items()
+    stages = {name: stage for name, stage in used if name.split("/")[0] in seeds}
     return {
         "settings": preset.sections,
         "model": repetitions[0].fingerprint,
-        "seeds": list(preset.seeds),
-        "device": str(repetitions[0].device),
+        "seeds": [ctx.seed for ctx in repetitions],
+        "device": ", ".join(sorted({stage.versions["device"] for stage in stages.values()})),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(stage.seconds for stage in stages.values()),

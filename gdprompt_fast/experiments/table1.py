@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from ..config.fields import Config, check_counts
 from ..errors import UserError
 from . import paper
-from .by_task import Cells, chosen, table_by_task
+from .by_task import Cells, better_base, chosen, table_by_task
 from .context import ExperimentContext
-from .findings import close
+from .findings import close, larger
+from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import Preset
 from .results import Outcome
 from .variants import Variant
 
 TITLE = "Table 1: LoRA, accuracy after Fine-Tuning"
+TRAINED = ("none", "full", "lora", "lora-inner")  # an untrained adapter leaves the model as it is
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     }
 
     def cells(task: str, metric: str) -> Cells:
-        variants = {
-            "none": Variant(task),
-            "full": Variant(task, "gold"),
-            "lora": Variant(task, "gold", rank),
-            "lora-inner": Variant(task, "gold", rank, "lora"),
-            "untrained-lora": Variant(task, "none", rank, "lora"),
-        }
-        specs = {kind: EvalSpec(variant) for kind, variant in variants.items()}
+        specs = {kind: EvalSpec(variant) for kind, variant in _kinds(task, rank).items()}
         measured = {kind: measure(repetitions, spec, metric) for kind, spec in specs.items()}
         for kind in ("none", "untrained-lora"):
             measured[f"{kind}, best"], _ = measure_at_best(repetitions, specs[kind], metric)
@@ -72,9 +67,35 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
         close(claim, tasks[task].label, kinds["lora"], kinds["full"], margin)
         for task, kinds in named.items()
     ]
+    claim = f"rank-{rank} LoRA outside and inside is better than no meta-training"
+    findings += [
+        larger(claim, tasks[task].label, kinds["lora-inner"], better_base(kinds))
+        for task, kinds in named.items()
+    ]
+    columns = {
+        tasks[task].label: {heads[kind]: _kinds(task, rank)[kind] for kind in TRAINED}
+        for task in tasks
+    }
+    forgotten, about_it = text_tables(repetitions, columns, heads["none"])
     notes = [
         "Meta-training with the gold objective. Fine-Tuning is one inner step on the context, at "
         "the rate of meta-training; of models that were not meta-trained also at their best rate, "
         "chosen on the first test examples."
     ]
-    return Outcome(TITLE, [table], findings, notes)
+    return Outcome(TITLE, [table, *forgotten], [*findings, *about_it], notes)
+
+
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    kinds = (_kinds(task, options.lora_rank) for task in options.tasks)
+    return [variant for of_task in kinds for variant in of_task.values()]
+
+
+def _kinds(task: str, rank: int) -> dict[str, Variant]:
+    return {
+        "none": Variant(task),
+        "full": Variant(task, "gold"),
+        "lora": Variant(task, "gold", rank),
+        "lora-inner": Variant(task, "gold", rank, "lora"),
+        "untrained-lora": Variant(task, "none", rank, "lora"),
+    }

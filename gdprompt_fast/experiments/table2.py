@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.fields import Config
+from ..config.fields import Config, check_counts
 from ..errors import UserError
 from . import paper
 from .cells import Cell
 from .context import ExperimentContext
 from .findings import Finding, Named, larger
+from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import METRICS, OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table
@@ -27,17 +28,22 @@ Method = tuple[
 
 @dataclass(frozen=True)
 class Options(Config):
-    """The section ``[table2]``: the task, the objective, and the numbers of contexts over 1."""
+    """The section ``[table2]``: the task, the objective, the numbers of contexts over 1, and the
+    number of test examples to measure on, for contexts one after another take long; None: all.
+    """
 
     task: str
     objective: str
     contexts: tuple[int, ...]
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("objective", self.objective, OBJECTIVES)
         if not self.contexts or min(self.contexts) < 2:
             raise UserError(f"contexts: expected integers >= 2, got {list(self.contexts)}")
+        if self.examples is not None:
+            check_counts(self, "examples", least=max(self.contexts))
 
 
 def check(preset: Preset, options: Options) -> None:
@@ -50,20 +56,18 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     task = repetitions[0].preset.tasks[options.task]
     methods = [(1, False), *((k, method) for k in options.contexts for method in METHODS)]
-    variants = {
-        _trained_on(k): Variant(options.task, options.objective, contexts=k)
-        for k in (1, *options.contexts)
-    }
+    trained = _models(options)
     tables, findings = [], []
     for metric in task.metrics:
-        base = [_spec(Variant(options.task), method) for method in methods]
+        count = options.examples
+        base = [_spec(Variant(options.task), method, count) for method in methods]
         rows = {
             BASE: [measure(repetitions, spec, metric) for spec in base],
             BEST: [measure_at_best(repetitions, spec, metric)[0] for spec in base],
         }
-        for head, variant in variants.items():
+        for head, variant in trained.items():
             rows[head] = [
-                measure(repetitions, _spec(variant, method), metric) for method in methods
+                measure(repetitions, _spec(variant, method, count), metric) for method in methods
             ]
         title = f"{task.label}, {METRICS[metric]}"
         is_first = metric == task.metrics[0]
@@ -74,17 +78,32 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
                 head: dict(zip(methods, cells, strict=True)) for head, cells in rows.items()
             }
             findings = _findings(by_method, methods[1:])
+    columns = {task.label: {BASE: Variant(options.task), **trained}}
+    forgotten, about_it = text_tables(repetitions, columns, BASE)
     notes = [
         "Test examples in a seeded order; as many neighbours as there are contexts share one θ' "
         "and are all asked of it, so standard errors are those of the means of such groups.",
         "The paper's numbers for several contexts are those of updates one after another.",
     ]
-    return Outcome(TITLE, tables, findings, notes)
+    return Outcome(TITLE, [*tables, *forgotten], [*findings, *about_it], notes)
 
 
-def _spec(variant: Variant, method: Method) -> EvalSpec:
-    contexts, one_after_another = method
-    return EvalSpec(variant, contexts=contexts, one_after_another=one_after_another)
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    return [Variant(options.task), *_models(options).values()]
+
+
+def _models(options: Options) -> dict[str, Variant]:
+    """The meta-trained ones."""
+    return {
+        _trained_on(k): Variant(options.task, options.objective, contexts=k)
+        for k in (1, *options.contexts)
+    }
+
+
+def _spec(variant: Variant, method: Method, count: int | None) -> EvalSpec:
+    contexts, in_turn = method
+    return EvalSpec(variant, count=count, contexts=contexts, one_after_another=in_turn)
 
 
 def _findings(rows: dict[str, dict[Method, Cell]], methods: Sequence[Method]) -> list[Finding]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from ..config.fields import Config, check_counts
 from . import paper
-from .by_task import Cells, chosen, table_by_task
+from .by_task import Cells, better_base, chosen, table_by_task
 from .context import ExperimentContext
-from .findings import Named, larger
+from .findings import larger
+from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
+from .preset import Preset
 from .results import Outcome
 from .variants import Variant
 
@@ -40,7 +42,7 @@ class Options(Config):
 
 def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
-    source, target, count = options.source, options.target, options.examples
+    source, target = options.source, options.target
     tasks = chosen(repetitions[0].preset.tasks, (target, source))
     both = (tasks[source].label, tasks[target].label)
     heads = {
@@ -52,31 +54,44 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     }
 
     def cells(task: str, metric: str) -> Cells:
-        variants = {
-            "none": Variant(task),
-            "in-domain": Variant(task, OBJECTIVE),
-            "sequential": Variant(source, OBJECTIVE, then=target, ordinary_examples=count),
-            "joint": Variant(source, OBJECTIVE, joint=target, ordinary_examples=count),
-        }
-        asked = {kind: EvalSpec(variant, task=task) for kind, variant in variants.items()}
+        kinds = _kinds(task, options)
+        asked = {kind: EvalSpec(variant, task=task) for kind, variant in kinds.items()}
         measured = {kind: measure(repetitions, spec, metric) for kind, spec in asked.items()}
         measured["none, best"], _ = measure_at_best(repetitions, asked["none"], metric)
         return measured
 
     table, named = table_by_task(TITLE, tasks, heads, cells, paper.TABLE3)
 
-    def better_base(task: str) -> Named:
-        kinds = named[task]
-        return max(kinds["none"], kinds["none, best"], key=lambda base: base.cell.mean)
-
     findings = [
-        larger(claim, tasks[task].label, named[task][kind], better_base(task))
+        larger(claim, tasks[task].label, named[task][kind], better_base(named[task]))
         for claim, task in (("meta-training carries over", target), ("meta-training stays", source))
         for kind in ("sequential", "joint")
     ]
+    columns = {
+        tasks[task].label: {heads[kind]: each for kind, each in _kinds(task, options).items()}
+        for task in tasks
+    }
+    forgotten, about_it = text_tables(repetitions, columns, heads["none"])
     notes = [
         "Meta-training with the gold objective; ordinary fine-tuning in the Prompt and No Context "
         "formats, as in the preparation. Fine-Tuning is one inner step at the training's rate; of "
         "models that were not meta-trained also at their best rate."
     ]
-    return Outcome(TITLE, [table], findings, notes)
+    return Outcome(TITLE, [table, *forgotten], [*findings, *about_it], notes)
+
+
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    kinds = (_kinds(task, options) for task in (options.target, options.source))
+    return [variant for of_task in kinds for variant in of_task.values()]
+
+
+def _kinds(task: str, options: Options) -> dict[str, Variant]:
+    """What is compared on a task; the last two are the same on both."""
+    source, target, count = options.source, options.target, options.examples
+    return {
+        "none": Variant(task),
+        "in-domain": Variant(task, OBJECTIVE),
+        "sequential": Variant(source, OBJECTIVE, then=target, ordinary_examples=count),
+        "joint": Variant(source, OBJECTIVE, joint=target, ordinary_examples=count),
+    }

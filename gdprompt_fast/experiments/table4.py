@@ -21,6 +21,7 @@ from ..errors import UserError
 from . import paper
 from .cells import Cell
 from .context import ExperimentContext
+from .forgetting import text_tables
 from .measure import EvalSpec, Rows, predictions
 from .preset import OBJECTIVES, Preset, check_choice
 from .results import Outcome, PaperNumbers, Table, Texts
@@ -35,6 +36,7 @@ CLASSES = {
 }
 SPLITS = {"test": "test (the paper's validation)", "train": "train"}
 BEFORE, AFTER = "no_context", "fine_tuning"
+BASE = "no meta-training"
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,7 @@ def check(preset: Preset, options: Options) -> None:
 def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
     """Classifies and shows; every seed is a repetition."""
     label = repetitions[0].preset.tasks[options.task].label
-    models = {
-        f"meta-trained ({options.objective})": Variant(options.task, options.objective),
-        "no meta-training": Variant(options.task),
-    }
+    models = _models(options)
     tables = []
     for index, (name, variant) in enumerate(models.items()):
         columns = {
@@ -79,13 +78,27 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
         rows = {each: [shares[each] for shares in columns.values()] for each in CLASSES.values()}
         numbers = _paper(options) if index == 0 else {}
         tables.append(Table(f"{label}, {name}: share of examples", list(columns), rows, numbers))
+    forgotten, findings = text_tables(repetitions, {label: models}, BASE)
     notes = [
         "An answer is correct if it matches a gold answer exactly, after normalisation. "
         "Always incorrect: wrong before the gradient step (No Context) and after it (Fine-Tuning); "
         "always correct: right both times; correct without context: right before, wrong after; "
         "only with context: wrong before, right after the step on its own context."
     ]
-    return Outcome(TITLE, tables, [], notes, [_samples(repetitions[0], options)])
+    samples = [_samples(repetitions[0], options)]
+    return Outcome(TITLE, [*tables, *forgotten], findings, notes, samples)
+
+
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    return list(_models(options).values())
+
+
+def _models(options: Options) -> dict[str, Variant]:
+    return {
+        f"meta-trained ({options.objective})": Variant(options.task, options.objective),
+        BASE: Variant(options.task),
+    }
 
 
 def classify(before: Rows, after: Rows) -> list[str]:

@@ -13,12 +13,14 @@ from .by_task import Cells, chosen, table_by_task
 from .cells import Cell
 from .context import ExperimentContext
 from .findings import destroyed
+from .forgetting import text_tables
 from .measure import EvalSpec, measure
+from .preset import Preset
 from .results import Outcome
 from .variants import Variant
 
 TITLE = "Table 5: the right context and an irrelevant one"
-OBJECTIVE = "gold"
+OBJECTIVE, BASE = "gold", "no meta-training"
 HEADS = {
     "right": "Fine-Tuning, right context",
     "irrelevant": "Fine-Tuning, irrelevant context",
@@ -52,7 +54,7 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
         return mean_of_draws([measure(repetitions, spec, metric) for spec in asked])
 
     def cells(task: str, metric: str) -> Cells:
-        variant, base = Variant(task, OBJECTIVE), Variant(task)
+        variant, base = _models(task).values()
         return {
             "right": measure(repetitions, EvalSpec(variant), metric),
             "irrelevant": irrelevant(variant, metric),
@@ -71,12 +73,23 @@ def run(repetitions: Sequence[ExperimentContext], options: Options) -> Outcome:
         )
         for task, kinds in named.items()
     ]
+    columns = {tasks[task].label: _models(task) for task in tasks}
+    forgotten, about_it = text_tables(repetitions, columns, BASE)
     notes = [
         "An irrelevant context is that of another example of the same test set; the mean of "
         f"{len(options.irrelevant_seeds)} draws. The first three rows are meta-trained with the "
         "gold objective; all at the rate of meta-training."
     ]
-    return Outcome(TITLE, [table], findings, notes)
+    return Outcome(TITLE, [table, *forgotten], [*findings, *about_it], notes)
+
+
+def variants(preset: Preset, options: Options) -> list[Variant]:
+    """All that it compares."""
+    return [variant for task in options.tasks for variant in _models(task).values()]
+
+
+def _models(task: str) -> dict[str, Variant]:
+    return {"meta-trained": Variant(task, OBJECTIVE), BASE: Variant(task)}
 
 
 def mean_of_draws(draws: Sequence[Cell]) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..artifacts.stage import Result, Stage
 from ..data import SOURCES, Example, make_data, read_triples, tokenise_triples, write_triples
 from ..evaluation import with_irrelevant_contexts
 from ..loading import check_vocabulary, load_model, load_tokenizer
-from ..teacher import TeacherCache
+from ..teacher import Teacher, TeacherCache, TeacherOnTheFly
 from ..training.checkpoint import MODEL_FOLDER, save_model
 from ..training.finetune import fine_tune
 from ..training.options import TrainOptions
@@ -30,7 +31,7 @@ def data_stage(ctx: ExperimentContext, task: str) -> Stage:
 
     The order matters where contexts share a θ': neighbours in SQuAD ask about the same passage.
     """
-    its, limits = ctx.preset.tasks[task], ctx.preset.limits
+    its, limits = ctx.preset.tasks[task], ctx.preset.limits_of(task)
 
     def work(folder: Path) -> Result:
         tokenizer = load_tokenizer(ctx.model)
@@ -72,7 +73,7 @@ def examples(
             the split; None: its own.
     """
     records = read_triples(data_stage(ctx, task).folder / f"{split}.jsonl")
-    limits = ctx.preset.limits
+    limits = ctx.preset.limits_of(task)
     if irrelevant is not None:
         records = with_irrelevant_contexts(records, irrelevant)
         # Every context and every query is within the limits, but not every prompt of the two.
@@ -120,12 +121,18 @@ def fine_tune_stage(
 
 
 def teacher_stage(ctx: ExperimentContext, task: str, options: TrainOptions) -> Stage:
-    """The base model's answers to its prompted training queries, for the KL objective."""
+    """The base model's answers to its prompted training queries, for the KL objective; of a task
+    whose teacher is asked on the fly, nothing but the settings that they follow from.
+    """
+    on_the_fly = ctx.preset.tasks[task].teacher_on_the_fly
 
     def work(folder: Path) -> Result:
-        return {"examples": len(teacher_cache(ctx, task, folder, options).examples)}
+        if on_the_fly:
+            return {}
+        return {"examples": len(teacher_of(ctx, task, folder, options).examples)}
 
     wanted = {
+        "on_the_fly": on_the_fly,
         "base": prepare_stage(ctx, task).key,
         "answer_tokens": options.answer_tokens,
         "batch_size": options.teacher_batch_size,
@@ -134,15 +141,30 @@ def teacher_stage(ctx: ExperimentContext, task: str, options: TrainOptions) -> S
     return ctx.stage(f"teacher/{task}", wanted, work)
 
 
-def teacher_cache(
-    ctx: ExperimentContext, task: str, folder: Path, options: TrainOptions
-) -> TeacherCache:
-    """The cache in the folder of a :func:`teacher_stage`: built or continued, or opened."""
+def teacher_of(ctx: ExperimentContext, task: str, folder: Path, options: TrainOptions) -> Teacher:
+    """The teacher of a task: its cache in the folder of a :func:`teacher_stage`, built or
+    continued, or opened; or the model itself, to be asked on the fly.
+    """
     base = prepare_stage(ctx, task).folder / MODEL_FOLDER
     dtype = "bfloat16" if ctx.in_bfloat16 else ctx.preset.dtype
     teacher, tokenizer = load_model(base, dtype, ctx.device)
     prompted = examples(ctx, task, "train", teacher, tokenizer)
-    batch_size = options.teacher_batch_size
-    return TeacherCache.build(
-        folder / CACHE_FOLDER, teacher, prompted, options.answer_tokens, batch_size
-    )
+    answer = options.answer_tokens, options.teacher_batch_size
+    if ctx.preset.tasks[task].teacher_on_the_fly:
+        return TeacherOnTheFly(teacher, prompted, *answer)
+    return TeacherCache.build(folder / CACHE_FOLDER, teacher, prompted, *answer)
+
+
+def running_text(
+    ctx: ExperimentContext,
+    split: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int | None = None,
+) -> list[array[int]]:
+    """Rows of running text: the triples of ``[text]``'s task, each as the one text it was cut from,
+    without EOS; at most as long as the longest context.
+    """
+    chosen = examples(ctx, ctx.preset.text_task, split, model, tokenizer, count)
+    longest = ctx.preset.limits_of(ctx.preset.text_task).context_tokens
+    return [(example.prompt + example.response[:-1])[:longest] for example in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ from .tasks import (
     examples,
     fine_tune_stage,
     prepare_stage,
-    teacher_cache,
+    running_text,
+    teacher_of,
     teacher_stage,
 )
 
@@ -41,6 +43,9 @@ class Variant:
         joint: a task whose ordinary fine-tuning loss is added in every outer step; "": none.
         then: a task it was fine-tuned on in the ordinary way afterwards; "": none.
         ordinary_examples: the number of training examples of ``joint`` or ``then`` to go by.
+        prompt_weight: of the responses' NLL after context and query; None: as the preset says.
+        text_weight: λ of L_LM on the running text of ``[text]``; None: as the preset says, which
+            has no such text.
     """
 
     task: str
@@ -51,6 +56,8 @@ class Variant:
     joint: str = ""
     then: str = ""
     ordinary_examples: int = 0
+    prompt_weight: float | None = None
+    text_weight: float | None = None
 
     @property
     def name(self) -> str:
@@ -66,19 +73,19 @@ class Variant:
             parts.append(f"with-{self.joint}")
         if self.then:
             parts.append(f"then-{self.then}")
+        for weight, of in ((self.prompt_weight, "prompt"), (self.text_weight, "text")):
+            if weight is not None:
+                parts.append(f"{of}-weight-{weight:g}")
         return "-".join(parts)
 
     def options(self, ctx: ExperimentContext) -> TrainOptions:
         """How it is meta-trained, or would be: a base model's inner step is the same."""
         kind = "lora-inner" if self.inner_params == "lora" else "lora" if self.lora_rank else "full"
-        return ctx.preset.train_options(
-            self.task,
-            kind,
-            self.contexts,
-            objective="gold" if self.objective == "none" else self.objective,
-            inner_params=self.inner_params,
-            seed=ctx.seed,
-        )
+        own: dict[str, Any] = {"inner_params": self.inner_params, "seed": ctx.seed}
+        own["objective"] = "gold" if self.objective == "none" else self.objective
+        weights = {"prompt_weight": self.prompt_weight, "lm_weight": self.text_weight}
+        own |= {name: weight for name, weight in weights.items() if weight is not None}
+        return ctx.preset.train_options(self.task, kind, self.contexts, **own)
 
     def inner(self, ctx: ExperimentContext) -> InnerStep:
         """The inner step that it was meta-trained with, or would be."""
@@ -102,28 +109,31 @@ def train_stage(ctx: ExperimentContext, variant: Variant) -> Stage:
 
 def meta_train_stage(ctx: ExperimentContext, variant: Variant) -> Stage:
     """The stage of meta-training, whose checkpoints are in its folder."""
-    options = variant.options(ctx)
-    teacher = teacher_stage(ctx, variant.task, options) if variant.objective == "kl" else None
+    options, base = variant.options(ctx), prepare_stage(ctx, variant.task)
+    asked = teacher_stage(ctx, variant.task, options) if variant.objective == "kl" else None
     wanted = {
-        "base": prepare_stage(ctx, variant.task).key,
-        "teacher": None if teacher is None else teacher.key,
+        "base": base.key,
+        "teacher": None if asked is None else asked.key,
         "joint": data_stage(ctx, variant.joint).key if variant.joint else None,
+        "texts": data_stage(ctx, ctx.preset.text_task).key if variant.text_weight else None,
         "arm": asdict(variant),
         "options": options.lasting(),
     }
 
     def work(folder: Path) -> Result:
-        cache, joint = None, None
-        if teacher is not None:
-            cache = teacher_cache(ctx, variant.task, teacher.folder, options)
+        teacher, joint, texts = None, None, None
+        if asked is not None:
+            teacher = teacher_of(ctx, variant.task, asked.folder, options)
         model, tokenizer = load_base(ctx, variant)
         chosen = examples(ctx, variant.task, "train", model, tokenizer)
         if variant.joint:
             count = variant.ordinary_examples
             joint = examples(ctx, variant.joint, "train", model, tokenizer, count)
+        if variant.text_weight:
+            texts = running_text(ctx, "train", model, tokenizer)
         if variant.lora_rank:
             model = add_lora(model, variant.lora_rank, ctx.seed)
-        meta_train(model, tokenizer, chosen, options, folder, cache, joint)
+        meta_train(model, tokenizer, chosen, options, folder, teacher, joint, texts)
         return {"examples": len(chosen), "steps": len(read_metrics(folder / METRICS_FILE))}
 
     stage = ctx.stage(f"arm/{variant.name}", wanted, work)

@@ -15,3 +15,8 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU by the name of its maker, another device by its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

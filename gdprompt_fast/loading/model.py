@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..distributed.group import local_rank
 from ..errors import UserError
 from ..models.architecture import causal_lm, check_model
 from .adapters import load_adapters
@@ -36,13 +37,16 @@ PER_BYTE = 8  # no format holds more parameters in a byte
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: the first CUDA device if there is one, else the CPU.
+    """``auto``: a CUDA device if there is one, else the CPU. Of several processes on a machine each
+    has the CUDA device of its number there.
 
     Raises:
         ValueError: if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

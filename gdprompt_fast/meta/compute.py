@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import use_backend
 from ..ops.phase import Phase
-from ..update.adapted_layer import StepState
+from ..update.adapted_layer import StepState, Weights, always_there
 from ..update.attach import AdaptedModel
 from .capture import Done, Graphs, Unit
 from .config import MetaStepConfig, MetaStepOutput
@@ -62,6 +62,7 @@ class MetaStep:
         trained: those that get a meta-gradient.
         backend: that runs.
         dtype: of activations and products under mixed precision; None for the weights' own.
+        weights: of blocks, where they are not there else; see :class:`StepState`.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class MetaStep:
     config: MetaStepConfig
     backend: str
     dtype: torch.dtype | None
+    weights: Weights = always_there
 
     @property
     def kind(self) -> Any:
@@ -142,7 +144,7 @@ class MetaStep:
         own = part.rate(numbers.inner_lr)
         layers = own if isinstance(own, Mapping) else None
         rate = 0.0 if isinstance(own, Mapping) else own  # of layers that are not moved
-        state = StepState(part.batch.groups, rate, phase, self.dtype, layers)
+        state = StepState(part.batch.groups, rate, phase, self.dtype, layers, self.weights)
         adapted = AdaptedModel(self.model, self.inner, state)
         with adapted.differentiable(self.config.recompute):
             keep_graph = inputs.lm_on_contexts and self.has_lm
@@ -163,7 +165,7 @@ class MetaStep:
         """Adds λ times the gradient of L_LM on some rows to ``.grad``; their share of L_LM."""
         numbers = inputs.numbers
         weight = numbers.lm_weight if self.has_lm else None
-        options = numbers.lm_count, weight, self.dtype, self.config.recompute
+        options = numbers.lm_count, weight, self.dtype, self.config.recompute, self.weights
         return Done([lm_backward(self.model, inputs.rows, *options)], [])
 
 

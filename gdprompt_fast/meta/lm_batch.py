@@ -28,6 +28,7 @@ class LMBatch:
         weight_P: fp64, of each in its row's mean.
         predictions, rows: the P predicting tokens, and the N rows, as those of one group.
         id_range: the lowest and highest token id.
+        real: how many of the rows count.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -41,7 +42,7 @@ class LMBatch:
             raise UserError("lm_batch: expected at least 2 real tokens in every row")
         row_P, column_P = host[:, 1:].nonzero(as_tuple=True)
         weight_P = (1.0 / lengths_N.double())[row_P]
-        self.ids, self.mask, self.host_mask = ids, mask, host
+        self.ids, self.mask, self.host_mask, self.real = ids, mask, host, len(ids)
         self.id_range = int(ids.min()), int(ids.max())
         self.position_P = (row_P * host.shape[1] + column_P).to(device)
         self.weight_P = weight_P.to(device)
@@ -49,6 +50,14 @@ class LMBatch:
             GroupedRows(torch.zeros(n, dtype=torch.long), 1).map(lambda tensor: tensor.to(device))
             for n in (len(row_P), len(ids))
         )
+
+    @staticmethod
+    def padding() -> LMBatch:
+        """A row that counts for nothing, as where a process has no share of the rows."""
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        made = LMBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+        made.weight_P, made.real = made.weight_P * 0, 0
+        return made
 
     @staticmethod
     def of(given: Any) -> LMBatch:
@@ -94,7 +103,7 @@ class LMBatch:
 
     def chunks(self, count: int) -> Iterator[LMBatch]:
         """The rows in ``count`` parts, or as many as there are rows."""
-        if count == 1:
+        if min(count, len(self)) == 1:
             yield self
             return
         for ids, mask in zip(self.ids.chunk(count), self.mask.chunk(count), strict=True):

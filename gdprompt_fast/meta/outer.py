@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import MetaBatch
 from ..ops.phase import Phase
 from ..ops.vocabulary import KLTarget, NLLTarget, Target
-from ..update.adapted_layer import StepState
+from ..update.adapted_layer import StepState, Weights, always_there
 from ..update.attach import AdaptedModel
 from .lm_batch import LMBatch
 from .targets import TeacherTargets
@@ -59,11 +59,13 @@ def lm_backward(
     weight: Tensor | None,
     dtype: torch.dtype | None,
     recompute: str,
+    weights: Weights = always_there,
 ) -> Tensor:
     """The share of some rows in the mean over ``count`` of each row's mean next-token NLL at θ;
     adds weight times its gradient to ``.grad``, if there is a weight.
     """
-    adapted = AdaptedModel(model, {}, StepState(1, 0.0, Phase(second_order=False), dtype))
+    state = StepState(1, 0.0, Phase(second_order=False), dtype, weights=weights)
+    adapted = AdaptedModel(model, {}, state)
     with adapted.differentiable(recompute):
         hidden_BTD = adapted.hidden_states(lm_batch.ids, lm_batch.rows, level=0)
         hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, lm_batch.position_P)

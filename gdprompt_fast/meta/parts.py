@@ -62,7 +62,7 @@ def numbers_of(
             return number.to(device, dtype, non_blocking=True)
         return torch.full((), number, dtype=dtype, device=device)
 
-    rows = real.contexts if lm_batch is None else len(lm_batch)
+    rows = real.contexts if lm_batch is None else lm_batch.real
     return Numbers(
         map_rate(config.inner_lr, there),
         there(config.lm_weight).detach(),
@@ -132,6 +132,14 @@ def parts_of(
         shape = BatchShape(*map(max, shapes)).rung()
         parts = [part._replace(batch=part.batch.padded(shape)) for part in parts]
     return [_in_slots(part) for part in parts]
+
+
+def padding_part(like: Part) -> Part:
+    """Nothing but padding, as a part of the same step."""
+    batch, teacher = MetaBatch.padding().to(like.batch.context_ids.device), like.teacher
+    none = None if teacher is None else teacher.map(lambda of_token: of_token[:0])
+    groups = None if like.groups is None else like.groups[:1]
+    return _in_slots(Part(groups, batch, none))
 
 
 def _in_slots(part: Part) -> Part:

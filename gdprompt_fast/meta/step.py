@@ -9,13 +9,15 @@ from ..batch import MetaBatch
 from ..models.architecture import compute_dtype
 from ..models.inner_params import InnerParams, select_inner
 from ..models.walk import parameters_of, walked
+from ..update.adapted_layer import always_there
 from .capture import graphs_of, surroundings, why_eager
 from .compute import MetaStep
 from .config import MetaStepConfig, MetaStepOutput, Rate, check_step
-from .failures import pend, raise_pending
+from .failures import found_on_the_device, pend, raise_pending
 from .fingerprint import fingerprint
 from .lm_batch import LMBatch
 from .parts import lm_parts_of, number_dtype, numbers_of, parts_of
+from .replicas import Replicas, replicas_of
 from .targets import TeacherTargets
 from .verify import verify_model
 
@@ -62,7 +64,8 @@ def fast_meta_step(
         model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX), or a PEFT
             LoRA model around one. Its parameters with ``requires_grad`` are the outer ones; hooks
             of their gradients see the meta-gradient, not the inner one. It is left as it was, also
-            after an error.
+            after an error. In DistributedDataParallel, or sharded by ``fully_shard``, the batches
+            of all processes are one batch, whose losses and ``.grad`` all get: docs/distributed.md.
         batch: contexts, queries and groups.
         inner_lr: η: a number; a tensor [] or [G], for every group its own; or one of these tensors
             for each layer that the inner step moves, by the layer's name. Where a tensor requires
@@ -132,15 +135,36 @@ def fast_meta_step(
             capture,
         )
     rows = None if lm_batch is None else LMBatch.of(lm_batch)
+    model, replicas = replicas_of(model)
+    if replicas is None:
+        return _step(model, None, batch, config, teacher, rows, query_count, lm_count)
+    replicas.check(config)
+    with replicas.plain():
+        return _step(model, replicas, batch, config, teacher, rows, query_count, lm_count)
+
+
+def _step(
+    model: nn.Module,
+    replicas: Replicas | None,
+    batch: MetaBatch,
+    config: MetaStepConfig,
+    teacher: TeacherTargets | None,
+    rows: LMBatch | None,
+    query_count: int | Tensor | None,
+    lm_count: int | Tensor | None,
+) -> MetaStepOutput:
     with walked(model):
         ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
         raise_pending(model)
         torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
         inner, device = select_inner(model, config.inner_params), batch.context_ids.device
+        if replicas is not None:
+            query_count, lm_count = replicas.counts(batch, rows, query_count, lm_count)
         now = fingerprint(model, batch.layout.shape.context_tokens)
         numbers = numbers_of(config, batch, rows, query_count, lm_count, number_dtype(model))
         trained = [p for _, p in parameters_of(model) if p.requires_grad]
-        step = MetaStep(model, inner, trained, config, ran, compute_dtype(model))
+        weights = always_there if replicas is None else replicas.weights
+        step = MetaStep(model, inner, trained, config, ran, compute_dtype(model), weights)
         why, graphs = why_eager(model, config, device), None
         if not why:
             graphs = graphs_of(model, device, (now, surroundings(model, device), step.kind))
@@ -150,6 +174,11 @@ def fast_meta_step(
     micro_groups, ladder = config.micro_groups, graphs is not None
     parts = parts_of(batch, teacher, micro_groups, ladder)
     lm_parts = lm_parts_of(rows, batch.groups, micro_groups, ladder)
-    out = step.run(parts, lm_parts, numbers, graphs, why)
+    if replicas is None:
+        out = step.run(parts, lm_parts, numbers, graphs, why)
+    else:
+        with found_on_the_device():
+            out = step.run(*replicas.even(parts, lm_parts), numbers, graphs, why)
+        out = replicas.finish(out)
     pend(model, out.failures)
     return out

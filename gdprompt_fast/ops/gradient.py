@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..distributed.sharded import StandIn
+
 
 class WeightGradient:
     """Sums Fᵀ U over all uses of one weight [O, I] without a temporary of its size per use.
@@ -14,7 +16,9 @@ class WeightGradient:
     """
 
     def __init__(self, parameter: Tensor, transposed: bool = False) -> None:
-        self._parameter = parameter
+        self._parameter, self._dtype = parameter, parameter.dtype
+        if isinstance(parameter, StandIn):
+            parameter.gradient, self._dtype = self, parameter.gradient_dtype
         self._transposed = transposed
         self._sum: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -39,7 +43,7 @@ class WeightGradient:
         for f_NO, u_NI in products:
             left, right = (u_NI, f_NO) if self._transposed else (f_NO, u_NI)
             if self._sum is None and self._in_place() is None:
-                self._sum = (left.T @ right).to(self._parameter.dtype)
+                self._sum = (left.T @ right).to(self._dtype)
             else:
                 _add_product_(self._buffer(), left.T, right)
 
@@ -49,7 +53,7 @@ class WeightGradient:
 
     def add_rows(self, index_N: Tensor, rows_NI: Tensor) -> None:
         """Adds a row for every index."""
-        self._buffer().index_add_(0, index_N, rows_NI.to(self._parameter.dtype))
+        self._buffer().index_add_(0, index_N, rows_NI.to(self._dtype))
 
     def add(self, value: Tensor) -> None:
         self._buffer().add_(value)
@@ -62,6 +66,12 @@ class WeightGradient:
         """What autograd still has to add to ``.grad``: None if it is there already."""
         if self._waiting:
             self._add_waiting()
+        return self.so_far()
+
+    def so_far(self) -> Tensor | None:
+        """The sum of what does not wait, which is cleared; None if nothing was added beside
+        ``.grad``.
+        """
         total, self._sum = self._sum, None
         return total
 
@@ -76,7 +86,7 @@ class WeightGradient:
         if in_place is not None:
             return in_place
         if self._sum is None:
-            self._sum = torch.zeros_like(self._parameter)
+            self._sum = torch.zeros_like(self._parameter, dtype=self._dtype)
         return self._sum
 
 

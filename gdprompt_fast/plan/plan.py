@@ -164,9 +164,9 @@ def plan_table(name: str, plan: Plan) -> str:
     parts = [["at the peak of", "the meta step", "the optimizer's step"]]
     for part in PARTS:
         cells = [fast.meta_step.get(part, 0), fast.optimizer_step.get(part, 0)]
-        parts.append([part, *map(_size, cells)])
+        parts.append([part, *map(size_text, cells)])
     totals = [sum(fast.meta_step.values()), sum(fast.optimizer_step.values())]
-    parts.append(["**all**", *map(_size, totals)])
+    parts.append(["**all**", *map(size_text, totals)])
     return "\n".join(
         [
             f"{name}: {plan.fast.parameters / 1e6:,.0f} M parameters; batch {planned.batch}, "
@@ -193,7 +193,7 @@ def _methods(plan: Plan) -> list[list[str]]:
     }
     if plan.memory is None:
         return [["method", "predicted peak"]] + [
-            [method, _size(prediction.peak_bytes)] for method, prediction in methods.items()
+            [method, size_text(prediction.peak_bytes)] for method, prediction in methods.items()
         ]
     one_copy = plan.materialised.one.peak_bytes <= plan.memory
     copies = (plan.memory - plan.shared_bytes) // plan.copy_bytes
@@ -202,8 +202,8 @@ def _methods(plan: Plan) -> list[list[str]]:
         "any" if plan.sequential.peak_bytes <= plan.memory else "0",
         _at_most(max(1, copies)) if one_copy else "0",
     ]
-    return [["method", "predicted peak", f"largest batch in {_size(plan.memory)}"]] + [
-        [method, _size(prediction.peak_bytes), most]
+    return [["method", "predicted peak", f"largest batch in {size_text(plan.memory)}"]] + [
+        [method, size_text(prediction.peak_bytes), most]
         for (method, prediction), most in zip(methods.items(), largest, strict=True)
     ]
 
@@ -211,20 +211,21 @@ def _methods(plan: Plan) -> list[list[str]]:
 def _notes(plan: Plan) -> list[str]:
     notes = [
         "The other two are exact MAML by autograd's double backward, written to be lean; "
-        f"all copies at once need {_size(plan.shared_bytes)} + batch × "
-        f"{_size(plan.copy_bytes)}."
+        f"all copies at once need {size_text(plan.shared_bytes)} + batch × "
+        f"{size_text(plan.copy_bytes)}."
     ]
     if plan.memory is not None:
         micro = plan.largest_micro_batch or 0
         of_batch = f"of the batch of {plan.planned.batch} at a time (--micro-batch)"
         most = f"At most {micro} examples" if micro else "Not even one example"
-        notes.append(f"{most} {of_batch} fit{'' if micro else 's'} in {_size(plan.memory)}.")
+        notes.append(f"{most} {of_batch} fit{'' if micro else 's'} in {size_text(plan.memory)}.")
     if plan.planned.objective == "kl":
         notes.append("The teacher's head and final states are counted, its other weights are not.")
     notes.append(
         "Captured steps, on a GPU, keep their memory between steps: "
-        f"{_size(plan.fast.captured_peak_bytes)} with this optimizer, "
-        f"{_size(sum(plan.fast.meta_step.values()))} with one that makes no temporaries (fused)."
+        f"{size_text(plan.fast.captured_peak_bytes)} with this optimizer, "
+        f"{size_text(sum(plan.fast.meta_step.values()))} with one that makes no temporaries "
+        "(fused)."
     )
     notes.append("Not counted: the CUDA context, and what the allocator holds in reserve.")
     return notes
@@ -255,7 +256,8 @@ def plan_json(name: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _size(size: int) -> str:
+def size_text(size: float) -> str:
+    """Bytes in MB or GB."""
     if size < 1e9:
         return f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.2f} GB" if size < 100e9 else f"{size / 1e9:,.0f} GB"

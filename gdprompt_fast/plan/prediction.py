@@ -113,7 +113,7 @@ def predict(config: PreTrainedConfig, planned: PlannedStep) -> Prediction:
 
 def run_step(config: PreTrainedConfig, planned: PlannedStep) -> Run:
     """``fast_meta_step`` and the optimizer's, on the whole model."""
-    model, batch = _model_on_meta(config, planned), _batch(planned)
+    model, batch = model_on_meta(config, planned), _batch(planned)
     with ShapesOnly(), abridged_loops():
         _take_shapes(model)
         optimizer = _optimizer(model, planned.optimizer)
@@ -163,7 +163,7 @@ def run_autograd(
     with_gradients: bool,
 ) -> Run:
     """MAML by autograd and the optimizer's step, on the whole model."""
-    model, batch = _model_on_meta(config, planned), _batch(planned)
+    model, batch = model_on_meta(config, planned), _batch(planned)
     with ShapesOnly():
         _take_shapes(model)
         optimizer = _optimizer(model, planned.optimizer)
@@ -187,7 +187,7 @@ def run_autograd(
         return Run(_parameters(model), memory.timeline(), _optimizer_step(model, optimizer))
 
 
-def _model_on_meta(config: PreTrainedConfig, planned: PlannedStep) -> Any:
+def model_on_meta(config: PreTrainedConfig, planned: PlannedStep) -> Any:
     """Weights that are trained are fp32; those frozen beside adapters are in the dtype of the
     step.
     """

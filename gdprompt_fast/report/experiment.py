@@ -16,6 +16,7 @@ from ..artifacts.markdown import markdown_table
 Content = Mapping[str, Any]
 
 PAPER = "paper"
+PERCENT = "%"  # the unit of tables that say none
 PAPER_LEGEND = "the paper, Llama 3.2 1B"
 PANELS_IN_A_ROW = 3
 WIDEST_HEAD = 16  # characters in a line under a group of bars
@@ -45,15 +46,16 @@ def experiment_markdown(content: Content, figure: str) -> str:
 def table_rows(table: Content) -> list[list[str]]:
     """A table as texts, its heads first: a column of the paper's numbers follows where it has any.
 
-    A number is in %, ± its standard error.
+    A number is in the table's unit, ± its standard error.
     """
+    digits = 1 if table.get("unit", PERCENT) == PERCENT else 3
     columns = range(len(table["columns"]))
     in_paper = [any(_paper(row["cells"][column]) for row in table["rows"]) for column in columns]
     rows = [["", *(head for c in columns for head in _heads(table["columns"][c], in_paper[c]))]]
     for row in table["rows"]:
         texts = [row["head"]]
         for cell, has_paper in zip(row["cells"], in_paper, strict=True):
-            texts.append(_measured(cell))
+            texts.append(_measured(cell, digits))
             if has_paper:
                 texts.append(_paper(cell))
         rows.append(texts)
@@ -70,7 +72,8 @@ def how_to_read(content: Content) -> str:
     seeds = content["seeds"]
     over = "examples" if len(seeds) == 1 else "examples or over seeds, whichever is larger"
     return (
-        f"In %, ± one standard error over {over}. Seeds: {', '.join(map(str, seeds))}. "
+        f"In % where nothing else is said, ± one standard error over {over}. "
+        f"Seeds: {', '.join(map(str, seeds))}. "
         "“paper”: Zhang, Choshen and Andreas, arXiv 2506.20989, Llama 3.2 1B, as summarised "
         "publicly."
     )
@@ -136,8 +139,10 @@ def _panel(axes: Axes, table: Content) -> None:
         axes.plot(places, in_paper, "kD", markersize=4, label=PAPER_LEGEND)
     heads = [fill(head, WIDEST_HEAD) for head in table["columns"]]
     axes.set_xticks(range(len(heads)), heads, fontsize="small")
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("%")
+    unit = table.get("unit", PERCENT)
+    if unit == PERCENT:
+        axes.set_ylim(0, 105)
+    axes.set_ylabel(unit)
     axes.set_title(table["title"], fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -151,10 +156,10 @@ def _heads(column: str, has_paper: bool) -> list[str]:
     return [column, PAPER] if has_paper else [column]
 
 
-def _measured(cell: Content | None) -> str:
+def _measured(cell: Content | None, digits: int) -> str:
     if cell is None:
         return ""
-    mean, se = ("?" if cell[k] is None else f"{cell[k]:.1f}" for k in ("mean", "se"))
+    mean, se = ("?" if cell[k] is None else f"{cell[k]:.{digits}f}" for k in ("mean", "se"))
     return f"{mean} ± {se}"
 
 

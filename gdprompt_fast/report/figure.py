@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation import SETTINGS
+from ..evaluation.held_out import held_out_curves
 from .table import Summaries
 
 COLOURS = ("#b0b7c3", "#2f6db3", "#d9822b")
@@ -19,13 +20,15 @@ SMOOTHED_STEPS = 20
 def draw_figure(
     evaluations: Mapping[str, Summaries], metrics: Sequence[Mapping[str, float]], path: Path
 ) -> None:
-    """Draws accuracy, NLL and the training curve side by side, in the format of the suffix.
+    """Draws accuracy, NLL, the training curve and, where there is one, the held-out curve side by
+    side, in the format of the suffix.
 
     Args:
         evaluations: the summaries by setting, by the name in the legend; empty for the curve alone.
         metrics: the rows of a metrics file.
     """
-    panels = 3 if evaluations else 1
+    held_out = held_out_curves(metrics)
+    panels = (3 if evaluations else 1) + bool(held_out)
     figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if evaluations:
@@ -34,7 +37,9 @@ def draw_figure(
         _bars(axes[1], evaluations, "nll_per_token", "NLL per token")
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper left", ncols=len(names), frameon=False)
-    _curve(axes[-1], metrics)
+    _curve(axes[2 if evaluations else 0], metrics)
+    if held_out:
+        _held_out(axes[-1], held_out)
     figure.savefig(path, dpi=150)
 
 
@@ -72,5 +77,19 @@ def _curve(axes: Axes, metrics: Sequence[Mapping[str, float]]) -> None:
     axes.plot(steps, means, color=COLOURS[1], label=f"mean of {SMOOTHED_STEPS} steps")
     axes.set_xlabel("outer step")
     axes.set_ylabel("outer loss")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _held_out(axes: Axes, curves: Mapping[str, Mapping[int, float]]) -> None:
+    """The held-out NLL in the three settings, and where Fine-Tuning's was lowest."""
+    for (setting, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        axes.plot(list(curve), list(curve.values()), color=colour, label=SETTINGS[setting])
+    after = curves.get("fine_tuning", {})
+    if after:
+        best = min(after, key=lambda step: after[step])
+        axes.axvline(best, color="#7a6a58", linewidth=0.7, linestyle=":", label="best/")
+    axes.set_xlabel("outer step")
+    axes.set_ylabel("held-out NLL per token")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

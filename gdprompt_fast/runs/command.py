@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from ..artifacts.files import recover
 from ..artifacts.outputs import Outputs, check_differ, is_marked
 from ..config.fields import CommandConfig, WritingConfig
+from ..distributed.group import launched, world_size
+from ..errors import UserError
 from ..loading import base_on_disk
 
 C = TypeVar("C", bound=CommandConfig)
@@ -25,6 +27,7 @@ class Command(Generic[C, R]):
         prepare: checks all input, loads it, and returns the long work.
         continued_by: what continues it after an interruption; "": nothing does.
         succeeded: whether a result is what was asked for; the exit code follows from it.
+        shared: whether several processes can share its work.
     """
 
     config: type[C]
@@ -32,6 +35,7 @@ class Command(Generic[C, R]):
     prepare: Callable[[C], Callable[[], R]]
     continued_by: str = ""
     succeeded: Callable[[R], bool] = lambda result: True
+    shared: bool = False
 
     @property
     def name(self) -> str:
@@ -44,6 +48,11 @@ class Command(Generic[C, R]):
         Raises:
             UserError: naming the field, what was expected and what was given.
         """
+        if world_size() > 1 and not self.shared:
+            raise UserError(
+                f"{self.name}: expected one process, got {world_size()}: only train, evaluate "
+                "and learn share their work among several"
+            )
         for path in (config.paths("reads") | config.paths("writes")).values():
             recover(path)
             recover(path.parent)
@@ -56,11 +65,15 @@ class Command(Generic[C, R]):
             UserError: naming the field, what was expected and what was given.
             FloatingPointError: if a loss or a gradient is not finite.
         """
-        return self.begin(config)()
+        with launched():
+            return self.begin(config)()
 
 
 def command(
-    what: str, continued_by: str = "", succeeded: Callable[[Any], bool] = lambda result: True
+    what: str,
+    continued_by: str = "",
+    succeeded: Callable[[Any], bool] = lambda result: True,
+    shared: bool = False,
 ) -> Callable[[Callable[[C], Callable[[], R]]], Command[C, R]]:
     """Makes a :class:`Command` of the function that prepares it; its only argument is of the type
     of the command's configuration.
@@ -68,7 +81,7 @@ def command(
 
     def of(prepare: Callable[[C], Callable[[], R]]) -> Command[C, R]:
         config = next(iter(get_type_hints(prepare).values()))
-        made = Command(config, what, prepare, continued_by, succeeded)
+        made = Command(config, what, prepare, continued_by, succeeded, shared)
         object.__setattr__(made, "__doc__", prepare.__doc__)
         return made
 

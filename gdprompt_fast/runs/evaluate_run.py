@@ -96,7 +96,8 @@ class EvaluateConfig(ExamplesConfig, ModelConfig):
 
 @command(
     "No Context, Prompt and Fine-Tuning: accuracy and NLL of gold responses, exact match and F1 of "
-    "generated answers."
+    "generated answers.",
+    shared=True,
 )
 def evaluate(config: EvaluateConfig) -> Callable[[], dict[str, Any]]:
     """Loads model and examples; the work is to score, and returns the summaries."""

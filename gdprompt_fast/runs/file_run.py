@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.fields import REQUIRED, CommandConfig, option
 from ..config.presets import load_toml, read_config
+from ..distributed.group import barrier
 from ..errors import UserError
 from .command import command
 from .commands import COMMANDS
@@ -33,6 +34,7 @@ class RunConfig(CommandConfig):
     "Run the commands of a TOML file, one after another. All of the file is checked first; the "
     "same file goes on where it stopped if its sections say resume = true.",
     continued_by="sections with resume = true continue their runs",
+    shared=True,
 )
 def run(config: RunConfig) -> Callable[[], list[Any]]:
     """Reads the file, and prepares its first command; the work is to run all of them, and returns
@@ -46,6 +48,7 @@ def run(config: RunConfig) -> Callable[[], list[Any]]:
         for index, each in enumerate(configs):
             todo = first if index == 0 else _begin(config.file, each)
             results.append(todo())
+            barrier()  # a command may read what the one before has written
             if not COMMANDS[each.command].succeeded(results[-1]):
                 raise UserError(f"{config.file}, [{each.command}]: expected success, got a failure")
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file
 from ..config.fields import REQUIRED, option
-from ..data import Example
+from ..data import Example, text_rows
 from ..errors import UserError
 from ..loading import (
     add_lora,
@@ -25,7 +26,7 @@ from ..loading import (
 )
 from ..models.inner_params import select_inner
 from ..plan import parse_memory
-from ..teacher import TeacherCache, cache_key, check_cache
+from ..teacher import Teacher, TeacherCache, TeacherOnTheFly, cache_key, check_cache
 from ..training.options import TrainOptions
 from .fitting import fitting
 from .groups import (
@@ -39,6 +40,8 @@ from .groups import (
 )
 from .reading import Reader
 from .results import TestSet
+
+NOT_KEPT = Path("none")  # in the place of the folder of a teacher's answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +64,19 @@ class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
     joint_data: Path | None = option(
         None, "triples to fine-tune on, as usual, in the same steps", reads=True
     )
+    lm_data: Path | None = option(
+        None, "text file on which --lm-weight counts, in the place of --lm-on", reads=True
+    )
     teacher: Path | None = option(
         None, "kl teacher, as --model, a hub's at main; None: --model", reads=True
     )
     teacher_cache: Path | None = option(
-        None, "folder of its answers; None: in --output", reads=True, writes=True, may_change=True
+        None,
+        "folder of its answers; None: in --output; none: nothing is kept, the teacher stays in "
+        "memory and is asked anew in every step",
+        reads=True,
+        writes=True,
+        may_change=True,
     )
     lora_rank: int = lora_rank_field()
     inner_lr_grid: tuple[float, ...] = inner_lr_grid_field()
@@ -76,6 +87,8 @@ class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lm_data is not None and not self.lm_weight:
+            raise UserError("lm_data: expected an lm_weight > 0 beside it, got 0")
         if self.memory is not None:
             parse_memory(self.memory)
             if self.micro_batch:
@@ -89,10 +102,18 @@ class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
         """Those of the training alone."""
         return self.part(TrainOptions)
 
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder of the teacher's answers; None: they are not kept."""
+        if self.teacher_cache == NOT_KEPT:
+            return None
+        return self.teacher_cache or self.output / "teacher"
+
 
 def run_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings of a run, and what the files of triples hold that they name."""
-    files = {name: getattr(config, name) for name in ("data", "test_data", "joint_data")}
+    names = ("data", "test_data", "joint_data", "lm_data")
+    files = {name: getattr(config, name) for name in names}
     hashes = {f"{name}_sha256": hash_of_file(path) for name, path in files.items() if path}
     return {**config.settings(), **hashes}
 
@@ -103,9 +124,10 @@ class Job:
 
     Attributes:
         teacher: the frozen model of the KL objective, None for gold.
-        teacher_cache: the folder of its answers.
+        teacher_cache: the folder of its answers; None: they are not kept.
         test: what to measure on, if anything.
         joint: what to fine-tune on in the same steps, if anything.
+        texts: rows of running text for L_LM, if it is on a corpus.
         reader: what read them, which knows the records it dropped.
     """
 
@@ -114,22 +136,22 @@ class Job:
     examples: list[Example]
     options: TrainOptions
     teacher: nn.Module | None
-    teacher_cache: Path
+    teacher_cache: Path | None
     test: TestSet | None
     joint: list[Example] | None
+    texts: list[array[int]] | None
     reader: Reader
 
-    def build_teacher_cache(self) -> TeacherCache | None:
-        """Has the teacher answer what it has not answered yet; then its memory is free."""
+    def build_teacher(self) -> Teacher | None:
+        """Has the teacher answer what it has not answered yet, and its memory is free; or, without
+        a cache, only has it ready.
+        """
         if self.teacher is None:
             return None
-        cache = TeacherCache.build(
-            self.teacher_cache,
-            self.teacher,
-            self.examples,
-            self.options.answer_tokens,
-            self.options.teacher_batch_size,
-        )
+        answer = self.options.answer_tokens, self.options.teacher_batch_size
+        if self.teacher_cache is None:
+            return TeacherOnTheFly(self.teacher, self.examples, *answer)
+        cache = TeacherCache.build(self.teacher_cache, self.teacher, self.examples, *answer)
         self.teacher.to("meta")
         return cache
 
@@ -145,7 +167,7 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
     """
     model, tokenizer = _model_to_train(config)
     teacher = _teacher_of(model, tokenizer, config)
-    cache = config.teacher_cache or config.output / "teacher"
+    cache = config.cache_folder
 
     reader = Reader.of(config)
 
@@ -155,7 +177,7 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
     answered_by = [] if teacher is None else [model, teacher]
     rooms = [max_prompt_length(each, options.answer_tokens) for each in answered_by]
     examples = read(config.data, min(rooms, default=positions(model)))
-    test, joint = None, None
+    test, joint, texts = None, None, None
     if config.test_data:
         held_out = read(config.test_data, max_prompt_length(model, options.answer_tokens))
         test = TestSet(
@@ -170,10 +192,13 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
         options = fitting(options, model, examples, parse_memory(config.memory))
     if config.joint_data:
         joint = read(config.joint_data, positions(model))
-    if teacher is not None and cache.exists():
+    if config.lm_data:
+        tokens = min(config.max_context_tokens, positions(model))
+        texts = text_rows(config.lm_data, tokenizer, tokens, config.encoding)
+    if teacher is not None and cache is not None and cache.exists():
         answer = (options.answer_tokens, options.teacher_batch_size)
         check_cache(cache, cache_key(teacher, examples, *answer))
-    return Job(model, tokenizer, examples, options, teacher, cache, test, joint, reader)
+    return Job(model, tokenizer, examples, options, teacher, cache, test, joint, texts, reader)
 
 
 def _model_to_train(config: TrainingConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:

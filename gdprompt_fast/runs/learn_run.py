@@ -25,6 +25,7 @@ from ..data import (
     read_contexts,
     reason_to_drop_context,
 )
+from ..distributed.group import barrier, rank, share, world_size, writing_own_files
 from ..errors import UserError
 from ..evaluation import InnerStep, check_inner_step
 from ..keep.adapter import check_rank
@@ -118,24 +119,30 @@ class Lesson(NamedTuple):
 @command(
     "Learn texts: for each a PEFT adapter, what an inner step on it left in the weights.",
     continued_by="--resume goes on with the texts that are left",
+    shared=True,
 )
 def learn(config: LearnConfig) -> Callable[[], list[dict[str, Any]]]:
     """Loads model and texts; the work is to learn each, and returns the list of what was kept."""
     outputs = outputs_of(config)
-    check_output(config.output, config.resume, outputs)
+    if rank() == 0:
+        check_output(config.output, config.resume, outputs)
     contexts = read_contexts(config.text, config.data, config.encoding, OWN_FILES)
     model, tokenizer = config.load(config.dtype)
     check_inner_step(model, config.inner, one_after_another=False)
     lessons, dropped = _lessons(config, contexts, model, tokenizer)
-    claim_output(config.output, config.settings(), config.resume, outputs)
+    if rank() == 0:
+        claim_output(config.output, config.settings(), config.resume, outputs)
 
     def work() -> list[dict[str, Any]]:
+        barrier()
         write_dropped(config.dropped, config.command, dropped)
         by_length = sorted(lessons, key=_length, reverse=True)
-        with progress_bar(len(lessons), "learning", "text") as bar:
-            for batch in batched(by_length, config.batch_size):
+        batches = list(batched(by_length, config.batch_size))
+        with progress_bar(len(lessons), "learning", "text") as bar, writing_own_files():
+            for batch in share(batches):
                 _learn(config, model, tokenizer, batch)
-                bar.update(len(batch))
+                bar.update(len(batch) * world_size())
+        barrier()
         kept = [_entry(lesson) for lesson in lessons]
         write_json(config.output / INDEX_FILE, {**written_by(config.command), "kept": kept})
         print(_report(config, kept))

@@ -19,7 +19,7 @@ from ..artifacts.stage import kept
 from ..config.fields import check_counts, option
 from ..errors import UserError
 from ..report.table import metric_cell
-from ..teacher import TeacherCache
+from ..teacher import Teacher
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from ..training.loop import meta_train
 from ..training.options import TrainOptions
@@ -100,7 +100,7 @@ def best_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -> 
     Raises:
         FloatingPointError: if training diverges at every rate.
     """
-    teacher = job.build_teacher_cache()
+    teacher = job.build_teacher()
     trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     start = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
 
@@ -125,15 +125,14 @@ def best_outer_lr(job: Job, trainings: Sequence[TrainOptions], output: Path) -> 
     return best
 
 
-def _try_rate(
-    job: Job, options: TrainOptions, folder: Path, teacher: TeacherCache | None
-) -> Result:
+def _try_rate(job: Job, options: TrainOptions, folder: Path, teacher: Teacher | None) -> Result:
     """What :func:`evaluate_on` says after training at a rate, or at which step it diverged."""
     print(f"outer rate {options.outer_lr:g}", file=sys.stderr)
     assert job.test is not None
     test = replace(job.test, answer_tokens=0)  # the gold responses say enough
     try:
-        meta_train(job.model, job.tokenizer, job.examples, options, folder, teacher, job.joint)
+        data = (job.examples, options, folder, teacher, job.joint, job.texts)
+        meta_train(job.model, job.tokenizer, *data)
         measured = evaluate_on(job.model, job.tokenizer, options.inner, test)
     except FloatingPointError as error:
         return {"outer_lr": options.outer_lr, "diverged": str(error)}

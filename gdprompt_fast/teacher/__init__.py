@@ -2,6 +2,15 @@
 
 from .answers import greedy_answers
 from .cache import TeacherCache, cache_key, check_cache
+from .on_the_fly import Teacher, TeacherOnTheFly
 from .targets import teach
 
-__all__ = ["TeacherCache", "cache_key", "check_cache", "greedy_answers", "teach"]
+__all__ = [
+    "Teacher",
+    "TeacherCache",
+    "TeacherOnTheFly",
+    "cache_key",
+    "check_cache",
+    "greedy_answers",
+    "teach",
+]

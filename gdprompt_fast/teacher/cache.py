@@ -24,6 +24,7 @@ from ..artifacts.files import hash_of_file, is_empty, read_json, write_json, wri
 from ..artifacts.progress import progress_bar
 from ..artifacts.stage import differences
 from ..data import Example, batched, end_token, moved, with_responses
+from ..distributed.group import barrier, of_first, rank, shared_work, world_size
 from ..errors import UserError
 from ..meta.targets import TeacherTargets
 from ..models.architecture import backbone_and_head, causal_lm
@@ -92,7 +93,7 @@ class TeacherCache:
     def batch(self, indices: Sequence[int]) -> tuple[list[Example], TeacherTargets]:
         """These examples with the teacher's answers as responses, and its predictions of them."""
         answered = [self.answered[index] for index in indices]
-        hidden = [self._hidden(index) for index in indices]
+        hidden = [self._hidden(index) for index in indices] or [self._hidden(0)[:0]]
         states = moved(torch.cat(hidden), self._head.device)
         return answered, TeacherTargets(hidden=states, head=self._head)
 
@@ -161,20 +162,23 @@ def _fill(
     shards = list(batched(batched(order, batch_size), max(1, SHARD_EXAMPLES // batch_size)))
     paths = [folder / f"shard-{number:05d}.safetensors" for number in range(len(shards))]
     hashes = _hashes(folder)
-    left = [i for i, path in enumerate(paths) if path.name not in hashes or not path.is_file()]
+    made = {path.name for path in paths if path.name in hashes and path.is_file()}
+    left = of_first([number for number, path in enumerate(paths) if path.name not in made])
     to_do = sum(len(indices) for number in left for indices in shards[number])
     with progress_bar(len(examples), "teacher", "ex", done=len(examples) - to_do) as bar:
+
+        def answers_to(indices: Sequence[int]) -> tuple[list[array[int]], Tensor]:
+            batch = [examples[index] for index in indices]
+            answered, targets = teach(teacher, batch, eos, answer_tokens)
+            assert targets.hidden is not None
+            bar.update(len(indices) * world_size())
+            return [example.response for example in answered], targets.hidden.cpu()
+
         for number in left:
             shard = shards[number]
-            answers: list[array[int]] = []
-            hidden: list[Tensor] = []
-            for indices in shard:
-                batch = [examples[index] for index in indices]
-                answered, targets = teach(teacher, batch, eos, answer_tokens)
-                assert targets.hidden is not None
-                answers += [example.response for example in answered]
-                hidden.append(targets.hidden.cpu())
-                bar.update(len(indices))
+            parts = shared_work(shard, answers_to)
+            answers = [answer for of_batch, _ in parts for answer in of_batch]
+            hidden = [states for _, states in parts]
             tensors = {
                 "examples": torch.tensor([index for indices in shard for index in indices]),
                 "tokens": torch.tensor([len(answer) for answer in answers]),
@@ -182,8 +186,10 @@ def _fill(
                 "hidden": torch.cat(hidden),
             }
             write_whole(paths[number], partial(save_file, tensors))
-            hashes[paths[number].name] = hash_of_file(paths[number])
-            write_json(folder / HASHES_FILE, hashes)
+            if rank() == 0:
+                hashes[paths[number].name] = hash_of_file(paths[number])
+                write_json(folder / HASHES_FILE, hashes)
+    barrier()
     return paths
 
 

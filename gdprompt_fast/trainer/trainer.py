@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from ..batch import MetaBatch
+from ..distributed.reduce import reduce_gradients
 from ..errors import UserError
 from ..meta.step import fast_meta_step
 from ..meta.targets import TeacherTargets
@@ -246,11 +247,7 @@ class MetaTrainer(Trainer):
         """Leaves in ``.grad`` the sum over all processes, whose shares have one denominator."""
         if self.accelerator.num_processes == 1:
             return
-        for _, parameter in parameters_of(self.model):
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        reduce_gradients(parameter for _, parameter in parameters_of(self.model))
 
 
 def _with_adapters(model: nn.Module, peft_config: Any, seed: int) -> nn.Module:

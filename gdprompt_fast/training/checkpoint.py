@@ -6,7 +6,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file, read_json, write_folder, write_json
 from ..data import Sampler
+from ..distributed.group import rank
 from ..errors import UserError
 from ..loading import load_adapter_weights, load_base, one_line_errors
 
@@ -21,6 +22,14 @@ CHECKPOINTS = "checkpoints"
 STATE_FILE = "training_state.pt"
 MODEL_FOLDER = "model"
 HASHES_FILE = "sha256.json"
+
+
+class Stateful(Protocol):
+    """What an optimizer has for a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -57,10 +66,12 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Stateful,
     samplers: Mapping[str, Sampler],
 ) -> None:
-    """Writes everything that continuing after ``step`` needs, then removes older checkpoints."""
+    """Writes everything that continuing after ``step`` needs, then removes older checkpoints; of
+    several processes, which all call it, the first does.
+    """
     state = {
         "step": step,
         "positions": {name: sampler.position for name, sampler in samplers.items()},
@@ -69,6 +80,9 @@ def save_checkpoint(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+    if rank() > 0:
+        return
 
     def write(folder: Path) -> None:
         save_model(model, tokenizer, folder / MODEL_FOLDER)
@@ -112,7 +126,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 def load_checkpoint(
     output: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Stateful,
     samplers: Mapping[str, Sampler],
 ) -> int:
     """Puts the newest checkpoint back; returns its step, or 0 without a change if there is none."""
@@ -123,9 +137,6 @@ def load_checkpoint(
         checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True
     )
     load_weights(model, checkpoints[-1] / MODEL_FOLDER)
-    groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
-    for saved, own in groups:  # how it steps is this device's matter, and its rate every step's
-        saved |= {name: own[name] for name in ("lr", "fused")}
     optimizer.load_state_dict(state["optimizer"])
     for name, sampler in samplers.items():
         sampler.position = state["positions"][name]

@@ -96,26 +96,33 @@ def fine_tune(model: nn.Module, examples: Sequence[Example], options: PrepareOpt
 
 
 def fine_tuning_backward(
-    model: nn.Module, examples: Sequence[Example], text_weight: float = 0.0
+    model: nn.Module,
+    examples: Sequence[Example],
+    text_weight: float = 0.0,
+    count: int | None = None,
 ) -> Tensor:
     """The mean of :func:`row_loss` over the two formats, detached; adds its gradient to
     ``.grad``.
     """
     device = next(model.parameters()).device
+    if not examples:
+        return torch.zeros((), dtype=torch.float64, device=device)
     halves = []
     for rows in (prompt_rows(examples), query_rows(examples)):
-        half = 0.5 * row_loss(model, rows.to(device), text_weight)
+        half = 0.5 * row_loss(model, rows.to(device), text_weight, count)
         half.backward()
         halves.append(half.detach().double())
     return torch.stack(halves).sum()
 
 
-def row_loss(model: nn.Module, rows: Rows, text_weight: float = 0.0) -> Tensor:
+def row_loss(
+    model: nn.Module, rows: Rows, text_weight: float = 0.0, count: int | None = None
+) -> Tensor:
     """The mean over rows of
 
         mean NLL of the response's tokens + text_weight · mean NLL of the tokens before it
 
-    with logits only at the positions that count.
+    with logits only at the positions that count; of rows that are a part of ``count``, their share.
     """
     dtype, device = compute_dtype(model), rows.ids.device
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
@@ -124,7 +131,7 @@ def row_loss(model: nn.Module, rows: Rows, text_weight: float = 0.0) -> Tensor:
         counts = weight_BT > 0
         logits_NV = backbone_and_head(model)[1](predicting_states(hidden_BTD, counts))
     nll_N = F.cross_entropy(logits_NV.float(), rows.ids[counts], reduction="none")
-    return (nll_N * weight_BT[counts]).sum() / len(rows.ids)
+    return (nll_N * weight_BT[counts]).sum() / (count or len(rows.ids))
 
 
 def _token_weights(rows: Rows, text_weight: float) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,15 @@ from ..data import (
     step_sizes,
     units_by_context,
 )
+from ..distributed.group import barrier, world_size
+from ..distributed.group import share as own_items
 from ..errors import UserError
+from ..evaluation.held_out import HeldOut
 from ..meta.capture import why_eager
 from ..meta.config import MetaStepOutput
 from ..meta.step import fast_meta_step
-from ..teacher import TeacherCache
+from ..teacher import Teacher
+from .best import BestModel
 from .checkpoint import (
     MODEL_FOLDER,
     check_checkpoint,
@@ -42,7 +47,8 @@ from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import ClippedAdam, check_norm
 from .options import TrainOptions
-from .step_data import StepData, padding_of
+from .share import Share, check_alike
+from .step_data import LeastSizes, StepData, positions_of
 
 
 def meta_train(
@@ -51,15 +57,20 @@ def meta_train(
     examples: Sequence[Example],
     options: TrainOptions,
     output: Path,
-    teacher: TeacherCache | None = None,
+    teacher: Teacher | None = None,
     joint: Sequence[Example] | None = None,
+    texts: Sequence[array[int]] | None = None,
+    held_out: HeldOut | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
     """Meta-trains ``model`` in place, from the newest checkpoint in ``output`` if there is one.
 
     Writes ``metrics.jsonl`` (a row a step), the same for TensorBoard if that is installed,
-    ``checkpoints/`` (the newest one) and, at the end, ``model/``. On a CPU a run that was killed
-    and continued ends with the very bits of one that was not: the losses of a step follow from its
-    number and the weights alone.
+    ``checkpoints/`` (the newest one), with ``held_out`` ``best/`` and, at the end, ``model/``. On a
+    CPU a run that was killed and continued ends with the very bits of one that was not: the losses
+    of a step follow from its number and the weights alone. Of several processes
+    (:func:`gdprompt_fast.distributed.launched`) each takes a share of every step, which give what
+    one gives up to the order of sums.
 
     Args:
         model: its parameters with ``requires_grad`` are trained; put in eval mode, because a meta
@@ -68,6 +79,11 @@ def meta_train(
             for the gold objective.
         joint: examples for joint training: every step adds the ordinary fine-tuning loss, in the
             Prompt and No Context formats, of ``batch_size`` of them.
+        texts: rows of running text, of which every step draws as many as contexts for L_LM, in the
+            place of what ``lm_on`` says.
+        held_out: what to measure on as training goes; the model that does best there is kept.
+        watch: called with the number of steps done, before the first step and after each; it must
+            leave the model as it is.
 
     Raises:
         ValueError: if the teacher does not go with the objective or the examples.
@@ -78,38 +94,56 @@ def meta_train(
     units = units_by_context(examples, options.queries_per_context)
     options = options.with_resolved_steps(len(units))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = ClippedAdam(trained, options.clip_norm)
+    optimizer = ClippedAdam(trained, options.clip_norm, sharded=options.sharding == "optimizer")
     late = LateNumbers(trained[0].device)
     ladder = not why_eager(model, options.step_config, trained[0].device)
+    least = LeastSizes.of(examples, options)
     samplers = _samplers([[examples[index] for index in unit] for unit in units], joint, options)
+    if texts:
+        samplers["texts"] = ShuffledSampler(len(texts), f"{options.seed} texts")
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
-    start = load_checkpoint(output, model, optimizer.adam, samplers)
+    start = load_checkpoint(output, model, optimizer, samplers)
+    check_alike(trained, start)
+    best = BestModel(output, check_metrics(output / METRICS_FILE, start))
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,
         progress_bar(options.steps, "meta-training", "step", done=start) as bar,
     ):
         report = _Report(metrics, bar)
+        if watch is not None:
+            watch(start)
         for step in range(start, options.steps):
             drawn = [units[index] for index in samplers["contexts"].take(options.contexts)]
-            data = StepData.of(examples, drawn, teacher)
+            rows = [texts[i] for i in samplers["texts"].take(options.contexts)] if texts else None
+            share = Share.of(drawn, options, rows)
+            data = StepData.of(examples, share.units, teacher, share.texts)
             beside = []
             if joint is not None:
                 beside = [joint[index] for index in samplers["joint"].take(options.batch_size)]
-            arguments = data.arguments(model, options, ladder)
-            losses = _meta_backward(model, arguments, options)
+            arguments = data.arguments(model, options, ladder, least)
+            losses = _meta_backward(model, {**arguments, **share.counts}, options)
             row = _row(step, losses, options)
-            row["padding"] = padding_of(
-                arguments["batch"], options.step_config.micro_groups, ladder
-            )
-            row |= _backward_beside(model, data, beside, options, step)
+            row |= _backward_beside(model, data, beside, options, step, share)
+            sizes = options.step_config.micro_groups, ladder
+            positions = positions_of(arguments["batch"], *sizes)
+            row = share.of_all(row, *positions, like=losses.query_loss)
             row["gradient_norm"] = optimizer.update(row["learning_rate"], step, row["found_inf"])
-            late.add(row, partial(report, losses, data.tokens))
+            measured = {}
+            if held_out is not None and held_out.is_due(step + 1, options.steps):
+                measured = held_out.numbers(model, tokenizer, options.inner)
+            late.add({**row, **measured}, partial(report, losses, data.tokens * world_size()))
+            if measured:
+                late.read_all()  # a step that failed is never saved
+                best.keep(step + 1, measured, model, tokenizer)
             bar.update()
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 late.read_all()  # a step that failed is never saved
                 metrics.to_disk()
-                save_checkpoint(output, step + 1, model, tokenizer, optimizer.adam, samplers)
+                save_checkpoint(output, step + 1, model, tokenizer, optimizer, samplers)
+            if watch is not None:
+                watch(step + 1)
+    barrier()
     write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
 
 
@@ -127,6 +161,7 @@ class _Report:
         """
         if numbers.pop("found_inf"):
             losses.check()
+            raise FloatingPointError("step: expected finite numbers, got others in a process")
         check_norm(numbers["gradient_norm"], int(numbers["step"]) - 1)
         self._metrics.write(numbers)
         self._tokens += tokens
@@ -150,15 +185,15 @@ def check_training(output: Path) -> None:
 
 
 def _check_teacher(
-    teacher: TeacherCache | None, examples: Sequence[Example], options: TrainOptions
+    teacher: Teacher | None, examples: Sequence[Example], options: TrainOptions
 ) -> None:
     if (teacher is not None) != (options.objective == "kl"):
         raise UserError(
-            f'teacher: expected a TeacherCache with objective "kl" and None with "gold", got '
+            f'teacher: expected a Teacher with objective "kl" and None with "gold", got '
             f'{type(teacher).__name__} with "{options.objective}"'
         )
     if teacher is not None and teacher.examples != list(examples):
-        raise UserError("teacher: expected a TeacherCache of the examples, got one of others")
+        raise UserError("teacher: expected one of the examples, got one of others")
 
 
 def _samplers(
@@ -192,26 +227,33 @@ def _backward_beside(
     joint: Sequence[Example],
     options: TrainOptions,
     step: int,
+    share: Share,
 ) -> dict[str, Tensor]:
-    """Adds the gradient of what else is trained on to ``.grad``; its losses, by name."""
+    """Adds the gradient of what else is trained on to ``.grad``; its losses, by name, of this
+    process's share.
+    """
     losses = {}
     if options.prompt_weight > 0 and step >= options.prompt_from:
-        losses["prompt_loss"] = _prompt_backward(model, data.answered, options)
+        count = share.counts["query_count"]
+        losses["prompt_loss"] = _prompt_backward(model, data.answered, options, count)
     if joint:
+        own = own_items(joint)
         with options.computing(model):
-            losses["joint_loss"] = fine_tuning_backward(model, joint)
+            losses["joint_loss"] = fine_tuning_backward(model, own, count=len(joint))
     return losses
 
 
 def _prompt_backward(
-    model: nn.Module, answered: Sequence[Example], options: TrainOptions
+    model: nn.Module, answered: Sequence[Example], options: TrainOptions, count: int
 ) -> Tensor:
-    """The mean NLL of the responses with the context in the prompt, detached; adds the gradient of
-    ``prompt_weight`` times that to ``.grad``.
+    """The share of some examples in the mean over ``count`` of the NLL of the responses with the
+    context in the prompt, detached; adds the gradient of ``prompt_weight`` times that to ``.grad``.
     """
     device: torch.device = next(model.parameters()).device
+    if not answered:
+        return torch.zeros((), device=device)
     with options.computing(model):
-        loss = row_loss(model, prompt_rows(answered).to(device))
+        loss = row_loss(model, prompt_rows(answered).to(device), count=count)
     (options.prompt_weight * loss).backward()
     return loss.detach()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts.files import write_whole
+from ..distributed.group import rank
 from ..errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -19,17 +20,20 @@ class MetricsLog:
     """A JSONL file with one row a step; opened at ``step``, it forgets what came after.
 
     The same numbers go to event files in the folder ``tensorboard`` beside it where TensorBoard is
-    installed.
+    installed. Of several processes the first writes.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         rows = path.read_bytes().split(b"\n")[:step] if path.exists() else []
         write_whole(path, lambda new: new.write_bytes(b"".join(row + b"\n" for row in rows)))
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _event_writer(path.parent / EVENTS_FOLDER, step)
+        writes = rank() == 0
+        self._file = path.open("a", encoding="utf-8") if writes else None
+        self._events = _event_writer(path.parent / EVENTS_FOLDER, step) if writes else None
 
     def write(self, row: dict[str, float]) -> None:
         """Appends the row of ``row["step"]``; it is on its way to the disk when this returns."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -40,10 +44,12 @@ class MetricsLog:
 
     def to_disk(self) -> None:
         """Waits until all rows are on the disk, where a checkpoint after them will be."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.group import rank, summed, world_size
+from ..distributed.reduce import reduce_gradients
+from ..distributed.shards import Shards
 from ..meta.failures import found_at_once
+
+_STATES = "exp_avg", "exp_avg_sq"
 
 
 def warmup_then_cosine(step: int, steps: int, warmup_steps: int, peak: float) -> float:
@@ -34,25 +40,36 @@ class ClippedAdam:
     On a GPU it is fused, with its rate on the device, and waits for nothing: from a step that is
     not finite on it updates nothing, until somebody has read that.
 
+    Several processes sum their gradients. Sharded, each has the states of its slices of the weights
+    (:class:`gdprompt_fast.distributed.shards.Shards`), steps on those, and all exchange the result.
+
     Attributes:
-        adam: the optimizer, for checkpoints.
+        adam: the optimizer, of the weights or of their slices.
     """
 
     def __init__(
-        self, trained: Sequence[nn.Parameter], clip_norm: float, what: str = "meta-gradient"
+        self,
+        trained: Sequence[nn.Parameter],
+        clip_norm: float,
+        what: str = "meta-gradient",
+        sharded: bool = False,
     ) -> None:
         device = trained[0].device
         self._trained, self._clip_norm, self._what = trained, clip_norm, what
         self._at_once = found_at_once(device)
+        self._shards = Shards(trained) if sharded and world_size() > 1 else None
+        self._stepped = trained if self._shards is None else self._shards.slices
         if self._at_once:
-            self.adam = torch.optim.Adam(trained)
+            self.adam = torch.optim.Adam(self._stepped)
         else:
-            self.adam = torch.optim.Adam(trained, lr=torch.zeros((), device=device), fused=True)
+            rate = torch.zeros((), device=device)
+            self.adam = torch.optim.Adam(self._stepped, lr=rate, fused=True)
             self._failed = torch.zeros((), device=device)
-        self.adam.zero_grad()  # what a training that diverged has left in .grad
+        self._clear()  # what a training that diverged has left in .grad
 
     def update(self, rate: float, step: int, found_inf: Tensor | None = None) -> Tensor:
-        """An update at ``rate`` by ``.grad``, which it clips and clears; the norm before that, [].
+        """An update at ``rate`` by ``.grad``, summed over the processes, which it clips and clears;
+        the norm before that, [].
 
         Args:
             found_inf: fp32 [], 1 where the step was not finite in another way.
@@ -60,7 +77,7 @@ class ClippedAdam:
         Raises:
             FloatingPointError: on a CPU, if the norm is not finite; the weights are untouched.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
+        norm = self._clip()
         if self._at_once:
             check_norm(float(norm), step, self._what)
         else:
@@ -75,5 +92,75 @@ class ClippedAdam:
             else:
                 group["lr"] = rate
         self.adam.step()
-        self.adam.zero_grad()
+        if self._shards is not None:
+            self._shards.push()
+        self._clear()
         return norm
+
+    def _clip(self) -> Tensor:
+        """Sums the gradients over the processes and clips them; their norm before, []."""
+        if self._shards is not None:
+            self._shards.reduce()
+            gradients = [own.grad for own in self._stepped if own.grad is not None]
+            of_slices = torch.nn.utils.get_total_norm(gradients)
+            norm = summed(of_slices.double().square()).sqrt().to(of_slices.dtype)
+            torch.nn.utils.clip_grads_with_norm_(self._stepped, self._clip_norm, norm)
+            return norm
+        if world_size() > 1:
+            reduce_gradients(self._trained)
+        return torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
+
+    def _clear(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Adam`` on the weights has it, in however many processes. All of them
+        call it; the first one gets it, the others its shapes.
+        """
+        state = self.adam.state_dict()
+        if self._shards is None:
+            return state
+        groups = [{**state["param_groups"][0], "params": list(range(len(self._trained)))}]
+        whole: dict[int, dict[str, Tensor]] = {}
+        if state["state"]:
+            step = state["state"][0]["step"]
+            whole = {number: {"step": step.clone()} for number in groups[0]["params"]}
+            for name in _STATES:
+                slices = [state["state"][number][name] for number in range(len(self._stepped))]
+                for of_weight, tensor in zip(whole.values(), self._whole(slices), strict=True):
+                    of_weight[name] = tensor
+        return {"state": whole, "param_groups": groups}
+
+    def _whole(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """On the host of the first process, tensors of the weights' shapes."""
+        device = "meta" if rank() > 0 else "cpu"
+        tensors = [torch.empty_like(each, device=device).detach() for each in self._trained]
+        assert self._shards is not None
+        self._shards.gather(slices, tensors)
+        return tensors
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what :meth:`state_dict` gave, in however many processes, once the weights are
+        back.
+        """
+        own, saved = self.adam.param_groups[0], state["param_groups"][0]
+        # How it steps is this device's matter, and its rate every step's.
+        group = saved | {name: own[name] for name in ("lr", "fused")}
+        states: dict[int, dict[str, Tensor]] = state["state"]
+        if self._shards is not None:
+            self._shards.pull()
+            group["params"] = list(range(len(self._stepped)))
+            states = self._sliced(states) if states else {}
+        self.adam.load_state_dict({"state": states, "param_groups": [group]})
+
+    def _sliced(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """This process's slices of the states of the weights."""
+        assert self._shards is not None
+        step = states[0]["step"]
+        of_slices = {number: {"step": step.clone()} for number in range(len(self._stepped))}
+        for name in _STATES:
+            of_weights = [states[number][name] for number in range(len(self._trained))]
+            for number, each in enumerate(self._shards.slices_of(of_weights)):
+                of_slices[number][name] = each
+        return of_slices

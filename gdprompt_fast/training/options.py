@@ -98,6 +98,7 @@ class TrainOptions(StepOptions):
     group_by_length: bool = option(
         True, "draw batches of about equal lengths, in which little is padding"
     )
+    first_order: bool = option(False, "drop the second-order term of the meta-gradient")
     micro_batch: int = option(
         0, "of those models, so many at a time, in the memory of so many; 0: all at once"
     )
@@ -113,6 +114,12 @@ class TrainOptions(StepOptions):
     answer_tokens: int = option(32, "longest greedy answer of the teacher, in tokens (kl)")
     teacher_batch_size: int = option(32, "examples that the teacher answers at once (kl)")
     checkpoint_every: int = option(200, "steps between checkpoints")
+    sharding: str = option(
+        "none",
+        "optimizer: of several processes each has its part of Adam's state",
+        ("none", "optimizer"),
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +135,11 @@ class TrainOptions(StepOptions):
 
     @property
     def step_config(self) -> MetaStepConfig:
-        return replace(super().step_config, micro_groups=self.micro_batch or None)
+        return replace(
+            super().step_config,
+            first_order=self.first_order,
+            micro_groups=self.micro_batch or None,
+        )
 
     @property
     def contexts(self) -> int:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch
-from ..data import Example, meta_batch, moved, prompt_rows
+from ..data import Example, meta_batch, moved, pad, prompt_rows
 from ..layout import rung
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
-from ..teacher import TeacherCache
-from .options import StepOptions
+from ..teacher import Teacher
+from .options import StepOptions, TrainOptions
+
+
+class LeastSizes(NamedTuple):
+    """Sizes that every step of a training is padded to, so that one captured step serves all."""
+
+    context_tokens: int
+    query_tokens: int
+    group_responses: int
+
+    @staticmethod
+    def of(examples: Sequence[Example], options: TrainOptions) -> LeastSizes | None:
+        """The longest rows of the examples; None where batches are of like lengths, whose shorter
+        ones would be mostly padding.
+        """
+        if options.group_by_length:
+            return None
+        response = max(len(example.response) for example in examples)
+        if options.objective == "kl":
+            response = options.answer_tokens
+        return LeastSizes(
+            context_tokens=max(len(example.context) for example in examples),
+            query_tokens=max(len(example.query) for example in examples) + response,
+            group_responses=options.contexts_per_group * options.queries_per_context * response,
+        )
 
 
 @dataclass(frozen=True)
@@ -27,21 +52,28 @@ class StepData:
         answered: all of them in a row, with the responses that the step asks for: those of the
             teacher, if there is one.
         targets: the teacher's predictions of these responses; None for the gold objective.
+        texts: rows of running text for L_LM, in the place of what ``lm_on`` says; None: as it says.
     """
 
     units: Sequence[Sequence[Example]]
     answered: Sequence[Example]
     targets: TeacherTargets | None = None
+    texts: Sequence[array[int]] | None = None
 
     @staticmethod
     def of(
-        examples: Sequence[Example], units: Sequence[Sequence[int]], teacher: TeacherCache | None
+        examples: Sequence[Example],
+        units: Sequence[Sequence[int]],
+        teacher: Teacher | None,
+        texts: Sequence[array[int]] | None = None,
     ) -> StepData:
         """Of the examples with these indices, answered by the teacher, if there is one."""
         drawn = [[examples[index] for index in unit] for unit in units]
         if teacher is None:
-            return StepData(drawn, [example for unit in drawn for example in unit])
-        return StepData(drawn, *teacher.batch([index for unit in units for index in unit]))
+            answered = [example for unit in drawn for example in unit]
+            return StepData(drawn, answered, texts=texts)
+        indices = [index for unit in units for index in unit]
+        return StepData(drawn, *teacher.batch(indices), texts)
 
     @property
     def tokens(self) -> int:
@@ -51,7 +83,11 @@ class StepData:
         return contexts + sum(len(example.query) + len(example.response) for example in rows)
 
     def arguments(
-        self, model: nn.Module, options: StepOptions, ladder: bool = False
+        self,
+        model: nn.Module,
+        options: StepOptions,
+        ladder: bool = False,
+        least: LeastSizes | None = None,
     ) -> dict[str, Any]:
         """What :func:`gdprompt_fast.fast_meta_step` takes beside model and configuration: of the
         units ``contexts_per_group`` neighbours share one θ'.
@@ -59,6 +95,7 @@ class StepData:
         Args:
             ladder: a step that is taken at once is padded to sizes of the ladder of captured steps
                 here, on the host.
+            least: then to no less than these.
         """
         device: torch.device = next(model.parameters()).device
 
@@ -66,14 +103,15 @@ class StepData:
             return moved(tensor, device)
 
         context_of = [number for number, unit in enumerate(self.units) for _ in unit]
-        batch = meta_batch(self.answered, context_of, options.contexts_per_group)
+        batch = MetaBatch.padding()  # of a process without a share of the step
+        if self.units:
+            batch = meta_batch(self.answered, context_of, options.contexts_per_group)
         at_once = options.step_config.micro_groups is None
-        lm_batch = None
-        if options.lm_on == "prompts" and options.lm_weight > 0:
-            prompts = prompt_rows([example for unit in self.units for example in unit])
-            lm_batch = LMBatch(prompts.ids, prompts.mask)
+        lm_batch = self._lm_batch(options)
         if ladder and at_once:
-            batch = batch.padded(batch.layout.shape.rung())
+            shape = batch.layout.shape
+            shape = shape if least is None else shape.at_least(*least)
+            batch = batch.padded(shape.rung())
             lm_batch = None if lm_batch is None else lm_batch.on_ladder()
         return {
             "batch": batch.map(there),
@@ -81,9 +119,28 @@ class StepData:
             "lm_batch": None if lm_batch is None else lm_batch.map(there),
         }
 
+    def _lm_batch(self, options: StepOptions) -> LMBatch | None:
+        """The rows of L_LM; None where it is on the contexts, or counts for nothing."""
+        if not options.lm_weight:
+            return None
+        if self.texts is None and options.lm_on == "contexts":
+            return None
+        if not (self.units if self.texts is None else self.texts):
+            return LMBatch.padding()  # of a process without a share of the step
+        if self.texts is not None:
+            return LMBatch(*pad(self.texts))
+        prompts = prompt_rows([example for unit in self.units for example in unit])
+        return LMBatch(prompts.ids, prompts.mask)
+
 
 def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> float:
-    """The share of padding in the positions of context and query rows that a step computes.
+    """The share of padding in what :func:`positions_of` counts."""
+    real, computed = positions_of(batch, micro_groups, ladder)
+    return 1 - real / computed
+
+
+def positions_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> tuple[int, int]:
+    """The positions of context and query rows that a step computes: the real ones, and all.
 
     Args:
         micro_groups: groups at a time, whose rows are as long as their longest.
@@ -106,4 +163,4 @@ def padding_of(batch: MetaBatch, micro_groups: int | None, ladder: bool) -> floa
             computed += len(rows_P) * int(rows_P.max()) * rung(int(width_P.max()))
         else:
             computed += int((rows_P * width_P).sum())
-    return 1 - tokens / computed
+    return tokens, computed

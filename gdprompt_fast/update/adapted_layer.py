@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,14 @@ class LayerChange:
     small: dict[str, Tensor] = field(default_factory=dict)
 
 
+Weights = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def always_there(block: nn.Module) -> AbstractContextManager[None]:
+    """Of a block whose weights need not be gathered."""
+    return nullcontext()
+
+
 @dataclass
 class StepState:
     """What all adapted layers of one meta step share.
@@ -42,6 +51,7 @@ class StepState:
         inner_lr: η, of all groups or of each, [] or [G]; a tensor may require a gradient.
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
+        weights: what a pass through a block is to run in, where its weights are not there else.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
         flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.
@@ -53,6 +63,7 @@ class StepState:
     phase: Phase
     dtype: torch.dtype | None = None
     rates: Mapping[str, Tensor] | None = None
+    weights: Weights = always_there
     rows: GroupedRows = field(init=False)
     level: int = 0
     flags: list[tuple[Exception, Tensor]] = field(init=False, default_factory=list)

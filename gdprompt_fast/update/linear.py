@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed.sharded import transposed as transpose_of
 from ..ops.gradient import WeightGradient
 from ..ops.handle import weight_handle
 from ..ops.inner_linear import inner_linears
@@ -38,7 +39,7 @@ class AdaptedLinear(FactoredLayer):
         weight_gradient = WeightGradient(weight, transposed) if weight.requires_grad else None
         bias_gradient = outer_gradient(bias)
         self.layer = InnerLinear(
-            state.cast(weight.detach().T if transposed else weight.detach()),
+            state.cast(transpose_of(weight) if transposed else weight.detach()),
             None if bias is None else state.cast(bias.detach()),
             inner_weight=inner["weight"],
             inner_bias=inner.get("bias", False),

@@ -17,6 +17,7 @@ that come from y, which the last backward adds: the gradient is linear in its co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class BlockUse:
     """One use of a block: f at the level, and for the rows, of that use.
 
     Args:
+        block: the module.
         forward: f, of the hidden states alone.
         adapted_layers: those inside the block.
         parameters: the trained ones inside the block that no adapted layer reads.
@@ -43,6 +45,7 @@ class BlockUse:
 
     def __init__(
         self,
+        block: nn.Module,
         forward: Callable[[Tensor], Tensor],
         adapted_layers: list[AdaptedLayer],
         parameters: list[nn.Parameter],
@@ -51,6 +54,7 @@ class BlockUse:
         self._forward, self._adapted_layers, self._parameters = forward, adapted_layers, parameters
         self._state, self._rows, self._level = state, state.rows, state.level
         self.phase = state.phase
+        self.weights = partial(state.weights, block)
 
     def inputs(self) -> list[Tensor]:
         """P."""
@@ -133,7 +137,7 @@ def recomputed(
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_constant({str(i): arg for i, arg in enumerate(args)} | kwargs)
-        use = BlockUse(lambda h: forward(h, *args, **kwargs), own, others, state)
+        use = BlockUse(block, lambda h: forward(h, *args, **kwargs), own, others, state)
         return _Block.apply(hidden_states, use, *use.inputs())
 
     return run
@@ -154,7 +158,8 @@ class _Block(Function):
     def forward(ctx: Any, h: Tensor, use: BlockUse, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(h, *inputs)
         ctx.use = use
-        return use.run(h, inputs)
+        with use.weights():
+            return use.run(h, inputs)
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> Any:
@@ -163,7 +168,8 @@ class _Block(Function):
             dh, *dinputs = _BlockBackward.apply(e, h, ctx.use, *inputs)
         else:
             forbid_higher_order("a recomputed block", "once outside an inner step")
-            dh, *dinputs = ctx.use.gradient(h, inputs, e)
+            with ctx.use.weights():
+                dh, *dinputs = ctx.use.gradient(h, inputs, e)
         return dh, None, *dinputs
 
 
@@ -172,11 +178,13 @@ class _BlockBackward(Function):
     def forward(ctx: Any, e: Tensor, h: Tensor, use: BlockUse, *inputs: Tensor) -> Any:
         ctx.save_for_backward(e, h, *inputs)
         ctx.use = use
-        return tuple(use.gradient(h, inputs, e))
+        with use.weights():
+            return tuple(use.gradient(h, inputs, e))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         forbid_higher_order("a recomputed block", "twice")
         e, h, *inputs = ctx.saved_tensors
-        cot_e, cot_h, *cot_inputs = ctx.use.double_backward(h, inputs, e, cotangents)
+        with ctx.use.weights():
+            cot_e, cot_h, *cot_inputs = ctx.use.double_backward(h, inputs, e, cotangents)
         return cot_e, cot_h, None, *cot_inputs

@@ -17,7 +17,7 @@ from gdprompt_fast.data import (
     make_data,
     read_triples,
 )
-from gdprompt_fast.data.squad import Row, squad_corpus
+from gdprompt_fast.data.squad import Row, sentence_with_answer, squad_corpus
 from gdprompt_fast.data.wikitext import PARAGRAPHS, Cut, articles_of, cut_articles
 from helpers.paths import SHARED_DATA
 from helpers.triples import unlike
@@ -154,6 +154,20 @@ def test_squad_keeps_all_answers_and_drops_empty_and_repeated_questions() -> Non
         ],
     ]
     assert corpus.counts == {"question repeated": 1, "empty context, question or answer": 2}
+
+
+def test_of_a_passage_only_the_sentence_with_the_answer_may_be_kept() -> None:
+    passage = 'Ann met Mr. Bob. "He sings!" she said. In the U.S. Army he danced. It ended.'
+
+    def sentence(answer: str) -> str:
+        row = Row("A", passage, "Who?", [answer], begin=passage.index(answer))
+        return sentence_with_answer(row)
+
+    assert sentence("she") == '"He sings!" she said.'
+    assert sentence("U.S. Army") == "In the U.S. Army he danced."  # its own full stop is inside
+    assert sentence("ended") == "It ended."
+    (group,) = squad_corpus([Row("A", passage, "Who?", ["she"], begin=29)], sentences=True).groups
+    assert group[0]["context"] == '"He sings!" she said.'
 
 
 def test_a_single_squad_file_is_divided_by_article(tmp_path: Path) -> None:

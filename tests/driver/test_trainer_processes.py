@@ -27,12 +27,15 @@ def python(*arguments: str) -> str:
 
 
 def test_two_processes_give_what_one_gives_with_the_whole_batch(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    """Launched by accelerate, which without --multi_gpu would want MPI for two on a CPU."""
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    launch += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launch += ("--main_process_port", "0")
     script = str(ROOT / "tests" / "helpers" / "trainer_process.py")
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     shared.mkdir()
     alone.mkdir()
-    python(*torchrun, script, str(shared), "2", "2")
+    python(*launch, script, str(shared), "2", "2")
     run(alone, 8, 1)
     results: list[dict[str, Any]] = [
         torch.load(path) for path in (*sorted(shared.glob("result-*")), alone / "result-0.pt")

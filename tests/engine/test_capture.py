@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gdprompt_fast import LMBatch, MetaBatch, MetaStepOutput, TeacherTargets, fast_meta_step
-from gdprompt_fast.meta import capture, compute
+from gdprompt_fast.meta import capture
 from gdprompt_fast.meta.failures import found_on_the_device
-from gdprompt_fast.models.memory import PeakMemory
-from helpers.tape import Tape, on_tapes
+from helpers.captured import gold_step, gradients, recorded, same
+from helpers.tape import on_tapes
 
 Build = Callable[..., Any]
 
@@ -25,21 +25,6 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     on_tapes(monkeypatch.setattr)
     with found_on_the_device():
         yield
-
-
-def gradients(model: nn.Module) -> list[Tensor | None]:
-    """The gradients, which are None afterwards."""
-    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
-
-
-def same(ours: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
-    """To the bit."""
-    return all(
-        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def teacher_of(batch: MetaBatch, head: Tensor, seed: int) -> TeacherTargets:
@@ -97,33 +82,48 @@ def check_replays(
     monkeypatch: pytest.MonkeyPatch,
     rtol: float = 1e-11,
 ) -> None:
-    """Three steps on other batches, weights and numbers each, of which the last are replays."""
+    """Three steps on other batches, weights and numbers each: one that is eager, since no graph has
+    these shapes yet, one that is recorded and one that is a replay.
+    """
     head = torch.randn_like(model.get_output_embeddings().weight)
     for step in range(3):
         batch = make_batch(kind, seed=step)
         given = arguments(options, batch, head, step)
         out = fast_meta_step(model, batch, **given)
         ours = gradients(model)
-        plain = fast_meta_step(model, batch, **given, capture="never")
-        theirs = gradients(model)
-        assert not plain.captured
-        with monkeypatch.context() as eagerly:
-            eagerly.setattr(capture.Graphs, "run", not_recorded)
-            same_work = fast_meta_step(model, batch, **given)
-        assert torch.equal(out.outer_loss, same_work.outer_loss)
-        assert same(ours, gradients(model))
-        for mine, yours in zip(ours, theirs, strict=True):
-            assert (mine is None) == (yours is None)
-            if mine is not None:
-                torch.testing.assert_close(mine, yours, rtol=rtol, atol=rtol / 10)
-        for name in ("outer_loss", "inner_loss", "lm_loss"):
-            close = dict(rtol=rtol, atol=0)
-            torch.testing.assert_close(getattr(out, name), getattr(plain, name), **close)
+        assert out.captured is (step > 0), out.eager
+        if out.captured:
+            check_eagerly(model, batch, given, out, ours, monkeypatch, rtol)
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), ours, strict=True):
                 if gradient is not None:
                     parameter -= 0.1 * gradient
-    assert out.captured, out.eager
+
+
+def check_eagerly(
+    model: nn.Module,
+    batch: MetaBatch,
+    given: dict[str, Any],
+    out: MetaStepOutput,
+    ours: list[Tensor | None],
+    monkeypatch: pytest.MonkeyPatch,
+    rtol: float,
+) -> None:
+    """A step without graphs has its bits, and one by other code its values."""
+    with monkeypatch.context() as eagerly:
+        eagerly.setattr(capture.Graphs, "run", not_recorded)
+        same_work = fast_meta_step(model, batch, **given)
+    assert torch.equal(out.outer_loss, same_work.outer_loss)
+    assert same(ours, gradients(model))
+    plain = fast_meta_step(model, batch, **given, capture="never")
+    assert not plain.captured
+    for mine, yours in zip(ours, gradients(model), strict=True):
+        assert (mine is None) == (yours is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, yours, rtol=rtol, atol=rtol / 10)
+    for name in ("outer_loss", "inner_loss", "lm_loss"):
+        close = dict(rtol=rtol, atol=0)
+        torch.testing.assert_close(getattr(out, name), getattr(plain, name), **close)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -177,18 +177,6 @@ def test_recomputed_blocks_could_be_replayed(
         lambda _, config, __: 'capture="never"' if config.capture == "never" else "",
     )
     check_replays(model, make_batch, "grouped", options, monkeypatch)
-
-
-def gold_step(model: nn.Module, batch: MetaBatch, **options: Any) -> MetaStepOutput:
-    return fast_meta_step(model, batch, objective="gold", inner_lr=0.1, **options)
-
-
-def recorded(model: nn.Module, batch: MetaBatch) -> None:
-    """Two steps, after which the next is a replay."""
-    for _ in range(2):
-        out = gold_step(model, batch)
-        model.zero_grad()
-    assert out.captured, out.eager
 
 
 def test_gradients_are_added_to_zeroed_or_taken_over(tiny_model: Build, make_batch: Build) -> None:
@@ -274,96 +262,6 @@ def test_after_a_change_nothing_old_is_replayed(
                 torch.testing.assert_close(mine, plain, rtol=1e-11, atol=1e-13)
     runs_python = what in ("a hook", "a forward", "a hook on a gradient")
     assert out.captured is not runs_python, out.eager
-
-
-def test_a_capture_that_fails_is_an_eager_step_with_a_reason(
-    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Refusing(Tape):
-        def record(self, work: Callable[[], None]) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(capture.Graphs, "new_graph", lambda _: Refusing())
-    model, batch = tiny_model("llama-tied"), make_batch()
-    for _ in range(3):
-        out = gold_step(model, batch)
-        ours = gradients(model)
-    assert not out.captured and "not permitted" in out.eager
-    gold_step(model, batch, capture="never")
-    for mine, plain in zip(ours, gradients(model), strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-11, atol=1e-13)
-
-
-def test_without_memory_for_a_graph_the_step_is_eager(
-    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(Tape):
-        def record(self, work: Callable[[], None]) -> None:
-            raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(capture.Graphs, "new_graph", lambda _: Full())
-    model, batch = tiny_model("llama-tied"), make_batch()
-    for _ in range(3):
-        out = gold_step(model, batch)
-    assert "no memory" in out.eager
-
-
-def test_without_memory_beside_the_graphs_the_step_is_taken_without_them(
-    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batch, other = tiny_model("llama-tied"), make_batch(), make_batch("grouped")
-    for _ in range(2):
-        assert gold_step(model, batch) is not None
-    graphs, own = capture._graphs[model], compute.MetaStep.backward
-    assert graphs._recorded
-
-    def in_little_memory(self: Any, inputs: Any) -> Any:
-        done = own(self, inputs)
-        if graphs._recorded:
-            raise torch.OutOfMemoryError("out of memory")
-        return done
-
-    model.zero_grad()
-    monkeypatch.setattr(compute.MetaStep, "backward", in_little_memory)
-    gold_step(model, other)
-    ours = gradients(model)
-    monkeypatch.setattr(compute.MetaStep, "backward", own)
-    gold_step(model, other, capture="never")
-    assert not graphs._recorded and same(ours, gradients(model))
-
-
-def test_a_larger_shape_is_recorded_before_smaller_ones(
-    tiny_model: Build, make_batch: Build
-) -> None:
-    """In whose memory they live: they are recorded again after it."""
-    model, small, large = tiny_model("llama-tied"), make_batch(), make_batch("grouped")
-    order = (small, small, large, large, small, small, large)
-    captured = [gold_step(model, batch).captured for batch in order]
-    assert captured == [False, True, False, True, True, True, True]
-    shapes = [len(each.inputs[0]) for each in capture._graphs[model]._recorded.values()]
-    assert sorted(shapes, reverse=True) == sorted(set(shapes), reverse=True) and len(shapes) == 2
-
-
-def test_under_a_dispatch_mode_the_step_is_eager(tiny_model: Build, make_batch: Build) -> None:
-    """It would count, or record, nothing of a replay."""
-    model, batch = tiny_model("llama-tied"), make_batch()
-    recorded(model, batch)
-    with PeakMemory() as memory:
-        out = gold_step(model, batch)
-    assert "a dispatch mode" in out.eager and memory.peak_bytes > 0
-
-
-def test_graphs_are_bounded_and_the_oldest_goes(
-    tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(capture, "MOST_GRAPHS", 2)
-    model, kinds = tiny_model("llama-tied"), ("one-each", "grouped", "uneven")
-    for _ in range(2):
-        for kind in kinds:
-            gold_step(model, make_batch(kind))
-    (graphs,) = [capture._graphs[model]]
-    assert len(graphs._recorded) == 2
-    assert gold_step(model, make_batch("uneven")).captured
 
 
 @pytest.mark.parametrize("bad", ["inner loss", "teacher"])

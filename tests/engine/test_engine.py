@@ -35,6 +35,7 @@ def assert_equal_steps(model: torch.nn.Module, batch: MetaBatch, **options: Any)
     assert error <= EXACT, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.transformers
 @pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2, 3], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize("name", MODELS)
@@ -44,6 +45,7 @@ def test_every_architecture_is_exact_full_inside_and_outside(
     assert_equal_steps(tiny_model(name), make_batch("grouped"), inner_steps=steps)
 
 
+@pytest.mark.transformers
 @pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact_with_the_gold_objective_and_a_language_modelling_term(
@@ -52,6 +54,7 @@ def test_every_architecture_is_exact_with_the_gold_objective_and_a_language_mode
     assert_equal_steps(tiny_model(name), make_batch("uneven"), objective="gold", lm_weight=0.3)
 
 
+@pytest.mark.transformers
 @pytest.mark.quick
 @pytest.mark.parametrize("inner", ["full", "linear", "lora"])
 @pytest.mark.parametrize("name", MODELS)
@@ -61,6 +64,7 @@ def test_every_architecture_is_exact_with_lora(
     assert_equal_steps(lora_model(name), make_batch(), inner_params=inner)
 
 
+@pytest.mark.transformers
 @pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2], ids=lambda s: f"{s}-steps")
 @pytest.mark.parametrize("name", MODELS)
@@ -213,6 +217,7 @@ def test_first_order_mode_equals_first_order_autograd(
     )
 
 
+@pytest.mark.transformers
 def test_a_teacher_model_gives_the_targets_of_its_own_logits(
     tiny_model: Build, make_batch: Build
 ) -> None:
@@ -234,6 +239,7 @@ def test_a_teacher_model_gives_the_targets_of_its_own_logits(
     assert_equal_steps(model, batch, teacher=teacher)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", MODELS)
 def test_against_the_untouched_model_only_its_upcasts_differ(
     name: str, tiny_model: Build, make_batch: Build
@@ -260,6 +266,7 @@ def test_in_fp32_the_error_is_that_of_fp32(name: str, tiny_model: Build, make_ba
     assert error <= 1e-4, f"{parameter}: relative error {error:.1e}"
 
 
+@pytest.mark.transformers
 @pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_order_answer_fails_by_a_wide_margin(

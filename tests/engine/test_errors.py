@@ -19,6 +19,7 @@ from gdprompt_fast.reference.compare import gradients_of, worst_error
 from helpers.models import VOCABULARY, llama
 
 Build = Callable[..., Any]
+pytestmark = pytest.mark.transformers
 
 
 def batch_arguments() -> dict[str, torch.Tensor]:

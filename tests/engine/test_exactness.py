@@ -20,6 +20,7 @@ Build = Callable[..., Any]
 GOLD: dict[str, Any] = dict(objective="gold", inner_lr=0.1)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact(name: str, tiny_model: Build, make_batch: Build) -> None:
     report = check_exactness(tiny_model(name), one_row(make_batch()), **GOLD)
@@ -27,6 +28,7 @@ def test_every_architecture_is_exact(name: str, tiny_model: Build, make_batch: B
     assert report.power > 300 and report.dtype == "float64"
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("inner", ["full", "lora"])
 def test_lora_outside_is_exact_with_either_inside(
     inner: str, lora_model: Build, make_batch: Build
@@ -59,6 +61,7 @@ def test_groups_objectives_and_steps_are_exact(
     assert report.exact, report.table()
 
 
+@pytest.mark.transformers
 def test_a_teacher_model_and_long_rows_in_parts_are_exact(
     tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def assert_same(before: Any, after: Any) -> None:
         assert before == after
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("failure", [None, RuntimeError("stop"), KeyboardInterrupt()], ids=repr)
 def test_the_model_is_left_as_it_was(
     failure: BaseException | None,

@@ -36,7 +36,9 @@ def test_the_command_prints_the_table_and_its_exit_code_is_the_verdict(
 ) -> None:
     path = tmp_path / "report.json"
     assert main(["check", *checked, "--json", str(path)]) == 0
-    assert "exact (backend torch, η = 0.1)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exact (backend torch, η = 0.1)" in printed
+    assert "- First order has a cosine of " in printed, "the rule of thumb is quoted"
     assert json.loads(path.read_text())["exact"] is True
     assert main(["check", *checked, "--inner-lr", "1e-12", "--objective", "gold"]) == 1
     assert "cannot tell" in capsys.readouterr().out

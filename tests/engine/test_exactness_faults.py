@@ -131,6 +131,7 @@ def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "verify_model", lambda *_: None)
 
 
+@pytest.mark.transformers
 @pytest.mark.usefixtures("unguarded")
 def test_a_hook_that_the_engine_does_not_see_is_found(tiny_model: Build, make_batch: Build) -> None:
     model = tiny_model()
@@ -144,6 +145,7 @@ def test_a_hook_that_the_engine_does_not_see_is_found(tiny_model: Build, make_ba
     assert report.verdict == "not exact" and "logits at θ" in report.reasons[0], report.table()
 
 
+@pytest.mark.transformers
 def test_a_changed_layer_is_run_as_it_is(
     tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +155,7 @@ def test_a_changed_layer_is_run_as_it_is(
     assert report.exact, report.table()
 
 
+@pytest.mark.transformers
 @pytest.mark.usefixtures("unguarded")
 def test_an_autocast_inside_the_model_is_found(tiny_model: Build, make_batch: Build) -> None:
     model = tiny_model().float()

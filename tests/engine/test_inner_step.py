@@ -18,7 +18,7 @@ from gdprompt_fast.reference.compare import without_upcasts
 from helpers.adapted import INNER_LR, adapted_copies
 from helpers.models import MODELS
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.transformers]
 
 Build = Callable[..., Any]
 

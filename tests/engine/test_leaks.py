@@ -1,4 +1,4 @@
-"""Ten steps of every option leave as many tensors alive as three do, the garbage collector off."""
+"""Five steps of every option leave as many tensors alive as three do, the garbage collector off."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def without_collector() -> Iterator[None]:
     gc.enable()
 
 
-def alive_after(step: Callable[[], Any], times: int = 10) -> list[int]:
+def alive_after(step: Callable[[], Any]) -> list[int]:
     counts = []
     with Storages() as storages:
-        for _ in range(times):
+        for _ in range(5):
             step()
             counts.append(storages.alive)
     return counts
 
 
-def assert_no_leak(step: Callable[[], Any], times: int = 10) -> None:
-    counts = alive_after(step, times)
+def assert_no_leak(step: Callable[[], Any]) -> None:
+    counts = alive_after(step)
     assert counts[-1] <= counts[2], f"tensors alive after each step: {counts}"
 
 
@@ -187,14 +187,14 @@ def test_the_reference_leaves_nothing_alive(tiny_model: Build, make_batch: Build
         model.zero_grad()
         reference_meta_step(model, batch, objective="gold")
 
-    assert_no_leak(step, times=5)
+    assert_no_leak(step)
 
 
 def test_a_check_leaves_nothing_alive(tiny_model: Build, make_batch: Build) -> None:
     model, batch = tiny_model(), make_batch()
 
     counts = []
-    for _ in range(4):
+    for _ in range(3):
         check_exactness(model, batch, inner_lr=0.1, objective="gold")
         gc.collect()
         counts.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))

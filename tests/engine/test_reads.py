@@ -24,6 +24,7 @@ from gdprompt_fast.update.attach import AdaptedModel
 from helpers.models import MODELS
 
 Build = Callable[..., Any]
+pytestmark = pytest.mark.transformers
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "item"}
 SHAPES_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "bincount"}
 

@@ -17,6 +17,7 @@ from gdprompt_fast.meta import verify
 from helpers.models import wide_llama
 
 Build = Callable[..., Any]
+pytestmark = pytest.mark.transformers
 DIFFERS = "expected to compute what its own forward computes"
 
 

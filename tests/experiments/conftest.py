@@ -36,7 +36,7 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def done(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all six experiments, made once for all of pytest's processes."""
+    """A folder with all experiments, made once for all of pytest's processes."""
     pytest.importorskip("peft", reason="PEFT is an optional dependency, of Table 1's LoRA variants")
     with made_once("experiments", tmp_path_factory) as (output, is_there):
         if not is_there:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from gdprompt_fast.experiments import (
     tasks,
     variants,
 )
+from gdprompt_fast.experiments.cost import describe_cost
 from gdprompt_fast.experiments.measure import EvalSpec
+from gdprompt_fast.experiments.parallel import finished_one_by_one
 from gdprompt_fast.experiments.run import run_experiment
 from gdprompt_fast.experiments.variants import Variant
 from helpers.experiments import TINY, content, contexts_of
@@ -63,9 +67,12 @@ def test_tables_have_the_rows_of_the_paper_and_its_numbers(done: Path) -> None:
         "people (in the place of SQuAD), exact match",
         "people (in the place of SQuAD), F1",
         "people-text (in the place of WikiText), token accuracy",
+        "Running text (people-text (in the place of WikiText)), NLL in nats a token",
     ]
     assert cell("figure2", "BM", column=1, table=2)["paper"] == 87.7
     assert cell("figure2", "BM", column=1, table=3)["paper"] is None  # F1 is not accuracy
+    assert cell("figure2", "LG", column=2, table=2)["paper"] == 58.6
+    assert cell("figure2", "LG", column=2, table=4)["paper"] == 37.2
     assert cell("table1", "LoRA (rank 1) outside, full rank inside")["paper"] == 59.4
     assert cell("table1", "untrained LoRA (rank 1)", column=2)["paper"] == 32.2
     assert cell("table2", "BM", column=4)["paper"] == 43.6
@@ -100,6 +107,9 @@ def test_arms_are_shared_and_nothing_is_done_twice(
         "squad-kl",
         "squad-kl-2-contexts",
         "squad-kl-4-contexts",
+        "squad-kl-prompt-weight-0.3",
+        "squad-kl-prompt-weight-0.3-text-weight-0.1",
+        "squad-kl-text-weight-0.1",
         "wikitext-gold",
         "wikitext-gold-lora1",
         "wikitext-gold-lora1-lora-inside",
@@ -120,6 +130,73 @@ def test_arms_are_shared_and_nothing_is_done_twice(
     for name in EXPERIMENTS:
         run_experiment(name, contexts_of(sections, done))
         assert content(done, name)["tables"] == before[name]
+
+
+def test_what_is_forgotten_is_in_every_table(done: Path) -> None:
+    for name in EXPERIMENTS:
+        last = content(done, name)["tables"][-1]
+        assert last["unit"] == "nats a token" and last["title"].startswith("Running text")
+        cells = [cell for row in last["rows"] for cell in row["cells"] if cell is not None]
+        assert all(cell["examples"] == 4 and cell["mean"] > 0 for cell in cells)
+        claims = {each["claim"] for each in content(done, name)["findings"]}
+        assert "running text is not forgotten" in claims
+    rows = content(done, "figure2")["tables"][-1]["rows"]
+    assert rows[0]["cells"][2] != rows[1]["cells"][2]  # BM and LC on the same task
+
+
+def test_figure_2_may_be_of_one_objective(
+    done: Path, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "one"
+    shutil.copytree(done, output)
+    run_experiment("figure2", contexts_of(sections, output, figure2__objectives=["kl"]))
+    found, both = content(output, "figure2"), content(done, "figure2")
+    for table, whole in zip(found["tables"], both["tables"], strict=True):
+        kept = [row for row in whole["rows"] if row["head"] != "LG"]
+        assert table["rows"] == kept and len(kept) < len(whole["rows"])
+    assert not any("gold" in each["claim"] for each in found["findings"])
+
+
+def test_processes_share_the_stages_of_a_folder(
+    done: Path, sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, names = tmp_path / "shared", ["table5", "table4"]
+    shutil.copytree(done, output)
+    for path in ("arm/squad-kl", "evaluation/squad-kl", "evaluation/squad-base"):
+        shutil.rmtree(output / "stages/seed-0" / path)
+    assert list(finished_one_by_one(names, contexts_of(sections, output), jobs=2)) == names
+    monkeypatch.setattr(variants, "meta_train", refuse)
+    monkeypatch.setattr(measure, "evaluate", refuse)
+    for name in names:
+        run_experiment(name, contexts_of(sections, output))
+        again, before = (content(folder, name)["tables"] for folder in (output, done))
+        assert [each["title"] for each in again] == [each["title"] for each in before]
+        for row, old in zip(again[-1]["rows"], before[-1]["rows"], strict=True):
+            means = [[cell["mean"] for cell in each["cells"]] for each in (row, old)]
+            # The processes have the C++ ops, which round in another way than those of the tests.
+            assert row["head"] == old["head"] and means[0] == pytest.approx(means[1], rel=1e-3)
+
+
+def test_a_stage_that_two_ask_for_at_once_is_done_once(tmp_path: Path) -> None:
+    begun: list[int] = []
+
+    def work(folder: Path) -> dict[str, Any]:
+        begun.append(len(begun))
+        time.sleep(0.3)
+        return {"number": len(begun)}
+
+    with ThreadPoolExecutor(3) as pool:
+        stages = list(pool.map(lambda _: run_stage(tmp_path / "stage", {"a": 1}, work), range(3)))
+    assert begun == [0] and {stage.result["number"] for stage in stages} == {1}
+
+
+def test_the_cost_is_told_of_all_that_is_trained(sections: dict[str, Any], tmp_path: Path) -> None:
+    contexts = contexts_of(sections, tmp_path, train__steps=0)
+    table = describe_cost(["figure2", "table3"], contexts)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:-2]]
+    assert [row[0] for row in rows][-2:] == ["wikitext-gold", "wikitext-gold-with-squad"]
+    assert {row[2] for row in rows} == {"2"}  # an epoch of 8 examples, 4 at a time
+    assert all(row[3].endswith(" GB") and float(row[4]) > 0 for row in rows)
 
 
 def test_an_experiment_killed_while_training_goes_on_from_the_checkpoint(

@@ -21,15 +21,20 @@ from gdprompt_fast.experiments import (
     tasks,
 )
 from gdprompt_fast.runs import ExperimentConfig, experiment
-from gdprompt_fast.runs.experiment_run import preset_sizes
+from gdprompt_fast.runs.experiment_run import OWN_PRESETS, names_of, preset_sizes
 from helpers.model_folders import edit_weights, to_cache
 
 
-@pytest.mark.parametrize("name", ["small", "paper"])
-def test_the_presets_of_the_package_do_for_every_experiment(name: str) -> None:
+@pytest.mark.parametrize("name", OWN_PRESETS)
+def test_the_presets_of_the_package_do_for_their_experiments(name: str) -> None:
     preset = Preset.read(preset_sizes(name))
-    for each, its in EXPERIMENTS.items():
-        its.check(preset, preset.section(each, its.options))
+    names = names_of("all", preset)
+    assert {"figure2", "table1"} <= set(names)
+    for each in names:
+        its = EXPERIMENTS[each]
+        options = preset.section(each, its.options)
+        its.check(preset, options)
+        assert its.variants(preset, options) and set(preset.seeds_of(each)) <= set(preset.seeds)
     assert preset.limits.prompt_tokens > preset.limits.context_tokens
 
 
@@ -49,6 +54,9 @@ def test_the_presets_of_the_package_do_for_every_experiment(name: str) -> None:
         ("table2", "task", "squid", r"\[table2\]: task: expected among .*, got 'squid'"),
         ("table2", "contexts", [1], r"\[table2\]: contexts: expected integers >= 2"),
         ("table2", "objective", "lc", r"\[table2\]: objective: expected one of"),
+        ("table2", "seeds", [7], r"\[table2\]: seeds: expected some of \[0\], got \[7\]"),
+        ("text", "task", "squid", r"\[text\]: task: expected among .*, got 'squid'"),
+        ("findings", "text_margin", 0, r"\[findings\]: text_margin: expected a number > 0"),
         ("tasks", "squad", {"source": "people"}, r"\[tasks.squad\]: expected the key 'label'"),
     ],
 )
@@ -107,3 +115,25 @@ def test_bad_input_to_the_commands_is_one_clear_line(
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+
+
+def test_files_seeds_and_limits_are_put_over_a_preset(sections: dict[str, Any]) -> None:
+    changed = copy.deepcopy(sections)
+    changed["model"]["seeds"] = [0, 1]
+    changed["table2"]["seeds"] = [1]
+    changed["tasks"]["squad"]["limits"] = {"query_tokens": 20}
+
+    def read(**over: Any) -> Preset:
+        config = ExperimentConfig(name="table2", sizes=changed, output=Path("new"), **over)
+        return config.read_preset()
+
+    assert read().seeds_of("table2") == (1,) and read().seeds_of("table1") == (0, 1)
+    assert read(seeds=(4,)).seeds_of("table2") == (4,)
+    assert read().limits_of("squad") == replace(read().limits, query_tokens=20)
+    assert read().limits_of("wikitext") == read().limits
+    squad, wikitext = "squad=dir/a.json", "wikitext=a.txt,b.txt"
+    tasks = read(files=(squad, wikitext)).tasks
+    assert (tasks["squad"].file, tasks["squad"].test_file) == ("dir/a.json", None)
+    assert (tasks["wikitext"].file, tasks["wikitext"].test_file) == ("a.txt", "b.txt")
+    with pytest.raises(UserError, match=r"files: expected TASK=FILE with a task of .*squid=a"):
+        read(files=("squid=a",))

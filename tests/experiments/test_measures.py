@@ -14,7 +14,14 @@ from gdprompt_fast.experiments import (
 )
 from gdprompt_fast.experiments.cells import Cell, Estimate
 from gdprompt_fast.experiments.context import ExperimentContext
-from gdprompt_fast.experiments.findings import Named, close, destroyed, larger
+from gdprompt_fast.experiments.findings import (
+    Named,
+    close,
+    destroyed,
+    forgets_little,
+    kept,
+    larger,
+)
 from gdprompt_fast.experiments.measure import EvalSpec
 from gdprompt_fast.experiments.table4 import classify
 from gdprompt_fast.experiments.table5 import mean_of_draws
@@ -120,3 +127,28 @@ def test_findings_show_and_do_not_show() -> None:
     assert destroyed(claim, "a task", right=many, wrong=some, without=some).shows
     assert not destroyed(claim, "a task", right=many, wrong=some, without=none).shows
     assert not destroyed(claim, "a task", right=few, wrong=none, without=none).shows
+
+
+def test_what_is_kept_and_what_is_forgotten_count_their_errors() -> None:
+    none, few, some, many = (
+        Named(str(count), cell)
+        for count, cell in zip((0, 3, 30, 90), shares(0, 3, 30, 90), strict=True)
+    )
+    claim = "the use of a prompt is kept"
+    assert kept(claim, "a task", many, some, margin=0.05).shows  # more than before
+    assert kept(claim, "a task", few, few, margin=0.05).shows
+    assert not kept(claim, "a task", some, many, margin=0.05).shows
+    assert not kept(claim, "a task", none, few, margin=0.05).shows  # 3 ± 1.7 lost
+    single = Named("single", Cell(((1.0,),)))
+    assert not kept(claim, "a task", single, single, margin=0.05).shows
+
+    def texts(*values: float) -> Named:
+        return Named("texts", Cell((values,)))
+
+    before = texts(3.0, 3.4, 2.6)
+    assert forgets_little("LC", texts(3.05, 3.44, 2.64), before, margin=0.1).shows
+    assert forgets_little("LC", texts(2.0, 2.0, 2.0), before, margin=0.1).shows
+    assert not forgets_little("LC", texts(3.2, 3.6, 2.8), before, margin=0.1).shows
+    assert not forgets_little("LC", texts(3.0, 3.4, 2.8), before, margin=0.1).shows  # ± 0.07
+    because = forgets_little("LC", texts(3.2, 3.6, 2.8), before, margin=0.1).because
+    assert "texts: 3.200 ± 0.231, texts: 3.000 ± 0.231; rise +0.200 ± 0.000" in because

@@ -89,6 +89,21 @@ samples = 2
 [table5]
 tasks = ["squad", "wikitext"]
 irrelevant_seeds = [0]
+[second-order]
+task = "squad"
+objective = "kl"
+inner_lrs = [0.1, 0.5]
+steps = 2
+points = 1
+probes = 1
+[kept]
+task = "squad"
+objective = "kl"
+prompt_weight = 0.3
+text_weight = 0.1
+[text]
+task = "wikitext"
+examples = 4
 [findings]
 margin = 0.1
 """

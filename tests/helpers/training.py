@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gdprompt_fast.data import Example, Limits
 from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.loading import add_lora
-from gdprompt_fast.teacher import TeacherCache
+from gdprompt_fast.teacher import Teacher, TeacherCache, TeacherOnTheFly
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.options import TrainOptions
 from helpers.models import small_llama
@@ -51,13 +52,22 @@ def run(
     output: Path,
     lora: bool = False,
     joint: list[Example] | None = None,
+    on_the_fly: bool = False,
+    **beside: Any,
 ) -> dict[str, torch.Tensor]:
-    """A run from the same initial model; its final weights."""
+    """A run from the same initial model; its final weights.
+
+    Args:
+        on_the_fly: the teacher is asked anew in every step.
+        beside: what else ``meta_train`` takes.
+    """
     model = initial_model(lora)
-    teacher = None
-    if options.objective == "kl":
+    teacher: Teacher | None = None
+    if options.objective == "kl" and on_the_fly:
+        teacher = TeacherOnTheFly(tiny_llama(seed=1).eval(), examples, 3, batch_size=2)
+    elif options.objective == "kl":
         teacher = TeacherCache.build(
             output / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
         )
-    meta_train(model, TOKENIZER, examples, options, output, teacher, joint)
+    meta_train(model, TOKENIZER, examples, options, output, teacher, joint, **beside)
     return {name: value.clone() for name, value in model.state_dict().items()}

@@ -137,9 +137,9 @@ def test_a_teacher_goes_with_the_objective_and_the_examples(
         tmp_path / "teacher", tiny_llama(seed=1).eval(), examples, 3, batch_size=4
     )
     for options, given in ((KL, None), (GOLD, teacher)):
-        with pytest.raises(ValueError, match="teacher: expected a TeacherCache with objective"):
+        with pytest.raises(ValueError, match="teacher: expected a Teacher with objective"):
             meta_train(tiny_llama(), TOKENIZER, examples, options, tmp_path, given)
-    with pytest.raises(ValueError, match="teacher: expected a TeacherCache of the examples"):
+    with pytest.raises(ValueError, match="teacher: expected one of the examples"):
         meta_train(tiny_llama(), TOKENIZER, examples[1:], KL, tmp_path, teacher)
 
 

@@ -1,0 +1,218 @@
+"""The processes that share a command's work: who this one is, and what all do together.
+
+Outside :func:`launched` there is one process, whatever else of torch.distributed is in use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UserError
+from .watch import ProcessLost, Watch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Of a collective; a process that ends is found much sooner, by the watch.
+TIMEOUT = timedelta(hours=2)
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a launcher
+
+_joined = False
+_own_files = False
+_watch: Watch | None = None
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes."""
+    return dist.get_rank() if _joined else 0
+
+
+def writes() -> bool:
+    """Whether this process writes files: of several the first does."""
+    return rank() == 0 or _own_files
+
+
+@contextmanager
+def writing_own_files() -> Iterator[None]:
+    """Inside, every process writes files, which no other one does."""
+    global _own_files
+    before, _own_files = _own_files, True
+    try:
+        yield
+    finally:
+        _own_files = before
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _joined else 1
+
+
+def local_rank() -> int | None:
+    """The number of this process on its machine, and so of its GPU; None for a single process."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _joined else None
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Inside, the processes that torchrun or accelerate has started share the work of commands,
+    and end together: soon after one fails or is no longer heard of, the others exit with code 1.
+
+    Where nothing was started there is one process, and nothing changes. A process group that is
+    there already is taken.
+    """
+    global _joined, _watch
+    if _joined or not all(os.environ.get(name) for name in _VARIABLES):
+        yield
+        return
+    if int(os.environ["WORLD_SIZE"]) < 2:
+        yield
+        return
+    own = not dist.is_initialized()
+    if own:
+        _initialise()
+    _joined, _watch = True, Watch(dist.get_rank(), dist.get_world_size())
+    try:
+        yield
+        barrier()
+    except BaseException as error:
+        if not first_to_fail(error) and not isinstance(error, SystemExit):
+            raise SystemExit(1) from None
+        raise
+    finally:
+        _watch.stop()
+        _joined, _watch = False, None
+    if own:
+        dist.destroy_process_group()
+
+
+def _initialise() -> None:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        here = int(os.environ.get("LOCAL_RANK", "0"))
+        if here < torch.cuda.device_count():
+            torch.cuda.set_device(here)
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def first_to_fail(error: BaseException) -> bool:
+    """Has the other processes end; whether this one is to say why, as the first to fail."""
+    if _watch is None:
+        return True
+    if isinstance(error, ProcessLost) and _watch.others_failed():
+        return False
+    return _watch.failed()
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around what all processes do together.
+
+    Raises:
+        ProcessLost: where another one has gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(f"another process was lost: {str(error).splitlines()[0]}") from error
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        gathered(None)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that are this process's."""
+    return items if world_size() == 1 else items[rank() :: world_size()]
+
+
+def shared_work(
+    items: Sequence[T], work: Callable[[T], R], errors: tuple[type[Exception], ...] = ()
+) -> list[R]:
+    """``[work(item) for item in items]``, each item worked on by one of the processes; all get
+    all results, which are pickled.
+
+    Raises:
+        errors: in every process, what ``work`` raises of these in one.
+    """
+    if world_size() == 1:
+        return [work(item) for item in items]
+    own: list[R] | Exception
+    try:
+        own = [work(item) for item in share(items)]
+    except errors as error:
+        own = error
+    parts = gathered(own)
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+    return [parts[number % len(parts)][number // len(parts)] for number in range(len(items))]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has given, in their order, on all of them."""
+    values = [None] * world_size()
+    with collective():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def of_first(value: T) -> T:
+    """What process 0 has given."""
+    if world_size() == 1:
+        return value
+    values: list[Any] = [value]
+    with collective():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def check_same(name: str, value: Any) -> None:
+    """That all processes have the same.
+
+    Raises:
+        UserError: naming the process that has another.
+    """
+    if world_size() == 1:
+        return
+    values = gathered(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"{name}: expected the same in all processes, {values[0]!r} in process 0, got "
+                f"{other!r} in process {number}"
+            )
+
+
+def summed(numbers: Tensor) -> Tensor:
+    """The sum over the processes; changes ``numbers``."""
+    if world_size() > 1:
+        with collective():
+            dist.all_reduce(numbers)
+    return numbers
+
+
+def all_gather(into: Tensor, own: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Puts what all processes have end to end."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with collective():
+        gather(into, own, group=group)
+
+
+def reduce_scatter(into: Tensor, whole: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Sums over the processes, of which each gets its part of the sum."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    with collective():
+        scatter(into, whole, group=group)

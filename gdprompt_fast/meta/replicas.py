@@ -1,0 +1,177 @@
+"""A model of several processes, each with a part of a batch: in DistributedDataParallel, or sharded
+by FSDP2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..batch import MetaBatch
+from ..distributed.group import collective
+from ..distributed.reduce import reduce_gradients
+from ..distributed.sharded import as_plain, group_of, is_sharded
+from ..errors import UserError
+from ..models.architecture import compute_dtype
+from ..update.adapted_layer import Weights, always_there
+from .config import MetaStepConfig, MetaStepOutput
+from .failures import found_at_once
+from .lm_batch import LMBatch
+from .parts import Part, padding_part
+
+Count = int | Tensor | None
+
+
+class Replicas:
+    """What the processes of a model do together in a step: their batches are one batch.
+
+    Args:
+        group: the processes.
+        divisor: by which gradients and losses are divided that they have summed.
+    """
+
+    weights: Weights = staticmethod(always_there)
+
+    def __init__(self, group: dist.ProcessGroup, divisor: int) -> None:
+        self._group, self._divisor = group, divisor
+
+    def check(self, config: MetaStepConfig) -> None:
+        """
+        Raises:
+            UserError: for a step that these processes cannot take together.
+        """
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the model is an ordinary one."""
+        yield
+
+    def counts(
+        self, batch: MetaBatch, lm_batch: LMBatch | None, query_count: Count, lm_count: Count
+    ) -> tuple[Tensor, Tensor]:
+        """The denominators to take here, so that the sum over processes, divided by the divisor, is
+        the mean over all queries and rows; those given are of the batches of all processes.
+        """
+        real, device = batch.layout.real, batch.context_ids.device
+        rows = real.contexts if lm_batch is None else lm_batch.real
+        own = torch.tensor([real.queries, rows, real.groups], dtype=torch.float64, device=device)
+        queries, rows_of_all, self._groups = self._sum(own.clone()).clamp(min=1)
+        self._own_groups = own[2]
+        whole = (
+            here if given is None else given
+            for here, given in ((queries, query_count), (rows_of_all, lm_count))
+        )
+        query, lm = (own.new_tensor(1 / self._divisor) * count for count in whole)
+        return query, lm
+
+    def even(self, parts: list[Part], lm_parts: list[LMBatch]) -> tuple[list[Part], list[LMBatch]]:
+        """The parts of a step here, as many as the processes need them to be."""
+        return parts, lm_parts
+
+    def reduce(self) -> None:
+        """Leaves the gradients of all processes in ``.grad``."""
+
+    def finish(self, out: MetaStepOutput) -> MetaStepOutput:
+        """The losses, and whether all is finite, of all processes, which leave their gradients.
+
+        Raises:
+            FloatingPointError: on a CPU, in all processes, if something in one was not finite;
+                ``.grad`` holds what is of no use then.
+        """
+        self.reduce()
+        losses = out.outer_loss, out.query_loss, out.lm_loss
+        inner = out.inner_loss * (self._own_groups / self._groups)
+        own = torch.stack([each.double() for each in (*losses, inner, out.found_inf)])
+        *of_all, inner, failed = self._sum(own)
+        error = FloatingPointError("step: expected finite numbers, got others in another process")
+        out.failures.add([error], [failed > 0])
+        if found_at_once(out.query_loss.device):
+            out.failures.check()
+        outer, query, lm = (each / self._divisor for each in of_all)
+        dtype = out.outer_loss.dtype
+        return replace(
+            out,
+            outer_loss=outer.to(dtype),
+            query_loss=query.to(dtype),
+            lm_loss=lm.to(dtype),
+            inner_loss=inner.to(dtype),
+        )
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        with collective():
+            dist.all_reduce(numbers, group=self._group)
+        return numbers
+
+
+class DDPReplicas(Replicas):
+    """Of DistributedDataParallel: as that does, they average ``.grad`` at the end, so that what a
+    step before has left there, which is the same in all of them, stays as it is.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        super().__init__(ddp.process_group, dist.get_world_size(ddp.process_group))
+        self._ddp = ddp
+
+    def reduce(self) -> None:
+        """Averages ``.grad``, but inside ``no_sync()``."""
+        if self._ddp.require_backward_grad_sync:
+            reduce_gradients(self._ddp.module.parameters(), self._group, average=True)
+
+
+class Sharded(Replicas):
+    """Of FSDP2: each process has a shard of every weight, and adds the sum of all gradients to its
+    shard of ``.grad``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(group_of(model), divisor=1)
+        self._model = model
+
+    def check(self, config: MetaStepConfig) -> None:
+        for name, wanted in (("recompute", "block"), ("verify", "never")):
+            given = getattr(config, name)
+            if given != wanted:
+                raise UserError(
+                    f'{name}: expected "{wanted}" for a model whose weights are sharded, got '
+                    f'"{given}"; a step on the model before fully_shard verifies it'
+                )
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        with as_plain(self._model, is_block, compute_dtype) as self._plain:
+            self.weights = self._plain.present
+            yield
+
+    def even(self, parts: list[Part], lm_parts: list[LMBatch]) -> tuple[list[Part], list[LMBatch]]:
+        """With parts of nothing but padding, so that all gather the weights as often."""
+        device = parts[0].batch.context_ids.device
+        most = torch.tensor([len(parts), len(lm_parts)], device=device)
+        with collective():
+            dist.all_reduce(most, dist.ReduceOp.MAX, self._group)
+        number, lm_number = most.tolist()
+        nothing, no_rows = padding_part(parts[0]), LMBatch.padding().to(device)
+        return (
+            parts + [nothing] * (number - len(parts)),
+            lm_parts + [no_rows] * (lm_number - len(lm_parts)),
+        )
+
+    def reduce(self) -> None:
+        self._plain.finish()
+
+
+def replicas_of(model: nn.Module) -> tuple[nn.Module, Replicas | None]:
+    """The model to take a step on, and the replicas that it has in other processes, if any."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module, DDPReplicas(model)
+    return model, Sharded(model) if is_sharded(model) else None
+
+
+def is_block(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)

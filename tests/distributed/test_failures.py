@@ -1,0 +1,177 @@
+"""A process that fails or is lost ends the others soon; its error is said once; a run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gdprompt_fast.meta.compute
+import gdprompt_fast.training.loop
+from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
+from gdprompt_fast.distributed import rank, watch
+from gdprompt_fast.meta.failures import found_on_the_device
+from gdprompt_fast.training.checkpoint import MODEL_FOLDER
+from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
+from helpers.processes import ends_of
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def command(model_folder: Path, triples: Path) -> list[str]:
+    options = ["--objective", "gold", "--steps", str(STEPS), "--batch-size", "3"]
+    options += ["--inner-lr", "0.1", "--outer-lr", "0.1", "--checkpoint-every", "2"]
+    files = ["--model", str(model_folder), "--data", str(triples)]
+    return ["train", *files, "--device", "cpu", "--no-check", *options]
+
+
+def after(steps: int, number: int, do: Callable[[], Any]) -> None:
+    """Has process ``number`` do something in the place of a later step."""
+    step, left = gdprompt_fast.training.loop.fast_meta_step, [steps]
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0 and rank() == number:
+            do()
+        return step(*args, **options)
+
+    gdprompt_fast.training.loop.fast_meta_step = wrapped
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / MODEL_FOLDER / "model.safetensors")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights after a run that one process was left alone with."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*command, "--output", str(output)]) == 0
+    return weights(output)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_run_of_which_a_process_was_killed_goes_on(
+    lost: int, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """With another number of processes, and ends as one that was left alone."""
+    killed = tmp_path / "killed"
+    command = [*command, "--output", str(killed)]
+
+    def run() -> None:
+        after(5, lost, kill)
+        main(command)
+
+    began = time.monotonic()
+    ended = ends_of(3, run)
+    assert time.monotonic() - began < 30
+    codes = [each.code for each in ended]
+    assert codes[lost] == -signal.SIGKILL, ended
+    assert sorted(codes, key=str) == [-signal.SIGKILL, FAILED, FAILED]
+    said = "".join(each.errors for number, each in enumerate(ended) if number != lost)
+    assert said.count("gdprompt") == 1 and "was lost" in said
+    assert not (killed / MODEL_FOLDER).exists()
+    assert len(read_metrics(killed / METRICS_FILE)) in (4, 5)
+
+    for each in ends_of(2, lambda: main([*command, "--resume"])):
+        assert each.code == 0, each.errors
+    for name, value in whole.items():
+        torch.testing.assert_close(weights(killed)[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_error_in_one_process_is_said_once_and_ends_all(
+    number: int, command: list[str], tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise FloatingPointError("inner loss: expected a finite number, got nan")
+
+    def run() -> None:
+        after(4, number, fail)
+        main([*command, "--output", str(tmp_path)])
+
+    ended = ends_of(3, run)
+    assert [each.code for each in ended] == [FAILED] * 3
+    line = "gdprompt train: stopped: inner loss: expected a finite number, got nan\n"
+    assert ended[number].errors.endswith(line)
+    assert "".join(each.errors for each in ended).count("gdprompt") == 1
+    assert not (tmp_path / MODEL_FOLDER).exists()
+
+
+def test_a_failure_found_on_the_device_of_one_process_stops_all_before_the_update(
+    command: list[str], tmp_path: Path
+) -> None:
+    """As on a GPU, whose steps are not waited for."""
+
+    def poison() -> None:
+        inner = gdprompt_fast.meta.compute.take_inner_steps
+
+        def not_finite(*args: Any, **options: Any) -> Any:
+            args[3].add([FloatingPointError("inner loss: not finite")], [torch.tensor(True)])
+            return inner(*args, **options)
+
+        gdprompt_fast.meta.compute.take_inner_steps = not_finite
+
+    def run() -> None:
+        after(3, 1, poison)
+        with found_on_the_device():
+            main([*command, "--output", str(tmp_path)])
+
+    ended = ends_of(2, run)
+    assert [each.code for each in ended] == [FAILED, FAILED]
+    assert "".join(each.errors for each in ended).count("gdprompt train: stopped:") == 1
+    assert len(read_metrics(tmp_path / METRICS_FILE)) == 3
+    assert not (tmp_path / MODEL_FOLDER).exists()
+
+
+def test_an_error_that_nobody_expected_shows_one_traceback(
+    command: list[str], tmp_path: Path
+) -> None:
+    def run() -> None:
+        after(2, 1, lambda: 1 / 0)
+        main([*command, "--output", str(tmp_path)])
+
+    first, second = ends_of(2, run)
+    assert (first.code, second.code) == (1, 1)
+    assert "Traceback" not in first.errors and "ZeroDivisionError" in second.errors
+
+
+def test_bad_input_is_said_once(command: list[str], tmp_path: Path) -> None:
+    files = ["--model", str(tmp_path / "none"), "--output", str(tmp_path / "new")]
+    ended = ends_of(2, lambda: main([*command, *files]))
+    assert {each.code for each in ended} <= {BAD_INPUT, FAILED}
+    assert "".join(each.errors for each in ended).count("gdprompt train: error: model:") == 1
+
+
+def test_a_process_that_is_silent_is_lost(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "BEAT", 0.2)
+    monkeypatch.setattr(watch, "SILENCE", 3.0)
+
+    def run() -> None:
+        after(0, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        main([*command, "--output", str(tmp_path)])
+
+    first, second, third = ends_of(3, run, longest=15.0)
+    assert (first.code, second.code, third.code) == (FAILED, None, FAILED)
+    assert (first.errors + third.errors).count("process 1 was lost") == 1
+
+
+def test_commands_that_processes_cannot_share_are_errors(tmp_path: Path) -> None:
+    arguments = ["data", "people", "--output", str(tmp_path / "people")]
+    ended = ends_of(2, lambda: main(arguments))
+    assert "".join(each.errors for each in ended).count("data: expected one process, got 2") == 1
+    assert not (tmp_path / "people").exists()

@@ -1,0 +1,158 @@
+"""What ``gdprompt plan --gpus`` says against what gloo's processes send and hold."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gdprompt_fast import fast_meta_step
+from gdprompt_fast.cli.main import main
+from gdprompt_fast.distributed import launched, reduce_gradients
+from gdprompt_fast.distributed.sharded import StandIn
+from gdprompt_fast.errors import UserError
+from gdprompt_fast.meta.share import share_of
+from gdprompt_fast.plan import PlannedStep, plan_many
+from gdprompt_fast.plan.many import communication, sizes_of
+from gdprompt_fast.training.optim import ClippedAdam
+from helpers.models import random_batch, wide_llama
+from helpers.processes import in_processes
+from helpers.sharding import own_part, shard
+from helpers.traffic import bytes_sent
+
+VOCABULARY, LAYERS = 128, 3
+PLANNED = PlannedStep(
+    batch=6, context=6, query=4, response=2, objective="gold", dtype="fp32", recompute="block"
+)
+CONFIGS = Path(__file__).parents[1] / "plan" / "configs"
+# gloo scatters a sum by an all-reduce, twice around the ring.
+OF_GLOO = {"none": 1, "optimizer": 2, "full": 2}
+
+
+def sent_by(work: Callable[[], Any]) -> int:
+    dist.barrier()
+    time.sleep(0.2)
+    before = bytes_sent()
+    work()
+    time.sleep(0.2)  # until what was sent has been acknowledged
+    return bytes_sent() - before
+
+
+def step(model: Any, part: dict[str, Any]) -> None:
+    options: dict[str, Any] = dict(objective="gold", recompute="block", verify="never")
+    fast_meta_step(model, **part, **options)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_send_what_is_planned(count: int) -> None:
+    batch = random_batch(6, 6, 4, 2, VOCABULARY)
+
+    def work() -> dict[str, int]:
+        sent = {}
+        model = wide_llama(96, VOCABULARY, LAYERS)
+        step(model, share_of(batch, dist.get_rank(), count))
+        sent["none"] = sent_by(lambda: reduce_gradients(model.parameters()))
+        with launched():
+            adam = ClippedAdam(list(model.parameters()), 1.0, sharded=True)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            sent["optimizer"] = sent_by(lambda: adam.update(0.1, 0))
+        sharded, part = shard(wide_llama(96, VOCABULARY, LAYERS)), own_part(batch)
+        step(sharded, part)
+        sent["full"] = sent_by(lambda: step(sharded, part))
+        return sent
+
+    sizes = sizes_of(wide_llama(96, VOCABULARY, LAYERS).config, PLANNED)
+    for of_process in in_processes(count, work):
+        for sharding, sent in of_process.items():
+            planned = communication(sizes, PLANNED, count, sharding)
+            scattered = planned.gradients * OF_GLOO[sharding]
+            assert sent == pytest.approx(planned.weights + scattered, rel=0.03), sharding
+
+
+def test_of_a_frozen_base_only_adapters_are_sent() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is an optional dependency")
+    batch, rank = random_batch(6, 6, 4, 2, VOCABULARY), 4
+    planned = PlannedStep(**{**vars(PLANNED), "outer": "lora", "lora_rank": rank})
+    model = wide_llama(96, VOCABULARY, LAYERS)
+    sent = communication(sizes_of(model.config, planned), planned, 2, "none")
+    config = peft.LoraConfig(r=rank, target_modules="all-linear")
+    adapted = peft.get_peft_model(model, config)
+    adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert sent.bytes == 4 * adapters < 4 * sum(p.numel() for p in model.parameters()) / 5
+
+    def work() -> int:
+        step(adapted, share_of(batch, dist.get_rank(), 2))
+        assert all((p.grad is not None) == p.requires_grad for p in adapted.parameters())
+        return sent_by(lambda: reduce_gradients(adapted.parameters()))
+
+    for of_process in in_processes(2, work):
+        assert of_process == pytest.approx(sent.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "gathers", "scatters"),
+    [(dict(), 6, 2), (dict(inner_steps=2), 10, 3), (dict(micro_batch=2), 12, 4)],
+)
+def test_blocks_are_gathered_as_often_as_planned(
+    options: dict[str, int], gathers: int, scatters: int
+) -> None:
+    """Of a batch of which each of two processes has three examples."""
+    planned = PlannedStep(**{**vars(PLANNED), **options})
+    batch = random_batch(6, 6, 4, 2, VOCABULARY)
+    config = wide_llama(96, VOCABULARY, LAYERS).config
+    sizes = sizes_of(config, planned)
+    kept = sizes.trained - sizes.gathered
+    sent = communication(sizes, planned, 2, "full")
+    assert sent.weights == 0.5 * 4 * (gathers * sizes.gathered + kept)
+    assert sent.gradients == 0.5 * 4 * (scatters * sizes.gathered + kept)
+
+    def work() -> tuple[int, int]:
+        counts = [0, 0]
+        fill, add = StandIn.fill, StandIn.add_to_shard
+
+        def filled(each: Any) -> None:
+            counts[0] += each.shape == (288, 96)
+            fill(each)
+
+        def added(each: Any, gradient: torch.Tensor) -> None:
+            counts[1] += each.shape == (288, 96)
+            add(each, gradient)
+
+        StandIn.fill, StandIn.add_to_shard = filled, added  # type: ignore[method-assign]
+        more: dict[str, Any] = {k: v for k, v in options.items() if k != "micro_batch"}
+        more["micro_groups"] = options.get("micro_batch")
+        sharded, part = shard(wide_llama(96, VOCABULARY, LAYERS)), own_part(batch)
+        fast_meta_step(sharded, **part, objective="gold", recompute="block", verify="never", **more)
+        return counts[0], counts[1]
+
+    two_a_block = 2 * LAYERS  # gate and up
+    for got in in_processes(2, work):
+        assert got == (gathers * two_a_block, scatters * two_a_block)
+
+
+def test_the_command_tells_and_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide_llama(64, VOCABULARY, LAYERS).config.save_pretrained(tmp_path)
+    file = tmp_path / "plan.json"
+    sizes = ["--batch", "8", "--context", "8", "--query", "4", "--response", "2"]
+    arguments = ["plan", "--model", str(tmp_path), *sizes, "--json", str(file)]
+    assert main([*arguments, "--gpus", "4", "--sharding", "optimizer"]) == 0
+    assert "4 GPUs, sharding optimizer: at most 2 examples on each" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    weights = written["parameters"] * 4
+    assert written["sent_bytes"] == {"weights": 0.75 * weights, "gradients": 0.75 * weights}
+    assert written["optimizer_step"]["optimizer"] < 0.3 * 2 * 4 * written["parameters"] * 2
+
+
+def test_sharded_weights_are_planned_with_recomputation_alone() -> None:
+    config = wide_llama(64, VOCABULARY, LAYERS).config
+    with pytest.raises(UserError, match='recompute: expected "block" with sharding "full"'):
+        plan_many(config, PlannedStep(), 2, "full")

@@ -1,0 +1,125 @@
+"""Adam whose state is divided among the processes: the same steps, and the same checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gdprompt_fast.data import Example, tokenise_triples
+from gdprompt_fast.data.people import make_people_data
+from gdprompt_fast.distributed import launched, rank
+from gdprompt_fast.distributed.shards import Shards
+from gdprompt_fast.training import loop
+from gdprompt_fast.training.loop import meta_train
+from gdprompt_fast.training.optim import ClippedAdam
+from gdprompt_fast.training.options import TrainOptions
+from helpers.processes import in_processes
+from helpers.training import GOLD, ROOMY, TOKENIZER, tiny_llama
+
+Weights = dict[str, torch.Tensor]
+SHARDED = dataclasses.replace(GOLD, sharding="optimizer", steps=5, checkpoint_every=2, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return tokenise_triples(make_people_data(1, 7, seed=0).test, TOKENIZER, ROOMY).examples
+
+
+def trained(options: TrainOptions, examples: list[Example], output: Path) -> Weights:
+    model = tiny_llama().double()
+    meta_train(model, TOKENIZER, examples, options, output)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(got: Weights, expected: Weights) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(
+    count: int, examples: list[Example], tmp_path: Path
+) -> None:
+    """Begun in ``count`` processes, stopped at step 3, and continued in others, from step 2."""
+    expected = trained(SHARDED, examples, tmp_path / "one")
+    begun = tmp_path / "begun"
+
+    def begin() -> None:
+        step, left = loop.fast_meta_step, [3]
+
+        def three_times(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise InterruptedError
+            return step(*args, **options)
+
+        loop.fast_meta_step = three_times
+        with pytest.raises((InterruptedError, SystemExit)), launched():
+            trained(SHARDED, examples, begun)
+
+    def go_on() -> Weights:
+        with launched():
+            return trained(SHARDED, examples, begun)
+
+    in_processes(count, begin, init=False)
+    state = torch.load(begun / "checkpoints" / "step-00000002" / "training_state.pt")["optimizer"]
+    shapes = [parameter.shape for parameter in tiny_llama().parameters()]
+    assert [each["exp_avg"].shape for each in state["state"].values()] == shapes
+    if count == 2:
+        assert_close(trained(SHARDED, examples, begun), expected)
+        return
+    for got in in_processes(2, go_on, init=False):
+        assert_close(got, expected)
+
+
+def test_every_process_has_its_part_of_the_state(tiny_model: Any) -> None:
+    """In buckets smaller than a weight, of a number of elements that three do not divide."""
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(p) for p in tiny_model().parameters()]
+
+    def work() -> tuple[int, Weights, float]:
+        with launched():
+            model = tiny_model()
+            parameters = list(model.parameters())
+            adam = ClippedAdam(parameters, clip_norm=1.0, sharded=True)
+            for step in range(3):
+                for number, (parameter, gradient) in enumerate(
+                    zip(parameters, gradients, strict=True)
+                ):
+                    if number % 3 == rank():  # the others have none
+                        parameter.grad = gradient * (step + 1)
+                norm = float(adam.update(0.1, step))
+            states = adam.adam.state.values()
+            held = sum(state["exp_avg"].numel() for state in states)
+            return held, dict(model.state_dict()), norm
+
+    model = tiny_model()
+    parameters = list(model.parameters())
+    adam = ClippedAdam(parameters, clip_norm=1.0)
+    for step in range(3):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * (step + 1)
+        expected_norm = float(adam.update(0.1, step))
+    whole = sum(parameter.numel() for parameter in parameters)
+    for held, got, norm in in_processes(3, work, init=False):
+        assert held < whole / 3 + 100
+        assert norm == pytest.approx(expected_norm, rel=1e-12)
+        assert_close(got, dict(model.state_dict()))
+
+
+def test_slices_are_cut_from_pieces_of_a_weight_and_put_together_again(tiny_model: Any) -> None:
+    def work() -> bool:
+        model = tiny_model()
+        parameters = list(model.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        shards = Shards(parameters, bucket_bytes=1000)
+        for parameter in parameters:
+            parameter.data.zero_()
+        shards.push()
+        return all(map(torch.equal, before, parameters))
+
+    assert in_processes(3, work) == [True] * 3

@@ -1,0 +1,187 @@
+"""A step on a model that FSDP2 has sharded: the gradient of the whole batch, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from gdprompt_fast import fast_meta_step
+from gdprompt_fast.distributed.sharded import StandIn
+from gdprompt_fast.models.memory import PeakMemory, model_tensors
+from gdprompt_fast.reference.compare import gradients_of, worst_error
+from helpers.models import random_batch, random_teacher, wide_llama
+from helpers.processes import in_processes
+from helpers.sharding import full_gradients, own_part, shard
+
+Build = Callable[..., Any]
+SHARDED = dict(recompute="block", verify="never")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_gradient_is_that_of_the_whole_batch(
+    count: int, tiny_model: Build, make_batch: Build
+) -> None:
+    """λ, KL and gold, groups, several inner steps, micro-groups of which one process has fewer,
+    accumulated; of sizes that three processes do not divide.
+    """
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        ("llama-tied", "grouped", dict(lm_weight=0.5, objective="gold")),
+        ("llama-untied", "one-each", dict(objective="kl", micro_groups=1)),
+        ("gpt2-conv1d-positions", "uneven", dict(objective="gold", inner_steps=2)),
+        ("qwen2-biases-tied", "one-each", dict(objective="gold", first_order=True)),
+    ]
+    teachers = [
+        random_teacher(make_batch(kind)) if options["objective"] == "kl" else None
+        for _, kind, options in cases
+    ]
+    expected = []
+    for (name, kind, options), teacher in zip(cases, teachers, strict=True):
+        options = options | dict(teacher=teacher, inner_lr=0.1)
+        expected.append(gradients_of(fast_meta_step, tiny_model(name), make_batch(kind), **options))
+
+    def work() -> list[Any]:
+        got = []
+        for (name, kind, options), teacher in zip(cases, teachers, strict=True):
+            model = shard(tiny_model(name))
+            part = own_part(make_batch(kind), teacher=teacher, inner_lr=0.1)
+            for _ in range(2):
+                out = fast_meta_step(model, **part, **options, **SHARDED)
+            got.append((out.outer_loss, full_gradients(model)))
+        return got
+
+    for of_process in in_processes(count, work):
+        for (loss, got), (out, once) in zip(of_process, expected, strict=True):
+            twice = {name: 2 * gradient for name, gradient in once.items()}
+            assert worst_error(got, twice)[0] < 1e-9
+            torch.testing.assert_close(loss, out.outer_loss)
+
+
+class PeakWithStandIns(PeakMemory):
+    """Counts the memory of stand-ins as it comes and goes, which no operator shows."""
+
+    def __enter__(self) -> Any:
+        self._own = StandIn.fill, StandIn.free
+        fill, free = self._own
+
+        def counted(change: Any, stand_in: StandIn) -> None:
+            storage = stand_in.data.untyped_storage()
+            before = storage.nbytes()
+            change(stand_in)
+            more = storage.nbytes() - before
+            if storage._cdata in self._sizes and more:
+                self._sizes[storage._cdata] += more
+                self.live_bytes += more
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+        StandIn.fill = lambda each: counted(fill, each)  # type: ignore[assignment]
+        StandIn.free = lambda each: counted(free, each)  # type: ignore[assignment]
+        return super().__enter__()
+
+    def _see(self, tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, DTensor) and super()._see(tensor)  # has only a shard
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        StandIn.fill, StandIn.free = self._own  # type: ignore[method-assign]
+
+
+def peak_of(model: Any, step: Callable[[], Any]) -> int:
+    """Over the model, or its shards, and their gradients; but for what gloo makes."""
+    step()
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in model_tensors(model)]
+    memory = PeakWithStandIns(own)
+    before = memory.live_bytes
+    with memory:
+        step()
+    return memory.peak_bytes - before
+
+
+def test_a_process_holds_the_weights_of_one_block_beyond_its_shard() -> None:
+    """And the gradient of one; the embeddings and norms, with theirs, are there throughout."""
+    layers, vocabulary = 8, 64
+    model = wide_llama(128, vocabulary, layers)
+    block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    rest = sum(p.numel() * 4 for p in model.parameters()) - layers * block
+    batch = random_batch(2, 2, 3, 1, vocabulary)
+    options = dict(objective="gold", recompute="block", verify="never")
+    half = batch.select([0])[0]
+    activations = peak_of(model, lambda: fast_meta_step(model, half, **options))
+
+    def work() -> int:
+        sharded = shard(wide_llama(128, vocabulary, layers))
+        part = own_part(batch)
+        return peak_of(sharded, lambda: fast_meta_step(sharded, **part, **options))
+
+    for peak in in_processes(2, work):
+        assert 2 * block < peak < 2.3 * block + 2 * rest + activations
+        assert peak < 0.4 * layers * block
+
+
+@pytest.mark.parametrize("inner", ["full", "lora"])
+def test_of_a_frozen_base_only_adapters_have_gradients(
+    inner: str, lora_model: Build, make_batch: Build
+) -> None:
+    batch, options = make_batch("grouped"), dict(objective="gold", inner_params=inner)
+    _, expected = gradients_of(fast_meta_step, lora_model(), batch, inner_lr=0.1, **options)
+
+    def work() -> Any:
+        model = shard(lora_model())
+        part = own_part(batch, inner_lr=0.1)
+        fast_meta_step(model, **part, **options, **SHARDED)
+        return full_gradients(model)
+
+    for got in in_processes(2, work):
+        assert worst_error(got, expected)[0] < 1e-9
+        assert all(".lora_" in name for name in got)
+
+
+def test_in_bfloat16_weights_are_gathered_in_it_and_gradients_summed_in_fp32(
+    make_batch: Build, tiny_model: Build
+) -> None:
+    batch = make_batch("one-each")
+    model = tiny_model(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = gradients_of(
+            fast_meta_step, model, batch, objective="gold", inner_lr=0.1, recompute="block"
+        )
+
+    def work() -> Any:
+        sharded = shard(tiny_model(dtype=torch.float32))
+        with torch.autocast("cpu", torch.bfloat16):
+            part = own_part(batch, inner_lr=0.1)
+            fast_meta_step(sharded, **part, objective="gold", **SHARDED)
+        return full_gradients(sharded)
+
+    for got in in_processes(2, work):
+        assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+        assert worst_error(got, expected)[0] < 2e-2
+
+
+def test_a_sharded_model_is_left_as_it_was(tiny_model: Build, make_batch: Build) -> None:
+    """It trains as FSDP2's do afterwards; also after an error."""
+    batch = make_batch("one-each")
+    ids = batch.context_ids[:1, :5]
+    own = tiny_model()
+    own(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in own.named_parameters()}
+
+    def work() -> Any:
+        model = shard(tiny_model())
+        model(input_ids=ids)  # leaves the root's weights gathered
+        part = own_part(batch, inner_lr=0.1)
+        fast_meta_step(model, **part, objective="gold", **SHARDED)
+        with pytest.raises(ValueError, match="objective"):
+            fast_meta_step(model, **part, objective="silver", **SHARDED)
+        for name, value in (("recompute", "none"), ("verify", "first")):
+            with pytest.raises(ValueError, match=f"{name}: expected .* whose weights are sharded"):
+                fast_meta_step(model, **part, objective="gold", **(SHARDED | {name: value}))
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return full_gradients(model)
+
+    for got in in_processes(2, work):
+        assert worst_error(got, expected)[0] < 1e-9
