@@ -100,7 +100,7 @@ def batch_of(trainer: MetaTrainer) -> dict[str, Any]:
     [
         dict(objective="kl", answer_tokens=3),
         dict(objective="gold", outer_reduction="mean", inner_steps=2),
-        dict(objective="gold", lm_weight=0.0),
+        dict(objective="gold", lm_weight=0.0, inner_params="linear"),
     ],
 )
 def test_the_loss_of_an_evaluation_is_that_of_the_step(
