@@ -214,6 +214,7 @@ def test_autocast_inside_applied_to_is_near_what_float32_gives(
 def prepared(model: Any) -> Any:
     """By accelerate, as a training script prepares it."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is an optional dependency")
+    accelerate.state.AcceleratorState._reset_state(True)  # of another test in this process
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model).eval()
 
 

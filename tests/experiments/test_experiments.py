@@ -134,6 +134,8 @@ def test_arms_are_shared_and_nothing_is_done_twice(
 
 def test_what_is_forgotten_is_in_every_table(done: Path) -> None:
     for name in EXPERIMENTS:
+        if name == "second-order":  # measures gradients beside accuracy, no running text
+            continue
         last = content(done, name)["tables"][-1]
         assert last["unit"] == "nats a token" and last["title"].startswith("Running text")
         cells = [cell for row in last["rows"] for cell in row["cells"] if cell is not None]

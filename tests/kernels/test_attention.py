@@ -161,9 +161,10 @@ def test_long_sums_in_fp32_keep_their_digits(pass_: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(launch, "tiles_of", lambda *_: Tiles(256, 256, num_warps=4, num_stages=1))
     tensors = inputs(1, 64, 1, 256, 16, FP32)
     qkv = tensors["q"], tensors["k"], tensors["v"]
-    given = tensors["dout"], *qkv, *eager.attention_forward(*qkv, 0.25, None), 0.25, None
+    kept = *qkv, *eager.attention_forward(*qkv, 0.25, None), 0.25, None
+    given = tensors["dout"], None, *kept
     if pass_ == "attention_double_backward":
-        given = tensors["cot_dq"], tensors["cot_dk"], tensors["cot_dv"], *given
+        given = *(tensors[f"cot_{name}"] for name in ("dq", "dk", "dv")), tensors["dout"], *kept
     ours, plain = (getattr(module, pass_)(*given) for module in (kernels, eager))
     verdict = judge(ours, plain, getattr(eager, pass_)(*map(widened, given)))
     assert verdict.status == "passed", verdict
@@ -190,7 +191,7 @@ from benchmarks.ops.compile_kernels import TARGETS, compile_case
 from benchmarks.ops.compile_cases.attention import attention_case as case_of
 from gdprompt_fast.kernels.attention.tiles import Tiles
 
-case = case_of("backward_key", 64, False, Tiles(16, 16, 8, 1), "fp32")
+case = case_of("backward_key", 64, False, Tiles(16, 16, 8, 1), dtype="fp32")
 print(compile_case(case, TARGETS["sm_90"]).asm["ttir"])
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
