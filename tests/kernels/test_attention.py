@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from gdprompt_fast.testing.gates import FLOOR, judge, relative_error, widened
+from helpers.backends import only_kernels
 from helpers.paths import ROOT
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
@@ -257,7 +258,7 @@ def second_order(
 def test_the_op_on_triton_is_the_exact_double_backward(
     window: int | None, segments: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "KERNELS", frozenset({"attention"}))
+    only_kernels(monkeypatch, "attention")
     tensors = inputs(1, 4, 2, 17, 16, FP32)
     segment_BT = None if segments is None else segments_of(segments, 1)
     with backend.use_backend("triton"):

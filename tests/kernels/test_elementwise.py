@@ -20,6 +20,7 @@ from gdprompt_fast.ops.gelu import gelu
 from gdprompt_fast.ops.norm import add_norm, norm
 from gdprompt_fast.ops.rotary import rotary
 from gdprompt_fast.ops.swiglu import swiglu
+from helpers.backends import only_kernels
 from helpers.passes import (
     assert_at_most_twice_eager,
     assert_norm_keeps_dtypes,
@@ -43,7 +44,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "KERNELS", frozenset({"norm", "swiglu", "gelu", "rotary"}))
+    only_kernels(monkeypatch, "norm", "swiglu", "gelu", "rotary")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from gdprompt_fast.ops.eager import vocabulary as eager
 from gdprompt_fast.ops.vocabulary import block
 from gdprompt_fast.reference.compare import gradients_of, without_upcasts, worst_error
 from gdprompt_fast.testing.op_inputs import PASS_NAMES
+from helpers.backends import only_kernels
 from helpers.materialised import (
     leaf,
     vocabulary_twice,
@@ -38,7 +39,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 @pytest.fixture
 def vocabulary_on_triton(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Only the vocabulary's passes run in Triton; the names of those that did."""
-    monkeypatch.setattr(backend, "KERNELS", frozenset({"vocabulary"}))
+    only_kernels(monkeypatch, "vocabulary")
     used = set()
 
     def watch(name: str, plain: Callable[..., Any]) -> None:
