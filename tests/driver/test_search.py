@@ -37,10 +37,8 @@ def test_the_best_rate_of_the_grid_is_printed_with_all_scores(
     nll = [rate["settings"]["fine_tuning"]["nll_per_token"] for rate in (small, middle)]
     assert nll[1] < nll[0]
     assert "diverged" in large
-    assert sorted(path.name for path in (output / "rate-0.01").iterdir()) == [
-        "metrics.jsonl",
-        "result.json",
-    ]
+    kept = {path.name for path in (output / "rate-0.01").iterdir()}
+    assert kept - {"tensorboard"} == {"metrics.jsonl", "result.json"}  # a folder if it is installed
 
 
 def test_the_best_at_an_end_of_the_grid_asks_for_more_rates(
