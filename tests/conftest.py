@@ -30,6 +30,7 @@ if importlib.util.find_spec("triton") is not None:
 LOAD_CPP = backend.load_cpp
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start
 
 
 @pytest.fixture(autouse=True)
