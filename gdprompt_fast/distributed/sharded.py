@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from .group import all_gather, collective
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` has sharded the model."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or id(model) in _open
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup:
@@ -78,12 +78,14 @@ class StandIn(nn.Parameter):
         sharded: the parameter that it stands for.
         gradient_dtype: of its gradient, where that is another than its own.
         gradient: where the step sums it.
+        memory: itself, to be written to unseen by autograd.
         transposed: a view, which cannot be made while the memory is absent.
     """
 
     sharded: DTensor
     gradient_dtype: torch.dtype
     gradient: GradientSum | None
+    memory: Tensor
     transposed: Tensor | None
 
     @staticmethod
@@ -91,13 +93,19 @@ class StandIn(nn.Parameter):
         full = torch.empty(sharded.shape, dtype=dtype, device=sharded.to_local().device)
         made = StandIn(full, requires_grad=sharded.requires_grad)
         made.sharded, made.gradient_dtype, made.gradient = sharded, sharded.dtype, None
+        made.memory = made.data
         made.transposed = made.detach().T if full.dim() == 2 else None
         made.free()
         return made
 
+    @property
+    def version(self) -> int:
+        """Grows with every write to the shard."""
+        return self.sharded.to_local()._version
+
     def fill(self) -> None:
         """Gathers the weight."""
-        full = self.data
+        full = self.memory
         full.untyped_storage().resize_(full.numel() * full.element_size())
         sharded: Any = self.sharded.detach()  # a DTensor too
         mesh = self.sharded.device_mesh
@@ -108,7 +116,7 @@ class StandIn(nn.Parameter):
             full.copy_(sharded.to(full.dtype).full_tensor())
 
     def free(self) -> None:
-        self.data.untyped_storage().resize_(0)
+        self.memory.untyped_storage().resize_(0)
 
     def add_to_shard(self, gradient: Tensor) -> None:
         """Adds the sum over the processes of a gradient of the full shape to the shard's."""
@@ -122,17 +130,91 @@ class StandIn(nn.Parameter):
                 self.sharded.grad += own
 
 
-@dataclass
-class PlainModel:
-    """A sharded model as an ordinary one; made by :func:`as_plain`."""
+_open: dict[int, PlainModel] = {}  # by the id of the model
 
-    stand_ins: list[StandIn]
-    by_block: dict[nn.Module, list[StandIn]]
+
+class PlainModel:
+    """A sharded model as an ordinary one, while :meth:`open`; made by :func:`as_plain`.
+
+    Attributes:
+        group: the processes that the weights are divided among.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup,
+        is_block: Callable[[nn.Module], bool],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.group, self._model = group, model
+        self._places, self._by_block = _stand_ins_of(model, is_block, dtype)
+        self._stand_ins = list({id(each): each for *_, each in self._places}.values())
+        absent = {id(each) for own in self._by_block.values() for each in own}
+        self._throughout = [each for each in self._stand_ins if id(each) not in absent]
+        self._gathering = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, the model is an ordinary one, but for the absence of the linear layers' weights
+        in blocks.
+
+        Raises:
+            UserError: inside another one of the same model.
+        """
+        if (already := _open.get(id(self._model))) is self:
+            yield
+            return
+        if already is not None:
+            raise UserError("model: expected the update of this moment, got one made before it")
+        before = [(each.sharded, each.sharded.grad is None) for each in self._stand_ins]
+        with ExitStack() as stack:
+            _without_sharding(self._model, stack)
+            for module, key, stand_in in self._places:
+                stack.callback(module._parameters.__setitem__, key, module._parameters[key])
+                module._parameters[key] = stand_in
+            for each in self._throughout:
+                stack.callback(each.free)
+                each.fill()
+            _open[id(self._model)] = self
+            stack.callback(_open.pop, id(self._model))
+            try:
+                yield
+            except BaseException:
+                for sharded, without in before:
+                    if without:
+                        sharded.grad = None
+                raise
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, a call of a block gathers its weights, for passes without a gradient."""
+        if self._gathering:
+            yield
+            return
+        with ExitStack() as stack:
+            for block in self._by_block:
+                own = vars(block).get("forward")
+                undo = vars(block).pop if own is None else partial(setattr, block)
+                stack.callback(undo, "forward", own)
+                block.forward = self.within(block, block.forward)
+            self._gathering = True
+            stack.callback(setattr, self, "_gathering", False)
+            yield
+
+    def within(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward of a block that gathers its weights."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            with self.present(block):
+                return forward(*args, **options)
+
+        return run
 
     @contextmanager
     def present(self, block: nn.Module) -> Iterator[None]:
         """Inside, the weights of a block are there; then their gradients are with the shards."""
-        own = self.by_block.get(block, [])
+        own = self._by_block.get(block, [])
         for each in own:
             each.fill()
         try:
@@ -147,10 +229,18 @@ class PlainModel:
 
     def finish(self) -> None:
         """Sums the gradients that are left: of what was there throughout."""
-        for each in self.stand_ins:
+        for each in self._stand_ins:
             if each.grad is not None:
                 each.add_to_shard(each.grad)
                 each.grad = None
+
+    def most(self, number: float) -> float:
+        """The largest of what the processes give."""
+        device = self._stand_ins[0].device
+        numbers = torch.tensor(number, dtype=torch.float64, device=device)
+        with collective():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, self.group)
+        return float(numbers)
 
 
 @contextmanager
@@ -159,29 +249,21 @@ def as_plain(
     is_block: Callable[[nn.Module], bool],
     dtype_of: Callable[[nn.Module], torch.dtype | None],
 ) -> Iterator[PlainModel]:
-    """Inside, a sharded model is an ordinary one, but for the absence of the linear layers' weights
-    in blocks.
+    """Inside, a sharded model is an ordinary one: see :meth:`PlainModel.open`.
 
     Args:
-        dtype_of: what these are gathered in, of the model without FSDP2; None for their own.
+        dtype_of: what the weights of blocks are gathered in, of the model without FSDP2; None for
+            their own.
     """
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                stack.enter_context(_without_fsdp(module))
-        plain = _put_stand_ins(model, is_block, dtype_of(model), stack)
-        absent = {id(each) for own in plain.by_block.values() for each in own}
-        before = [(each.sharded, each.sharded.grad is None) for each in plain.stand_ins]
-        for each in plain.stand_ins:
-            if id(each) not in absent:
-                each.fill()
-        try:
-            yield plain
-        except BaseException:
-            for sharded, without in before:
-                if without:
-                    sharded.grad = None
-            raise
+    plain = _open.get(id(model))
+    if plain is None:
+        group = group_of(model)
+        with ExitStack() as stack:
+            _without_sharding(model, stack)
+            dtype = dtype_of(model)
+        plain = PlainModel(model, group, is_block, dtype)
+    with plain.open():
+        yield plain
 
 
 def is_gathered(name: str, module: nn.Module) -> bool:
@@ -191,21 +273,23 @@ def is_gathered(name: str, module: nn.Module) -> bool:
     return linear and ".lora_" not in name
 
 
-def _put_stand_ins(
-    model: nn.Module,
-    is_block: Callable[[nn.Module], bool],
-    dtype: torch.dtype | None,
-    stack: ExitStack,
-) -> PlainModel:
+Places = list[tuple[nn.Module, str, StandIn]]
+
+
+def _stand_ins_of(
+    model: nn.Module, is_block: Callable[[nn.Module], bool], dtype: torch.dtype | None
+) -> tuple[Places, dict[nn.Module, list[StandIn]]]:
+    """Where each belongs, and by block those that are gathered with it."""
     absent = {}
+    by_block: dict[nn.Module, list[StandIn]] = {}
     for block in filter(is_block, model.modules()):
         for name, module in block.named_modules():
             if is_gathered(name, module):
                 absent[id(module.weight)] = block
     known: dict[int, StandIn] = {}
-    by_block: dict[nn.Module, list[StandIn]] = {}
+    places: Places = []
     for module in model.modules():
-        for key, parameter in list(module._parameters.items()):
+        for key, parameter in module._parameters.items():
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in known:
@@ -214,9 +298,14 @@ def _put_stand_ins(
                 known[id(parameter)] = StandIn.of(parameter, own)
                 if block is not None:
                     by_block.setdefault(block, []).append(known[id(parameter)])
-            module._parameters[key] = known[id(parameter)]
-            stack.callback(module._parameters.__setitem__, key, parameter)
-    return PlainModel(list(known.values()), by_block)
+            places.append((module, key, known[id(parameter)]))
+    return places, by_block
+
+
+def _without_sharding(model: nn.Module, stack: ExitStack) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            stack.enter_context(_without_fsdp(module))
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def state_at(adapted: AdaptedModel, groups: list[int], save: Callable[..., Any])
     """
     with ExitStack() as stack:
         if len(groups) > 1:
-            stack.enter_context(_refused(adapted.model, UserError(SEVERAL.format(groups))))
+            stack.enter_context(refused(adapted.model, UserError(SEVERAL.format(groups))))
         else:
             stack.enter_context(_states(adapted, groups[0]))
             if hasattr(adapted.model, "peft_config") and _moves_base(adapted):
@@ -92,7 +92,7 @@ def _states(adapted: AdaptedModel, group: int) -> Iterator[None]:
 
 
 @contextmanager
-def _refused(model: Any, error: UserError) -> Iterator[None]:
+def refused(model: Any, error: UserError) -> Iterator[None]:
     """Inside, the state of the model and of its parts is refused."""
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import MetaBatch, check_context_group, check_contexts, check_loss_mask, describe
+from ..distributed.sharded import PlainModel
 from ..errors import UserError
 from ..keep.folder import Kept, save
 from ..keep.loaded import load_adapters
 from ..keep.record import Learnt
-from ..keep.state import state_at, state_of
+from ..keep.state import refused, state_at, state_of
 from ..layout import context_weights
 from ..models.architecture import check_ids, check_model, check_row_lengths, compute_dtype
 from ..models.inner_params import InnerParams, select_inner
 from ..ops.phase import Phase
 from ..rows import GroupedRows
-from ..update.adapted_layer import StepState
+from ..update.adapted_layer import StepState, always_there
 from ..update.attach import AdaptedModel
 from .config import check_inner, check_verify
-from .failures import Failures, nothing_changed_in_place
+from .failures import Failures, found_on_the_device, nothing_changed_in_place
+from .gathered import opened
 from .verify import verify_model
 
 
@@ -77,6 +79,12 @@ def take_inner_steps(
     return first, inner_loss
 
 
+NOT_KEPT = (
+    "model: expected weights that are not sharded to keep θ' or to ask for its state, got those of "
+    "fully_shard"
+)
+
+
 class InnerUpdate:
     """The θ' of every group: to run the model at, and to keep; made by :func:`inner_step`, or of
     adapters that were kept.
@@ -86,8 +94,10 @@ class InnerUpdate:
         learnt: how the θ' of each group was.
     """
 
-    def __init__(self, adapted: AdaptedModel, learnt: Sequence[Learnt]) -> None:
-        self.adapted, self.learnt = adapted, tuple(learnt)
+    def __init__(
+        self, adapted: AdaptedModel, learnt: Sequence[Learnt], plain: PlainModel | None = None
+    ) -> None:
+        self.adapted, self.learnt, self._plain = adapted, tuple(learnt), plain
 
     @property
     def groups(self) -> int:
@@ -103,6 +113,10 @@ class InnerUpdate:
         masks and cache; their outputs have no graph. With one group ``model.state_dict()`` and
         ``model.save_pretrained(...)`` are of its θ' (of a PEFT model whose base moves, as an
         adapter: :meth:`save_pretrained`); with several they raise.
+
+        A model that ``fully_shard`` has sharded gathers the weights of a block while that runs: all
+        processes, each with an update of its own, have to call it as often. Its state they cannot
+        have, nor :meth:`save_pretrained` or :meth:`to_state_dict`.
 
         Args:
             model: the model the inner step was taken on.
@@ -127,9 +141,15 @@ class InnerUpdate:
                 f"{int(groups.max())}]"
             )
         applied = groups.unique().tolist()
-        inference = self.adapted.inference(GroupedRows(groups, self.groups))
-        save = partial(self.save_pretrained, group=applied[0])
-        with inference, state_at(self.adapted, applied, save):
+        with ExitStack() as stack:
+            if self._plain is None:
+                save = partial(self.save_pretrained, group=applied[0])
+                stack.enter_context(state_at(self.adapted, applied, save))
+            else:
+                stack.enter_context(self._plain.open())
+                stack.enter_context(self._plain.gathering())
+                stack.enter_context(refused(model, UserError(NOT_KEPT)))
+            stack.enter_context(self.adapted.inference(GroupedRows(groups, self.groups)))
             yield
 
     def save_pretrained(
@@ -166,7 +186,7 @@ class InnerUpdate:
                 update that no adapter holds; weights written to since the update was made.
             FloatingPointError: if θ' is not finite.
         """
-        self._check_group(group)
+        self._check_kept(group)
         if isinstance(texts, str):
             raise UserError(f"texts: expected a sequence of texts, got the text {texts[:40]!r}")
         learnt = self.learnt[group]
@@ -185,7 +205,7 @@ class InnerUpdate:
             ValueError: for a group that there is not; for weights written to since the update was
                 made.
         """
-        self._check_group(group)
+        self._check_kept(group)
         return state_of(self.adapted, group)
 
     @classmethod
@@ -206,7 +226,9 @@ class InnerUpdate:
         adapted, learnt = load_adapters(model, [Path(each) for each in folders])
         return cls(adapted, learnt)
 
-    def _check_group(self, group: int) -> None:
+    def _check_kept(self, group: int) -> None:
+        if self._plain is not None:
+            raise UserError(NOT_KEPT)
         self.adapted.check_theta()
         if type(group) is not int or not 0 <= group < self.groups:
             raise UserError(f"group: expected an integer in [0, {self.groups}), got {group!r}")
@@ -240,34 +262,62 @@ def inner_step(
         ValueError: for a bad argument, naming it, the expected and the given.
         FloatingPointError: if an inner loss is not finite.
     """
-    check_model(model)
     check_contexts(context_ids, context_mask)
     loss_mask = check_loss_mask(context_loss_mask, context_ids, context_mask)
-    check_ids("context_ids", context_ids, model)
-    check_row_lengths("context_mask", context_mask, model)
     check_inner(inner_lr, inner_steps)
     check_verify(verify)
-    torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
-    inner = select_inner(model, inner_params)
-    if verify == "first":
-        verify_model(model, context_ids, context_mask, inner, "auto")
     group = check_context_group(context_group, context_ids)
-    groups = int(group.max()) + 1
-    dtype = compute_dtype(model)
-    state = StepState(groups, float(inner_lr), Phase(second_order=False), dtype)
-    autocast = torch.autocast(context_ids.device.type, enabled=False)
-    share_C, weight_CT = (
-        weights.to(group.device)
-        for weights in context_weights(group.cpu(), groups, loss_mask.cpu())
-    )
-    contexts = Contexts(context_ids, GroupedRows(group, groups), share_C, weight_CT)
-    failures = Failures(context_ids.device)
-    with torch.enable_grad(), autocast, nothing_changed_in_place():
+    with opened(model) as plain:
+        check_model(model)
+        check_ids("context_ids", context_ids, model)
+        check_row_lengths("context_mask", context_mask, model)
+        torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
+        inner = select_inner(model, inner_params)
+        if verify == "first":
+            verify_model(model, context_ids, context_mask, inner, "auto", plain=plain)
+        groups = int(group.max()) + 1
+        share_C, weight_CT = (
+            weights.to(group.device)
+            for weights in context_weights(group.cpu(), groups, loss_mask.cpu())
+        )
+        contexts = Contexts(context_ids, GroupedRows(group, groups), share_C, weight_CT)
+        adapted = _adapted_by(model, inner, contexts, float(inner_lr), inner_steps, plain)
+        adapted.detach(level=inner_steps)
+    chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
+    return InnerUpdate(adapted, [Learnt(float(inner_lr), inner_steps, chosen)] * groups, plain)
+
+
+def _adapted_by(
+    model: nn.Module,
+    inner: dict[str, nn.Parameter],
+    contexts: Contexts,
+    inner_lr: float,
+    inner_steps: int,
+    plain: PlainModel | None,
+) -> AdaptedModel:
+    """The model after inner steps; of a sharded one the processes take theirs together.
+
+    Raises:
+        FloatingPointError: if an inner loss is not finite, of a sharded model in any process.
+    """
+    device = contexts.ids.device
+    weights = always_there if plain is None else plain.present
+    phase, groups = Phase(second_order=False), contexts.rows.groups
+    state = StepState(groups, inner_lr, phase, compute_dtype(model), weights=weights)
+    autocast = torch.autocast(device.type, enabled=False)
+    with ExitStack() as stack:
+        if plain is not None:  # one that stopped would leave the others waiting
+            stack.enter_context(found_on_the_device())
+        failures = Failures(device)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(autocast)
+        stack.enter_context(nothing_changed_in_place())
         adapted = AdaptedModel(model, inner, state)
-        with adapted.differentiable():
+        with adapted.differentiable("none" if plain is None else "block"):
             take_inner_steps(adapted, contexts, inner_steps, failures)
             failures.take(state.flags)
+    lost = plain is not None and plain.most(float(failures.found_inf)) > 0
     failures.check()
-    adapted.detach(level=inner_steps)
-    chosen = inner_params if isinstance(inner_params, str) else "a choice by name"
-    return InnerUpdate(adapted, [Learnt(float(inner_lr), inner_steps, chosen)] * groups)
+    if lost:
+        raise FloatingPointError("inner loss: expected finite numbers, got others elsewhere")
+    return adapted

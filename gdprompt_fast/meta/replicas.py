@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import MetaBatch
 from ..distributed.group import collective
 from ..distributed.reduce import reduce_gradients
-from ..distributed.sharded import as_plain, group_of, is_sharded
+from ..distributed.sharded import PlainModel, as_plain, group_of, is_sharded
 from ..errors import UserError
 from ..models.architecture import compute_dtype
 from ..update.adapted_layer import Weights, always_there
 from .config import MetaStepConfig, MetaStepOutput
 from .failures import found_at_once
+from .gathered import is_block
 from .lm_batch import LMBatch
 from .parts import Part, padding_part
 
@@ -35,7 +35,12 @@ class Replicas:
     Args:
         group: the processes.
         divisor: by which gradients and losses are divided that they have summed.
+
+    Attributes:
+        sharded: the model, while :meth:`plain`, if its weights are sharded.
     """
+
+    sharded: PlainModel | None = None
 
     weights: Weights = staticmethod(always_there)
 
@@ -135,18 +140,16 @@ class Sharded(Replicas):
         self._model = model
 
     def check(self, config: MetaStepConfig) -> None:
-        for name, wanted in (("recompute", "block"), ("verify", "never")):
-            given = getattr(config, name)
-            if given != wanted:
-                raise UserError(
-                    f'{name}: expected "{wanted}" for a model whose weights are sharded, got '
-                    f'"{given}"; a step on the model before fully_shard verifies it'
-                )
+        if config.recompute != "block":
+            raise UserError(
+                'recompute: expected "block" for a model whose weights are sharded, got '
+                f'"{config.recompute}"'
+            )
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        with as_plain(self._model, is_block, compute_dtype) as self._plain:
-            self.weights = self._plain.present
+        with as_plain(self._model, is_block, compute_dtype) as plain:
+            self.sharded, self.weights = plain, plain.present
             yield
 
     def even(self, parts: list[Part], lm_parts: list[LMBatch]) -> tuple[list[Part], list[LMBatch]]:
@@ -163,7 +166,8 @@ class Sharded(Replicas):
         )
 
     def reduce(self) -> None:
-        self._plain.finish()
+        assert self.sharded is not None
+        self.sharded.finish()
 
 
 def replicas_of(model: nn.Module) -> tuple[nn.Module, Replicas | None]:
@@ -171,7 +175,3 @@ def replicas_of(model: nn.Module) -> tuple[nn.Module, Replicas | None]:
     if isinstance(model, DistributedDataParallel):
         return model.module, DDPReplicas(model)
     return model, Sharded(model) if is_sharded(model) else None
-
-
-def is_block(module: nn.Module) -> bool:
-    return isinstance(module, GradientCheckpointingLayer)

@@ -168,9 +168,10 @@ def _step(
         why, graphs = why_eager(model, config, device), None
         if not why:
             graphs = graphs_of(model, device, (now, surroundings(model, device), step.kind))
-    if config.verify == "first" and batch.layout.real.contexts:
+    plain = None if replicas is None else replicas.sharded
+    if config.verify == "first" and (batch.layout.real.contexts or plain is not None):
         texts = batch.context_ids, batch.context_mask
-        verify_model(model, *texts, inner, ran, config.recompute, now)
+        verify_model(model, *texts, inner, ran, config.recompute, now, plain)
     micro_groups, ladder = config.micro_groups, graphs is not None
     parts = parts_of(batch, teacher, micro_groups, ladder)
     lm_parts = lm_parts_of(rows, batch.groups, micro_groups, ladder)

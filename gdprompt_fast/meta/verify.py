@@ -11,14 +11,17 @@ from __future__ import annotations
 import random
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..distributed.sharded import PlainModel
+from ..distributed.watch import ProcessLost
 from ..errors import UserError
 from ..models.architecture import causal_lm, compute_dtype
 from ..models.graph import check_twice_differentiable
@@ -26,7 +29,7 @@ from ..ops.backend import use_backend
 from ..ops.phase import Phase
 from ..ops.vocabulary.block import tile_elements
 from ..rows import GroupedRows
-from ..update.adapted_layer import StepState
+from ..update.adapted_layer import StepState, Weights, always_there
 from ..update.attach import AdaptedModel
 from .fingerprint import fingerprint
 
@@ -49,6 +52,7 @@ def verify_model(
     backend: str,
     recompute: str = "none",
     of_model: Any = None,
+    plain: PlainModel | None = None,
 ) -> None:
     """Verifies the model at its first step, and whenever it is not as it was then.
 
@@ -58,36 +62,70 @@ def verify_model(
         backend: that of the step.
         recompute: as in :func:`gdprompt_fast.fast_meta_step`.
         of_model: its fingerprint, where that is known.
+        plain: of a sharded model, which all processes look at together.
 
     Raises:
         UserError: naming what the engine would get wrong; nothing has changed.
     """
     of_model = of_model or fingerprint(model, context_ids.shape[1])
     now = of_model, tuple(inner), backend, recompute
-    if _verified.get(model) == now:
-        return
+    look = partial(_look, model, context_ids, context_mask, inner, backend, recompute, plain)
+    if plain is None:
+        if _verified.get(model) == now:
+            return
+        look()
+    elif plain.most(_verified.get(model) != now):
+        _together(plain, look)
+    _verified[model] = now
+
+
+def _together(plain: PlainModel, look: Callable[[], None]) -> None:
+    """Has all processes refuse what one refuses."""
+    error = None
+    try:
+        look()
+    except UserError as found:
+        error = found
+    refused = plain.most(error is not None)
+    if error is not None:
+        raise error
+    if refused:
+        raise UserError("model: expected to compute what its own forward computes in all processes")
+
+
+def _look(
+    model: nn.Module,
+    context_ids: Tensor,
+    context_mask: Tensor,
+    inner: dict[str, nn.Parameter],
+    backend: str,
+    recompute: str,
+    plain: PlainModel | None,
+) -> None:
     lengths = context_mask.sum(1)
-    row = context_ids[lengths.argmax()][: int(lengths.max())][None]
+    length = int(lengths.max()) or context_ids.shape[1]  # padding, where a process has no share
+    row = context_ids[lengths.argmax()][:length][None]
     vocabulary = len(causal_lm(model).get_output_embeddings().weight)
     # of two rows; the last positions, where windows show
     keep = min(row.shape[1], max(1, tile_elements(row.device) // (2 * vocabulary)))
     with torch.enable_grad(), use_backend(backend), _runs("a meta step"):
-        logits, reached = _engine_pass(model, row, inner, keep)
-    random_states = _random_states()
-    own, used = _own_logits(model, row, keep)
-    if random_states != _random_states():
-        _check_deterministic(model, row, keep)
+        weights = always_there if plain is None else plain.present
+        logits, reached = _engine_pass(model, row, inner, keep, weights)
+    with nullcontext() if plain is None else plain.gathering():
+        random_states = _random_states()
+        own, used = _own_logits(model, row, keep)
+        if random_states != _random_states():
+            _check_deterministic(model, row, keep)
     if own.isfinite().all():  # otherwise the inner loss is not either, and the step says so
         _check_same(model, logits, own)
     _check_gradients(model, used, reached, recompute)
-    _verified[model] = now
 
 
 def _engine_pass(
-    model: nn.Module, row: Tensor, inner: dict[str, nn.Parameter], keep: int
+    model: nn.Module, row: Tensor, inner: dict[str, nn.Parameter], keep: int, weights: Weights
 ) -> tuple[Tensor, set[int]]:
     """The engine's last logits [keep, V], and the leaves that the loss has a gradient for."""
-    state = StepState(1, 0.0, Phase(second_order=True), compute_dtype(model))
+    state = StepState(1, 0.0, Phase(second_order=True), compute_dtype(model), weights=weights)
     rows = GroupedRows(torch.zeros(1, dtype=torch.long, device=row.device), 1)
     with torch.autocast(row.device.type, enabled=False):
         adapted = AdaptedModel(model, inner, state)
@@ -134,7 +172,7 @@ def _runs(what: str) -> Iterator[None]:
     """Makes an error of the model's code, or of its user's in it, one that says where it was."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, ProcessLost, torch.OutOfMemoryError):
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..distributed.sharded import StandIn
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
 from ..models.intact import has_own_forward
@@ -19,7 +20,7 @@ from ..rows import GroupedRows
 
 # Importing a rule's module registers it.
 from . import norm  # noqa: F401
-from .adapted_layer import AdaptedLayer, StepState, find_rule
+from .adapted_layer import AdaptedLayer, StepState, always_there, find_rule
 from .decoder import decoder_layers
 from .embedding import AdaptedEmbedding
 from .linear import AdaptedLinear
@@ -98,14 +99,25 @@ class AdaptedModel:
             if module not in forwards:
                 forward = substitute_for(module, self.state.dtype, ours, self.adapted_layers)
                 forwards |= {} if forward is None else {module: forward}
-            if recompute == "block" and isinstance(module, GradientCheckpointingLayer):
+            if recompute == "block" and _is_block(module):
                 forwards[module] = recomputed(module, self.adapted_layers, self.state)
+            elif self.state.weights is not always_there and _is_block(module):
+                forwards[module] = self._gathering(module, forwards.get(module, module.forward))
         try:
             with _replaced(forwards), attention_by(self.model, ATTENTION if ours else None):
                 yield
         except BaseException:
             self.release()
             raise
+
+    def _gathering(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward with its weights there for a while, which no backward will read."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            with self.state.weights(block):
+                return forward(*args, **options)
+
+        return run
 
     @contextmanager
     def inference(self, rows: GroupedRows) -> Iterator[None]:
@@ -234,15 +246,23 @@ class AdaptedModel:
 
 def _theta_of(model: nn.Module) -> tuple[Any, ...]:
     """What changes whenever a weight is written to, or other adapters are used."""
-    weights = [
-        (name, id(p), 0 if p.is_inference() else p._version) for name, p in parameters_of(model)
-    ]
+    weights = [(name, id(p), _version_of(p)) for name, p in parameters_of(model)]
     in_use = [
         (name, module.disable_adapters, *cast(Any, module).active_adapters)
         for name, module in modules_of(model)
         if hasattr(module, "lora_A")
     ]
     return *weights, *in_use
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _version_of(parameter: nn.Parameter) -> int:
+    if isinstance(parameter, StandIn):
+        return parameter.version
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _check_not_shared(modules: Modules, moved: set[int], tied: set[nn.Module]) -> None:
