@@ -139,19 +139,30 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def shared_work(
-    items: Sequence[T], work: Callable[[T], R], errors: tuple[type[Exception], ...] = ()
+    items: Sequence[T],
+    work: Callable[[T], R],
+    errors: tuple[type[Exception], ...] = (),
+    together: bool = False,
 ) -> list[R]:
     """``[work(item) for item in items]``, each item worked on by one of the processes; all get
     all results, which are pickled.
+
+    Args:
+        together: the processes have to work as often, as where they share a model: one that has no
+            item left works on the last one, for nothing.
 
     Raises:
         errors: in every process, what ``work`` raises of these in one.
     """
     if world_size() == 1:
         return [work(item) for item in items]
+    mine = list(share(items))
+    idle = -(-len(items) // world_size()) - len(mine) if together else 0
     own: list[R] | Exception
     try:
-        own = [work(item) for item in share(items)]
+        own = [work(item) for item in mine]
+        for _ in range(idle):
+            work(items[-1])
     except errors as error:
         own = error
     parts = gathered(own)

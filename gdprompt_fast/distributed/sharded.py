@@ -56,6 +56,14 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
     return meshes.pop().get_group()
 
 
+def whole(weight: Tensor) -> Tensor:
+    """A weight, detached; of a sharded one all of it, which all processes have to ask for."""
+    if not isinstance(weight, DTensor):
+        return weight.detach()
+    with collective():
+        return weight.detach().full_tensor()
+
+
 def transposed(weight: Tensor) -> Tensor:
     """A weight's transpose, detached."""
     if isinstance(weight, StandIn) and weight.transposed is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data import Example, context_loss_mask, pad
 from ..errors import UserError
 from ..meta.config import check_inner
+from ..meta.gathered import check_whole, opened
 from ..meta.inner import inner_step
 from ..models.inner_params import select_inner
 
@@ -34,7 +35,11 @@ def check_inner_step(model: nn.Module, inner: InnerStep, one_after_another: bool
             float32, whose rounding would lose much of a step.
     """
     check_inner(inner.lr, inner.steps)
-    for name, parameter in select_inner(model, inner.params).items():
+    if one_after_another:
+        check_whole(model, "contexts one after another")
+    with opened(model):
+        selected = select_inner(model, inner.params)
+    for name, parameter in selected.items():
         if one_after_another and parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 "one_after_another: expected float32 weights, into which steps are rounded, "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Rows
+from ..meta.gathered import gathered
 from .answers import exact_match, f1
 
 
@@ -160,7 +161,9 @@ def score_rows(model: nn.Module, rows: Rows) -> Scores:
     """
     begin = int(rows.response_mask.long().argmax(1).min())  # no response begins before it
     keep = rows.ids.shape[1] - begin + 1
-    logits = model(input_ids=rows.ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    with gathered(model):
+        output = model(input_ids=rows.ids, use_cache=False, logits_to_keep=keep)
+    logits = output.logits[:, :-1].float()
     gold, mask = rows.ids[:, begin:], rows.response_mask[:, begin:]
     nll = F.cross_entropy(logits.transpose(1, 2), gold, reduction="none")
     predicted = logits.argmax(-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..artifacts.progress import progress_bar
 from ..data import Example, Size, batched, by_length, end_token, response_rows
 from ..distributed.group import shared_work, world_size
+from ..distributed.sharded import is_sharded
 from ..errors import UserError
 from ..loading import positions
 from ..teacher import greedy_answers
@@ -187,7 +188,7 @@ def _scores(
             bar.update(len(batch) * world_size())
             return scores
 
-        parts = shared_work(batches, score, errors=(FloatingPointError,))
+        parts = shared_work(batches, score, (FloatingPointError,), together=is_sharded(model))
     places = sorted(range(len(order)), key=order.__getitem__)
     return Scores.concatenate(parts).reordered(places)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.local_shards import put_rows
+from ..distributed.sharded import is_sharded
 from ..errors import UserError
 from ..models.architecture import check_model
 from .files import ADAPTER_WEIGHTS, check_files, read_settings, weight_files
@@ -126,11 +128,16 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: if they are not those of the model.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     weights = _weights(folder)
     _compared(model, weights).check(folder, "its adapters", allow_missing=False)
-    set_peft_model_state_dict(model, weights)
+    if is_sharded(model):
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        for name, tensor in own.items():
+            put_rows(weights[name], tensor)
+    else:
+        set_peft_model_state_dict(model, weights)
 
 
 def _weights(folder: Path) -> Weights:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..distributed.group import check_same, world_size
 from ..distributed.sharded import PlainModel, as_plain, is_sharded
 from ..errors import UserError
 from ..models.architecture import compute_dtype
@@ -15,6 +19,21 @@ from ..models.architecture import compute_dtype
 
 def is_block(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer)
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """Divides a model's weights, in place, among the processes of :func:`launched`, by FSDP2's
+    ``fully_shard``: every block, then the rest; a block at a time is on ``device`` as a whole.
+
+    Raises:
+        UserError: naming the process that has other weights.
+    """
+    sums = [parameter.detach().sum(dtype=torch.float64) for parameter in model.parameters()]
+    check_same("model: the sum of its weights", float(torch.stack(sums).sum()))
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for block in filter(is_block, model.modules()):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @contextmanager

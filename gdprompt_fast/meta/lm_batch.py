@@ -60,6 +60,19 @@ class LMBatch:
         return made
 
     @staticmethod
+    def weighted(ids: Tensor, weight_BT: Tensor) -> LMBatch:
+        """Rows of which every token with a weight > 0, but a first one, counts with that, in place
+        of all in their rows' means.
+        """
+        made = LMBatch(ids, torch.ones_like(ids, dtype=torch.bool))
+        weight_NP = weight_BT[:, 1:]
+        row_P, column_P = weight_NP.nonzero(as_tuple=True)
+        made.position_P = row_P * ids.shape[1] + column_P
+        made.weight_P = weight_NP[row_P, column_P].double()
+        made.predictions = GroupedRows(torch.zeros_like(row_P), 1)
+        return made
+
+    @staticmethod
     def of(given: Any) -> LMBatch:
         """An LMBatch, or a pair (ids, mask), as one."""
         if isinstance(given, LMBatch):

@@ -19,6 +19,7 @@ from ..models.architecture import (
     hidden_states,
     predicting_states,
 )
+from .gathered import gathered, opened
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TeacherTargets:
 
         Args:
             teacher: a causal LM; its head is kept by reference, so it must not change before the
-                step.
+                step. Of a sharded one every process keeps a copy of the whole head.
             prompt_ids: LongTensor [Q, T], rows of context ⊕ query ⊕ response, right-padded, one per
                 query.
             prompt_mask: BoolTensor [Q, T], True on real tokens.
@@ -72,12 +73,12 @@ class TeacherTargets:
         """
         check_tokens("prompt", prompt_ids, prompt_mask, "[Q, T]")
         check_response(response_mask, prompt_ids, prompt_mask, "[Q, T]")
-        check_ids("prompt_ids", prompt_ids, teacher)
-        check_row_lengths("prompt_mask", prompt_mask, teacher)
-        check_deterministic(teacher)
-        _, head = backbone_and_head(teacher)
-        hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)
-        return TeacherTargets(hidden=hidden, head=head.weight.detach())
+        with gathered(teacher):
+            check_ids("prompt_ids", prompt_ids, teacher)
+            check_row_lengths("prompt_mask", prompt_mask, teacher)
+            check_deterministic(teacher)
+            hidden = predicting_states(hidden_states(teacher, prompt_ids), response_mask)
+            return TeacherTargets(hidden=hidden, head=head_of(teacher))
 
     def select(self, tokens: Tensor) -> TeacherTargets:
         """The targets of some of the response tokens, by their numbers."""
@@ -123,6 +124,13 @@ class TeacherTargets:
             return self.logits
         assert self.hidden is not None and self.head is not None
         return self.hidden @ self.head.T
+
+
+def head_of(teacher: nn.Module) -> Tensor:
+    """The weight of the head [V, d]: itself, but of a sharded model a copy of all of it."""
+    with opened(teacher) as plain:
+        head = backbone_and_head(teacher)[1].weight.detach()
+        return head if plain is None else head.clone()
 
 
 def check_teacher(

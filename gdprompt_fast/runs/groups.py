@@ -101,13 +101,17 @@ class ModelConfig(WeightsConfig, DeviceConfig, WritingConfig):
         reads=True,
     )
 
-    def load(self, dtype: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The model on the device, and its tokenizer; what is to be known of them is printed.
+    def load(
+        self, dtype: str, device: torch.device | None = None
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """The model on the device, or another one, and its tokenizer; what is to be known of them
+        is printed.
 
         Raises:
             UserError: naming what of them is wrong.
         """
-        model, tokenizer = load_model(self.model, dtype, self.torch_device, **self.weights)
+        there = device or self.torch_device
+        model, tokenizer = load_model(self.model, dtype, there, **self.weights)
         print_notes(model, tokenizer)
         return model, tokenizer
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file
 from ..config.fields import REQUIRED, option
 from ..data import Example, text_rows
+from ..distributed.group import world_size
 from ..errors import UserError
 from ..loading import (
     add_lora,
@@ -24,6 +26,7 @@ from ..loading import (
     max_prompt_length,
     positions,
 )
+from ..meta.gathered import shard
 from ..models.inner_params import select_inner
 from ..plan import parse_memory
 from ..teacher import Teacher, TeacherCache, TeacherOnTheFly, cache_key, check_cache
@@ -96,6 +99,16 @@ class TrainingConfig(TrainOptions, ExamplesConfig, ModelConfig):
                     f"memory: expected none beside micro_batch {self.micro_batch}, got "
                     f"{self.memory!r}, which finds one"
                 )
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether several processes have a part of the weights each."""
+        return self.sharding == "full" and world_size() > 1
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where models are loaded to: the host for those that are divided then."""
+        return torch.device("cpu") if self.divides_weights else self.torch_device
 
     @property
     def options(self) -> TrainOptions:
@@ -198,11 +211,14 @@ def load_job(config: TrainingConfig, options: TrainOptions) -> Job:
     if teacher is not None and cache is not None and cache.exists():
         answer = (options.answer_tokens, options.teacher_batch_size)
         check_cache(cache, cache_key(teacher, examples, *answer))
+    if config.divides_weights:
+        model = shard(model, config.torch_device)
+        teacher = teacher and shard(teacher, config.torch_device)
     return Job(model, tokenizer, examples, options, teacher, cache, test, joint, texts, reader)
 
 
 def _model_to_train(config: TrainingConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    model, tokenizer = config.load(config.dtype)
+    model, tokenizer = config.load(config.dtype, config.loading_device)
     if config.dtype != "float32" and not config.lora_rank:
         raise UserError(
             f"dtype: expected float32 to train all weights, got {config.dtype}: steps of Adam are "
@@ -229,7 +245,7 @@ def _teacher_of(
     if config.teacher:
         asked["revision"] = None  # that of --model
     teacher, its_tokenizer = load_model(
-        config.teacher or config.model, dtype, config.torch_device, **asked
+        config.teacher or config.model, dtype, config.loading_device, **asked
     )
     check_same_vocabulary(teacher, model)
     check_same_tokens(its_tokenizer, tokenizer)

@@ -64,6 +64,22 @@ class TrainConfig(TrainingConfig):
         if self.eval_every and self.test_data is None:
             raise UserError("eval_every: expected test_data to measure on beside it, got none")
 
+    def check_divided(self) -> None:
+        """
+        Raises:
+            UserError: for what a model that no process has as a whole cannot do.
+        """
+        if self.check:
+            raise UserError(
+                'check: expected --no-check with sharding "full", of which no process has the '
+                "model to check, got a check; the first step verifies its forward all the same"
+            )
+        if self.memory is not None:
+            raise UserError(
+                f'memory: expected none with sharding "full", got {self.memory!r}: gdprompt plan '
+                "--sharding full tells what a micro_batch needs"
+            )
+
     def held_out(self, test: TestSet | None) -> HeldOut | None:
         """What to measure on as training goes, if anything."""
         if test is None or not self.eval_every:
@@ -82,6 +98,8 @@ class TrainConfig(TrainingConfig):
 def train(config: TrainConfig) -> Callable[[], Results]:
     """Loads model and examples; the work is to train, and with a test set to evaluate."""
     outputs = outputs_of(config)
+    if config.divides_weights:
+        config.check_divided()
     if rank() == 0:
         check_output(config.output, config.resume, outputs)
     job = load_job(config, config.options)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..meta.gathered import gathered
+
 
 @torch.no_grad()
 def greedy_answers(
@@ -16,27 +18,31 @@ def greedy_answers(
 
     Plain arg max at every step, whatever sampling or penalties the model's generation config asks
     for. An answer that reaches ``max_tokens`` ends there, without EOS; none is empty.
+
+    The processes of a sharded model go on until all of them have their answers.
     """
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in left_pad(prompts))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     answers = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
     cache = None
-    for _ in range(max_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        ids, cache = output.logits.argmax(-1), output.past_key_values
-        answers = torch.cat([answers, ids], dim=1)
-        if (answers == eos).any(1).all():
-            break
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        positions = positions[:, -1:] + 1
+    with gathered(model) as plain:
+        for _ in range(max_tokens):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            ids, cache = output.logits.argmax(-1), output.past_key_values
+            answers = torch.cat([answers, ids], dim=1)
+            going_on = not (answers == eos).any(1).all()
+            if not (going_on if plain is None else plain.most(going_on)):
+                break
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = positions[:, -1:] + 1
     return [_through(row, eos) for row in answers.tolist()]
 
 

@@ -25,9 +25,11 @@ from ..artifacts.progress import progress_bar
 from ..artifacts.stage import differences
 from ..data import Example, batched, end_token, moved, with_responses
 from ..distributed.group import barrier, of_first, rank, shared_work, world_size
+from ..distributed.sharded import is_sharded, whole
 from ..errors import UserError
-from ..meta.targets import TeacherTargets
-from ..models.architecture import backbone_and_head, causal_lm
+from ..meta.gathered import opened
+from ..meta.targets import TeacherTargets, head_of
+from ..models.architecture import causal_lm
 from .targets import teach
 
 KEY_FILE, HASHES_FILE = "key.json", "sha256.json"
@@ -87,7 +89,7 @@ class TeacherCache:
         write_json(folder / KEY_FILE, key)
         shards = _fill(folder, teacher, end_token(examples), examples, answer_tokens, batch_size)
         # A copy: the head that was given may be that of a model about to be trained.
-        head = backbone_and_head(teacher)[1].weight.detach().clone()
+        head = head_of(teacher).clone()
         return TeacherCache(shards, examples, head)
 
     def batch(self, indices: Sequence[int]) -> tuple[list[Example], TeacherTargets]:
@@ -176,7 +178,7 @@ def _fill(
 
         for number in left:
             shard = shards[number]
-            parts = shared_work(shard, answers_to)
+            parts = shared_work(shard, answers_to, together=is_sharded(teacher))
             answers = [answer for of_batch, _ in parts for answer in of_batch]
             hidden = [states for _, states in parts]
             tensors = {
@@ -202,17 +204,22 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _hash_of_weights(model: nn.Module) -> str:
     def digest(named: tuple[str, Tensor]) -> bytes:
         name, weight = named
-        values = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        values = weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data
         shape = f"{name} {weight.dtype} {list(weight.shape)}"
         return shape.encode() + hashlib.sha256(values).digest()
 
-    with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
-        digests = list(pool.map(digest, model.named_parameters()))
+    named = ((name, whole(weight)) for name, weight in model.named_parameters())
+    if is_sharded(model):  # gathered by all processes in one order, and one at a time
+        digests = [digest(each) for each in named]
+    else:
+        with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
+            digests = list(pool.map(digest, named))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _hash_of_config(model: nn.Module) -> str:
-    config = causal_lm(model).config.to_dict()
+    with opened(model):
+        config = causal_lm(model).config.to_dict()
     function = {name: config[name] for name in config if name not in NOT_OF_THE_FUNCTION}
     # The scale of adapters is in no config of the base model.
     scales = {n: str(m.scaling) for n, m in model.named_modules() if hasattr(m, "scaling")}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..data import Example, batched, end_token
-from ..meta.targets import TeacherTargets
-from ..models.architecture import backbone_and_head
+from ..meta.gathered import opened
+from ..meta.targets import TeacherTargets, head_of
 from .targets import teach
 
 
@@ -35,6 +35,7 @@ class TeacherOnTheFly:
 
     Args:
         teacher: the frozen causal LM that reads context ⊕ query; none of its weights is trained.
+            It may be sharded: then all processes ask as often.
         examples: what it answers.
         answer_tokens: the longest greedy answer, in tokens.
         batch_size: examples answered at once.
@@ -46,17 +47,29 @@ class TeacherOnTheFly:
         self.examples = list(examples)
         self._teacher, self._answer_tokens, self._batch_size = teacher, answer_tokens, batch_size
         self._end = end_token(examples)
+        self._head = head_of(teacher)
 
     def batch(self, indices: Sequence[int]) -> tuple[list[Example], TeacherTargets]:
         """These examples with the teacher's answers as responses, and its predictions of them."""
         answered: list[Example] = []
         parts: list[TeacherTargets] = []
         for some in batched(indices, self._batch_size):
-            asked = [self.examples[index] for index in some]
-            examples, targets = teach(self._teacher, asked, self._end, self._answer_tokens)
+            examples, targets = self._teach([self.examples[index] for index in some])
             answered += examples
             parts.append(targets)
-        head = backbone_and_head(self._teacher)[1].weight.detach()
+        for _ in range(self._rounds(len(parts)) - len(parts)):
+            self._teach(self.examples[:1])
         hidden = [part.hidden for part in parts if part.hidden is not None]
-        states = torch.cat(hidden or [head.new_empty(0, head.shape[1])])  # none of no examples
-        return answered, TeacherTargets(hidden=states, head=head)
+        none = self._head.new_empty(0, self._head.shape[1])
+        states = torch.cat(hidden or [none])  # none of no examples
+        return answered, TeacherTargets(hidden=states, head=self._head)
+
+    def _teach(self, asked: Sequence[Example]) -> tuple[list[Example], TeacherTargets]:
+        return teach(self._teacher, asked, self._end, self._answer_tokens)
+
+    def _rounds(self, own: int) -> int:
+        """How often the processes of a sharded teacher have to ask it, this one ``own`` times for
+        what it needs.
+        """
+        with opened(self._teacher) as plain:
+            return own if plain is None else int(plain.most(own))

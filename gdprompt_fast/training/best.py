@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import write_folder, write_json
+from ..artifacts.files import write_json
 from ..evaluation.held_out import MERIT
-from .checkpoint import save_model
+from .checkpoint import save_model, write_together
 
 BEST_FOLDER, BEST_FILE = "best", "best.json"
 
@@ -39,8 +39,9 @@ class BestModel:
             return
         self._lowest = merit
 
-        def write(folder: Path) -> None:
+        def write(folder: Path | None) -> None:
             save_model(model, tokenizer, folder)
-            write_json(folder / BEST_FILE, {"step": step, **numbers})
+            if folder is not None:
+                write_json(folder / BEST_FILE, {"step": step, **numbers})
 
-        write_folder(self._folder, write)
+        write_together(self._folder, model, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +13,23 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file, read_json, write_folder, write_json
+from ..artifacts.tensors import SavedTensors, write_tensors
 from ..data import Sampler
-from ..distributed.group import rank
+from ..distributed.group import check_same, writes
+from ..distributed.sharded import is_sharded
 from ..errors import UserError
 from ..loading import load_adapter_weights, load_base, one_line_errors
+from .sharded import (
+    is_peft,
+    load_sharded,
+    make_base_absolute,
+    put_back,
+    save_sharded,
+    taken_out,
+)
 
 CHECKPOINTS = "checkpoints"
-STATE_FILE = "training_state.pt"
+STATE_FILE, OPTIMIZER_FILE = "training_state.pt", "optimizer.safetensors"
 MODEL_FOLDER = "model"
 HASHES_FILE = "sha256.json"
 
@@ -32,30 +42,47 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The model (of a PEFT model its adapters) as safetensors, with its tokenizer."""
+def write_together(folder: Path, model: nn.Module, write: Callable[[Path | None], None]) -> None:
+    """As :func:`gdprompt_fast.artifacts.files.write_folder`; the other processes of a sharded model
+    take part in gathering it, with None for a folder.
+    """
+    if writes():
+        write_folder(folder, write)
+    elif is_sharded(model):
+        write(None)
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """The model (of a PEFT model its adapters) as safetensors, with its tokenizer.
+
+    Args:
+        folder: of a sharded model None in a process that does not write.
+    """
+    if is_sharded(model):
+        save_sharded(model, folder)
+    elif folder is not None:
+        _save_whole(model, folder)
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_whole(model: nn.Module, folder: Path) -> None:
     extra = {}
-    if _is_peft(model):
+    if is_peft(model):
         # PEFT would otherwise look on the hub whether the embeddings have been resized.
         extra = {"save_embedding_layers": False}
-        _make_base_absolute(model)
+        make_base_absolute(model)
     model.save_pretrained(folder, **extra)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-
-
-def _make_base_absolute(model: Any) -> None:
-    """Adapters find their base from any folder."""
-    for config in model.peft_config.values():
-        base = config.base_model_name_or_path
-        if base and Path(base).exists():
-            config.base_model_name_or_path = str(Path(base).absolute())
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts the weights of :func:`save_model` back into ``model``."""
     with one_line_errors(f"a checkpoint to load in {folder}"):
-        if _is_peft(model):
+        if is_peft(model):
             load_adapter_weights(model, folder)
+            return
+        if is_sharded(model):
+            load_sharded(model, folder)
             return
         saved = load_base(folder, model.config, model.dtype)  # type: ignore[arg-type]
         model.load_state_dict(saved.state_dict())
@@ -81,18 +108,22 @@ def save_checkpoint(
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
-    if rank() > 0:
+    if not writes() and not is_sharded(model):
         return
+    sharded = taken_out(state["optimizer"]) if is_sharded(model) else {}
 
-    def write(folder: Path) -> None:
-        save_model(model, tokenizer, folder / MODEL_FOLDER)
-        torch.save(state, folder / STATE_FILE)
-        write_json(folder / HASHES_FILE, _hashes(folder))
+    def write(folder: Path | None) -> None:
+        save_model(model, tokenizer, folder and folder / MODEL_FOLDER)
+        if sharded:
+            write_tensors(folder and folder / OPTIMIZER_FILE, sharded)
+        if folder is not None:
+            torch.save(state, folder / STATE_FILE)
+            write_json(folder / HASHES_FILE, _hashes(folder))
 
     newest = output / CHECKPOINTS / f"step-{step:08d}"
-    write_folder(newest, write)
+    write_together(newest, model, write)
     for folder in _checkpoints(output):
-        if folder != newest:
+        if writes() and folder != newest:
             shutil.rmtree(folder)
 
 
@@ -133,9 +164,15 @@ def load_checkpoint(
     checkpoints = _checkpoints(output)
     if not checkpoints:
         return 0
+    by_rows = is_sharded(model)
+    if by_rows:
+        check_same("output: the files of its checkpoint", read_json(checkpoints[-1] / HASHES_FILE))
     state: dict[str, Any] = torch.load(
-        checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True
+        checkpoints[-1] / STATE_FILE, map_location="cpu", weights_only=True, mmap=by_rows
     )
+    if (checkpoints[-1] / OPTIMIZER_FILE).is_file():
+        saved = SavedTensors(checkpoints[-1] / OPTIMIZER_FILE)
+        state["optimizer"]["state"] = put_back(saved, by_rows)
     load_weights(model, checkpoints[-1] / MODEL_FOLDER)
     optimizer.load_state_dict(state["optimizer"])
     for name, sampler in samplers.items():
@@ -149,7 +186,3 @@ def load_checkpoint(
 
 def _checkpoints(output: Path) -> list[Path]:
     return sorted((output / CHECKPOINTS).glob("step-*"))
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")

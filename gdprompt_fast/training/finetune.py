@@ -27,9 +27,15 @@ from ..data import (
     prompt_sizes,
     query_rows,
 )
+from ..distributed.sharded import is_sharded
+from ..meta.lm_batch import LMBatch
+from ..meta.texts import text_backward
 from ..models.architecture import backbone_and_head, compute_dtype, hidden_states, predicting_states
 from .late import LateNumbers, Numbers
 from .optim import ClippedAdam, check_norm, warmup_then_cosine
+
+
+FORMATS = prompt_rows, query_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +110,39 @@ def fine_tuning_backward(
     """The mean of :func:`row_loss` over the two formats, detached; adds its gradient to
     ``.grad``.
     """
-    device = next(model.parameters()).device
-    if not examples:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    halves = []
-    for rows in (prompt_rows(examples), query_rows(examples)):
-        half = 0.5 * row_loss(model, rows.to(device), text_weight, count)
-        half.backward()
-        halves.append(half.detach().double())
+    halves = [
+        0.5 * row_backward(model, rows, 0.5, text_weight, count).double()
+        for rows in (in_rows(examples) if examples else None for in_rows in FORMATS)
+    ]
     return torch.stack(halves).sum()
+
+
+def row_backward(
+    model: nn.Module,
+    rows: Rows | None,
+    weight: float,
+    text_weight: float = 0.0,
+    count: int | None = None,
+) -> Tensor:
+    """:func:`row_loss`, detached; adds ``weight`` times its gradient to ``.grad``.
+
+    Args:
+        rows: None where a process has none, which all of a sharded model's come here with.
+    """
+    device: torch.device = next(model.parameters()).device
+    if is_sharded(model):
+        texts = LMBatch.padding() if rows is None else _texts(rows, text_weight)
+        return text_backward(model, texts.to(device), count or len(texts), weight)
+    if rows is None:
+        return torch.zeros((), device=device)
+    loss = row_loss(model, rows.to(device), text_weight, count)
+    (weight * loss).backward()
+    return loss.detach()
+
+
+def _texts(rows: Rows, text_weight: float) -> LMBatch:
+    """The rows as the engine takes them, with the weights of :func:`row_loss`."""
+    return LMBatch.weighted(rows.ids, _token_weights(rows, text_weight))
 
 
 def row_loss(
@@ -130,7 +160,8 @@ def row_loss(
         weight_BT = _token_weights(rows, text_weight)
         counts = weight_BT > 0
         logits_NV = backbone_and_head(model)[1](predicting_states(hidden_BTD, counts))
-    nll_N = F.cross_entropy(logits_NV.float(), rows.ids[counts], reduction="none")
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    nll_N = F.cross_entropy(logits_NV.to(wide), rows.ids[counts], reduction="none")
     return (nll_N * weight_BT[counts]).sum() / (count or len(rows.ids))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import write_folder
 from ..artifacts.progress import progress_bar
 from ..data import (
     Example,
@@ -28,6 +27,7 @@ from ..data import (
 )
 from ..distributed.group import barrier, world_size
 from ..distributed.group import share as own_items
+from ..distributed.sharded import is_sharded
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..meta.capture import why_eager
@@ -41,8 +41,9 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
     save_model,
+    write_together,
 )
-from .finetune import fine_tuning_backward, row_loss
+from .finetune import fine_tuning_backward, row_backward
 from .late import LateNumbers, Numbers
 from .metrics import LOSS, METRICS_FILE, MetricsLog, check_metrics
 from .optim import ClippedAdam, check_norm
@@ -124,10 +125,12 @@ def meta_train(
             arguments = data.arguments(model, options, ladder, least)
             losses = _meta_backward(model, {**arguments, **share.counts}, options)
             row = _row(step, losses, options)
-            row |= _backward_beside(model, data, beside, options, step, share)
+            own = _backward_beside(model, data, beside, options, step, share)
+            if not is_sharded(model):  # whose step gives the losses of all processes
+                own |= row
             sizes = options.step_config.micro_groups, ladder
             positions = positions_of(arguments["batch"], *sizes)
-            row = share.of_all(row, *positions, like=losses.query_loss)
+            row |= share.of_all(own, *positions, like=losses.query_loss)
             row["gradient_norm"] = optimizer.update(row["learning_rate"], step, row["found_inf"])
             measured = {}
             if held_out is not None and held_out.is_due(step + 1, options.steps):
@@ -144,7 +147,9 @@ def meta_train(
             if watch is not None:
                 watch(step + 1)
     barrier()
-    write_folder(output / MODEL_FOLDER, lambda folder: save_model(model, tokenizer, folder))
+    write_together(
+        output / MODEL_FOLDER, model, lambda folder: save_model(model, tokenizer, folder)
+    )
 
 
 class _Report:
@@ -249,13 +254,9 @@ def _prompt_backward(
     """The share of some examples in the mean over ``count`` of the NLL of the responses with the
     context in the prompt, detached; adds the gradient of ``prompt_weight`` times that to ``.grad``.
     """
-    device: torch.device = next(model.parameters()).device
-    if not answered:
-        return torch.zeros((), device=device)
+    rows = prompt_rows(answered) if answered else None
     with options.computing(model):
-        loss = row_loss(model, prompt_rows(answered).to(device), count=count)
-    (options.prompt_weight * loss).backward()
-    return loss.detach()
+        return row_backward(model, rows, options.prompt_weight, count=count)
 
 
 def _row(step: int, losses: MetaStepOutput, options: TrainOptions) -> dict[str, Any]:

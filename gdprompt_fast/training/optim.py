@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..distributed.group import rank, summed, world_size
+from ..distributed.local_shards import LocalShards
 from ..distributed.reduce import reduce_gradients
 from ..distributed.shards import Shards
 from ..meta.failures import found_at_once
@@ -42,6 +44,7 @@ class ClippedAdam:
 
     Several processes sum their gradients. Sharded, each has the states of its slices of the weights
     (:class:`gdprompt_fast.distributed.shards.Shards`), steps on those, and all exchange the result.
+    Of weights that are sharded themselves, whose gradients a step has summed, it steps on its own.
 
     Attributes:
         adam: the optimizer, of the weights or of their slices.
@@ -57,7 +60,11 @@ class ClippedAdam:
         device = trained[0].device
         self._trained, self._clip_norm, self._what = trained, clip_norm, what
         self._at_once = found_at_once(device)
-        self._shards = Shards(trained) if sharded and world_size() > 1 else None
+        self._shards: Shards | LocalShards | None = None
+        if isinstance(trained[0], DTensor):
+            self._shards = LocalShards(trained)
+        elif sharded and world_size() > 1:
+            self._shards = Shards(trained)
         self._stepped = trained if self._shards is None else self._shards.slices
         if self._at_once:
             self.adam = torch.optim.Adam(self._stepped)
@@ -116,7 +123,8 @@ class ClippedAdam:
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Adam`` on the weights has it, in however many processes. All of them
-        call it; the first one gets it, the others its shapes.
+        call it; the first one gets it, the others its shapes. Of sharded weights its tensors are
+        sharded as these are.
         """
         state = self.adam.state_dict()
         if self._shards is None:
@@ -133,7 +141,9 @@ class ClippedAdam:
         return {"state": whole, "param_groups": groups}
 
     def _whole(self, slices: Sequence[Tensor]) -> list[Tensor]:
-        """On the host of the first process, tensors of the weights' shapes."""
+        """Tensors of the weights' shapes, on the host of the first process."""
+        if isinstance(self._shards, LocalShards):
+            return self._shards.sharded(slices)
         device = "meta" if rank() > 0 else "cpu"
         tensors = [torch.empty_like(each, device=device).detach() for each in self._trained]
         assert self._shards is not None

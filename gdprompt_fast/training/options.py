@@ -116,8 +116,9 @@ class TrainOptions(StepOptions):
     checkpoint_every: int = option(200, "steps between checkpoints")
     sharding: str = option(
         "none",
-        "optimizer: of several processes each has its part of Adam's state",
-        ("none", "optimizer"),
+        "optimizer: of several processes each has its part of Adam's state; full: of the weights "
+        "too",
+        ("none", "optimizer", "full"),
         may_change=True,
     )
 
@@ -127,6 +128,10 @@ class TrainOptions(StepOptions):
         check_numbers(self, "outer_lr", "clip_norm", above_zero=True)
         check_numbers(self, "steps", "warmup_steps", "micro_batch", above_zero=False)
         check_numbers(self, "prompt_weight", "prompt_from", above_zero=False)
+        if self.sharding == "full" and self.recompute != "block":
+            raise UserError(
+                f'recompute: expected "block" with sharding "full", got "{self.recompute}"'
+            )
         if self.prompt_weight > 0 and 0 < self.steps <= self.prompt_from:
             raise UserError(
                 f"prompt_from: expected one of the {self.steps} steps, counted from 0, "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..distributed.group import check_same, share, summed, world_size
 from .options import StepOptions
@@ -24,6 +25,7 @@ def check_alike(trained: Sequence[nn.Parameter], start: int) -> None:
     """
     if world_size() > 1:
         check_same("output: the step of its checkpoint", start)
+    if world_size() > 1 and not isinstance(trained[0], DTensor):  # which were alike when divided
         sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
         check_same("model: the sum of its weights", float(torch.stack(sums).sum()))
 
@@ -62,21 +64,23 @@ class Share:
     def of_all(
         self, row: Mapping[str, Any], real: int, computed: int, like: Tensor
     ) -> dict[str, Any]:
-        """The losses of all processes, whether all are finite, and their share of padding.
+        """Losses of all processes, whether all are finite, and their share of padding.
 
         Args:
-            row: what there is of this process: its shares of the losses, as tensors [], and what
-                all know; but of the inner loss its mean.
+            row: what there is of this process: its shares of losses, as tensors [], and what all
+                know; but of the inner loss its mean.
             real, computed: the positions of this process's rows, without and with padding.
             like: a tensor on the device of the losses.
         """
         if world_size() == 1:
             return {**row, "padding": 1 - real / computed}
         own = {name: value for name, value in row.items() if isinstance(value, Tensor)}
-        own["inner_loss"] = own["inner_loss"] * self.part
-        numbers = [value.double() for value in own.values()]
+        if "inner_loss" in own:
+            own["inner_loss"] = own["inner_loss"] * self.part
         counts = torch.tensor([real, computed], dtype=torch.float64).to(like.device)
-        *of_all, real_of_all, computed_of_all = summed(torch.cat([torch.stack(numbers), counts]))
+        numbers = torch.stack([*(value.double() for value in own.values()), *counts])
+        *of_all, real_of_all, computed_of_all = summed(numbers)
         together = {**row, **dict(zip(own, of_all, strict=True))}
-        together["found_inf"] = (together["found_inf"] > 0).float()
+        if "found_inf" in together:
+            together["found_inf"] = (together["found_inf"] > 0).float()
         return {**together, "padding": 1 - real_of_all / computed_of_all}
