@@ -11,6 +11,7 @@ from torch import nn
 from ..batch import MetaBatch, describe
 from ..errors import UserError
 from ..meta.config import MetaStepOutput, check_step, named
+from ..meta.gathered import check_whole
 from ..meta.lm_batch import LMBatch
 from ..meta.targets import TeacherTargets
 from ..models.architecture import compute_dtype
@@ -73,9 +74,11 @@ def check_exactness(
             ``first_order``, ``micro_groups`` and the counts.
 
     Raises:
-        ValueError: what ``fast_meta_step`` raises for these arguments.
+        ValueError: what ``fast_meta_step`` raises for these arguments; a model whose weights are
+            sharded.
         FloatingPointError: if a loss is not finite.
     """
+    check_whole(model, "check_exactness")
     options = named(OPTIONS, given, options)
     teacher: TeacherTargets | None = options.pop("teacher", None)
     lm_batch = options.pop("lm_batch", None)

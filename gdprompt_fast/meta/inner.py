@@ -28,7 +28,7 @@ from ..update.adapted_layer import StepState, always_there
 from ..update.attach import AdaptedModel
 from .config import check_inner, check_verify
 from .failures import Failures, found_on_the_device, nothing_changed_in_place
-from .gathered import opened
+from .gathered import check_whole, opened
 from .verify import verify_model
 
 
@@ -223,6 +223,7 @@ class InnerUpdate:
             ValueError: for a folder without such an adapter, or with one of another model.
         """
         folders = [folder] if isinstance(folder, str | Path) else [*folder]
+        check_whole(model, "adapters that were kept")
         adapted, learnt = load_adapters(model, [Path(each) for each in folders])
         return cls(adapted, learnt)
 

@@ -53,11 +53,13 @@ class TeacherOnTheFly:
         """These examples with the teacher's answers as responses, and its predictions of them."""
         answered: list[Example] = []
         parts: list[TeacherTargets] = []
-        for some in batched(indices, self._batch_size):
+        batches = list(batched(indices, self._batch_size))
+        idle = self._rounds(len(batches)) - len(batches)
+        for some in batches:
             examples, targets = self._teach([self.examples[index] for index in some])
             answered += examples
             parts.append(targets)
-        for _ in range(self._rounds(len(parts)) - len(parts)):
+        for _ in range(idle):
             self._teach(self.examples[:1])
         hidden = [part.hidden for part in parts if part.hidden is not None]
         none = self._head.new_empty(0, self._head.shape[1])

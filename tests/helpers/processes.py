@@ -26,16 +26,19 @@ class Ended(NamedTuple):
     value: Any
 
 
-def in_processes(count: int, work: Callable[[], Any], init: bool = True) -> list[Any]:
+def in_processes(
+    count: int, work: Callable[[], Any], init: bool = True, longest: float = LONGEST
+) -> list[Any]:
     """What ``work()`` returns in each of ``count`` processes, by their numbers.
 
     Args:
         init: the process group is there already; else only the variables of a launcher are.
+        longest: as in :func:`ends_of`.
 
     Raises:
         AssertionError: with what a process that failed wrote on stderr.
     """
-    ended = ends_of(count, work, init)
+    ended = ends_of(count, work, init, longest)
     for rank, each in enumerate(ended):
         assert each.code == 0, f"process {rank} of {count} ended with {each.code}:\n{each.errors}"
     return [each.value for each in ended]
