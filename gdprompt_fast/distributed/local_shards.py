@@ -54,11 +54,9 @@ class LocalShards:
 
 
 def local_of(sharded: Any) -> Tensor:
-    """This process's part, in its own memory."""
+    """This process's part, in its own memory: writing to it counts as writing to the whole."""
     assert isinstance(sharded, DTensor)
-    local = sharded.detach().to_local()
-    assert isinstance(local, Tensor)
-    return local
+    return sharded._local_tensor.detach()
 
 
 def like_of(parameter: Any, own: Tensor) -> Tensor:

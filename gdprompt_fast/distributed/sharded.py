@@ -108,8 +108,8 @@ class StandIn(nn.Parameter):
 
     @property
     def version(self) -> int:
-        """Grows with every write to the shard."""
-        return self.sharded.to_local()._version
+        """Grows with every write to the shard, as a whole or to this process's part."""
+        return self.sharded._version + self.sharded._local_tensor._version
 
     def fill(self) -> None:
         """Gathers the weight."""

@@ -16,11 +16,9 @@ from gdprompt_fast.artifacts.tensors import SavedTensors
 from gdprompt_fast.data import Example, tokenise_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.distributed import launched
-from gdprompt_fast.distributed.local_shards import local_of
 from gdprompt_fast.distributed.sharded import whole
 from gdprompt_fast.meta.gathered import shard
 from gdprompt_fast.reference.compare import without_upcasts
-from gdprompt_fast.runs import TrainConfig
 from gdprompt_fast.teacher import Teacher, TeacherCache, TeacherOnTheFly
 from gdprompt_fast.training import loop
 from gdprompt_fast.training.checkpoint import MODEL_FOLDER
@@ -94,28 +92,25 @@ def stop_after(steps: int) -> None:
 def test_runs_end_as_those_of_one_process_which_went_on_in_another_number(
     examples: list[Example], tmp_path: Path
 ) -> None:
-    """In fp64: begun by three, stopped after step 2, and continued by two, or by one as a whole; and
-    begun by one, continued by two. Some processes have no share of a step.
+    """In fp64: begun by three, stopped after step 2, continued by two, or by one with the whole
+    model. Some processes have no share of a step.
     """
     one, many = tmp_path / "one", tmp_path / "many"
     expected = {name: trained(name, examples, one / name, False) for name in CASES}
 
-    def begin() -> None:
-        for name in BEGUN:
-            stop_after(2)
-            with pytest.raises(InterruptedError):
-                trained(name, examples, many / name, True)
-
-    def begin_together() -> bool:
+    def begin() -> bool:
         with launched():
-            begin()
+            for name in BEGUN:
+                stop_after(2)
+                with pytest.raises(InterruptedError):
+                    trained(name, examples, many / name, True)
         return True
 
     def go_on() -> dict[str, Weights]:
         with launched():
             return {name: trained(name, examples, many / name, True) for name in (BEGUN[0], *WHOLE)}
 
-    assert in_processes(3, begin_together, init=False, longest=LONG) == [True] * 3
+    assert in_processes(3, begin, init=False, longest=LONG) == [True] * 3
     (kept,) = (many / BEGUN[1] / "checkpoints").iterdir()
     state = SavedTensors(kept / "optimizer.safetensors")
     shapes = [list(parameter.shape) for parameter in tiny_llama().parameters()]
@@ -143,7 +138,8 @@ def check_model_files(one: Path, many: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         texts = [(at / WHOLE[0] / MODEL_FOLDER / name).read_text() for at in (one, many)]
         assert texts[0] == texts[1]
-    configs = [json.loads((at / WHOLE[1] / MODEL_FOLDER / "adapter_config.json").read_text()) for at in (one, many)]
+    adapters = [at / WHOLE[1] / MODEL_FOLDER / "adapter_config.json" for at in (one, many)]
+    configs = [json.loads(path.read_text()) for path in adapters]
     assert configs[0] == configs[1]
     loaded = AutoModelForCausalLM.from_pretrained(many / WHOLE[0] / MODEL_FOLDER)
     own = AutoModelForCausalLM.from_pretrained(one / WHOLE[0] / MODEL_FOLDER)

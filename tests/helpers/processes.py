@@ -39,8 +39,8 @@ def in_processes(
         AssertionError: with what a process that failed wrote on stderr.
     """
     ended = ends_of(count, work, init, longest)
-    for rank, each in enumerate(ended):
-        assert each.code == 0, f"process {rank} of {count} ended with {each.code}:\n{each.errors}"
+    said = "\n".join(f"process {n} ended with {e.code}: {e.errors}" for n, e in enumerate(ended))
+    assert all(each.code == 0 for each in ended), said
     return [each.value for each in ended]
 
 
