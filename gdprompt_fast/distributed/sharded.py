@@ -60,8 +60,10 @@ def whole(weight: Tensor) -> Tensor:
     """A weight, detached; of a sharded one all of it, which all processes have to ask for."""
     if not isinstance(weight, DTensor):
         return weight.detach()
+    sharded: Any = weight.detach()
     with collective():
-        return weight.detach().full_tensor()
+        full: Tensor = sharded.full_tensor()
+    return full
 
 
 def transposed(weight: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..distributed.sharded import as_plain
 from ..models.architecture import check_model, compute_dtype
 from ..ops.backend import resolve_backend, use_backend
 from .gathered import is_block
 from .lm_batch import LMBatch
 from .outer import lm_backward
-from ..distributed.sharded import as_plain
 
 
 def text_backward(model: nn.Module, rows: LMBatch, count: int, weight: float) -> Tensor:
@@ -26,10 +26,12 @@ def text_backward(model: nn.Module, rows: LMBatch, count: int, weight: float) ->
         dtype = compute_dtype(model)
         backend = resolve_backend("auto", parameter.device, dtype or parameter.dtype)
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        numbers = (torch.full((), n, dtype=wide, device=parameter.device) for n in (count, weight))
+        divisor, factor = (
+            torch.full((), n, dtype=wide, device=parameter.device) for n in (count, weight)
+        )
         autocast = torch.autocast(parameter.device.type, enabled=False)
         torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
         with torch.enable_grad(), autocast, use_backend(backend):
-            loss = lm_backward(model, rows, *numbers, dtype, "block", plain.present)
+            loss = lm_backward(model, rows, divisor, factor, dtype, "block", plain.present)
         plain.finish()
     return loss

@@ -99,7 +99,7 @@ def save_checkpoint(
     """Writes everything that continuing after ``step`` needs, then removes older checkpoints; of
     several processes, which all call it, the first does.
     """
-    state = {
+    state: dict[str, Any] = {
         "step": step,
         "positions": {name: sampler.position for name, sampler in samplers.items()},
         "optimizer": optimizer.state_dict(),

@@ -34,7 +34,6 @@ from ..models.architecture import backbone_and_head, compute_dtype, hidden_state
 from .late import LateNumbers, Numbers
 from .optim import ClippedAdam, check_norm, warmup_then_cosine
 
-
 FORMATS = prompt_rows, query_rows
 
 

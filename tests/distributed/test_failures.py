@@ -29,6 +29,7 @@ STEPS = 6
 def command(model_folder: Path, triples: Path) -> list[str]:
     options = ["--objective", "gold", "--steps", str(STEPS), "--batch-size", "3"]
     options += ["--inner-lr", "0.1", "--outer-lr", "0.1", "--checkpoint-every", "2"]
+    options += ["--recompute", "block"]
     files = ["--model", str(model_folder), "--data", str(triples)]
     return ["train", *files, "--device", "cpu", "--no-check", *options]
 
@@ -62,13 +63,13 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
     return weights(output)
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize(("lost", "sharding"), [(1, "none"), (0, "full"), (2, "full")])
 def test_a_run_of_which_a_process_was_killed_goes_on(
-    lost: int, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
+    lost: int, sharding: str, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """With another number of processes, and ends as one that was left alone."""
     killed = tmp_path / "killed"
-    command = [*command, "--output", str(killed)]
+    command = [*command, "--output", str(killed), "--sharding", sharding]
 
     def run() -> None:
         after(5, lost, kill)
@@ -91,16 +92,16 @@ def test_a_run_of_which_a_process_was_killed_goes_on(
         torch.testing.assert_close(weights(killed)[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("number", "sharding"), [(0, "none"), (1, "full")])
 def test_an_error_in_one_process_is_said_once_and_ends_all(
-    number: int, command: list[str], tmp_path: Path
+    number: int, sharding: str, command: list[str], tmp_path: Path
 ) -> None:
     def fail() -> None:
         raise FloatingPointError("inner loss: expected a finite number, got nan")
 
     def run() -> None:
         after(4, number, fail)
-        main([*command, "--output", str(tmp_path)])
+        main([*command, "--output", str(tmp_path), "--sharding", sharding])
 
     ended = ends_of(3, run)
     assert [each.code for each in ended] == [FAILED] * 3
@@ -148,11 +149,20 @@ def test_an_error_that_nobody_expected_shows_one_traceback(
     assert "Traceback" not in first.errors and "ZeroDivisionError" in second.errors
 
 
-def test_bad_input_is_said_once(command: list[str], tmp_path: Path) -> None:
-    files = ["--model", str(tmp_path / "none"), "--output", str(tmp_path / "new")]
-    ended = ends_of(2, lambda: main([*command, *files]))
-    assert {each.code for each in ended} <= {BAD_INPUT, FAILED}
-    assert "".join(each.errors for each in ended).count("gdprompt train: error: model:") == 1
+def test_bad_input_is_said_once(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what a model that no process has as a whole cannot do."""
+    output = ["--output", str(tmp_path / "new"), "--sharding", "full"]
+    wrong = {"model": ["--model", str(tmp_path / "none")], "check": ["--check"]}
+    for name, options in wrong.items():
+        ended = ends_of(2, lambda: main([*command, *output, *options]))  # noqa: B023
+        assert {each.code for each in ended} <= {BAD_INPUT, FAILED}
+        said = "".join(each.errors for each in ended)
+        assert said.count(f"gdprompt train: error: {name}:") == 1, said
+    assert not (tmp_path / "new").exists()
+    assert main([*command, *output, "--recompute", "none"]) == BAD_INPUT
+    assert 'recompute: expected "block" with sharding "full"' in capsys.readouterr().err
 
 
 def test_a_process_that_is_silent_is_lost(

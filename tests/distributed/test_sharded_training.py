@@ -1,4 +1,4 @@
-"""Training with weights that are divided: the run of one process, its files, and its checkpoints."""
+"""Training with weights that are divided: the run of one process, its files, its checkpoints."""
 
 from __future__ import annotations
 

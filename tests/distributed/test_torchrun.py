@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from helpers.paths import ROOT
 
@@ -18,12 +20,19 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_train_from_end_to_end(model_folder: Path, triples: Path, tmp_path: Path) -> None:
-    """With a teacher, the check and an evaluation; the first process alone prints."""
+@pytest.mark.parametrize(
+    "sharding", [["optimizer"], ["full", "--recompute", "block", "--no-check"]]
+)
+def test_train_from_end_to_end(
+    sharding: list[str], model_folder: Path, triples: Path, tmp_path: Path
+) -> None:
+    """With a teacher, an evaluation, and the check where a process has the whole model; the first
+    process alone prints.
+    """
     output = tmp_path / "run"
     files = ["--model", str(model_folder), "--data", str(triples), "--test-data", str(triples)]
     sizes = ["--steps", "2", "--batch-size", "3", "--inner-lr-grid", "0.1", "--answer-tokens", "3"]
-    more = ["--teacher-batch-size", "4", "--eval-batch-size", "4", "--sharding", "optimizer"]
+    more = ["--teacher-batch-size", "4", "--eval-batch-size", "4", "--sharding", *sharding]
     done = torchrun("train", *files, *sizes, *more, "--device", "cpu", "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model, metrics and figure:") == 1
