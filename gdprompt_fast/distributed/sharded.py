@@ -3,13 +3,14 @@
 For the time of a step every sharded parameter of the modules has a *stand-in*: an ordinary
 parameter of the full shape, whose memory is there only while it is wanted. Those of the linear
 layers in blocks are filled at the begin of each pass through their block and freed at its end, when
-what the pass has added to their gradients is summed over the processes into the shards; the others,
-small ones and the embeddings, are there throughout.
+what the pass has added to their gradients is summed over the processes into the shards; so are
+those of the head and of embeddings in the passes that read them. The others, small ones, are there
+throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -140,6 +141,9 @@ class StandIn(nn.Parameter):
                 self.sharded.grad += own
 
 
+# By module those parameters that are gathered for its passes alone.
+Units = Mapping[nn.Module, Sequence[nn.Parameter]]
+
 _open: dict[int, PlainModel] = {}  # by the id of the model
 
 
@@ -154,20 +158,19 @@ class PlainModel:
         self,
         model: nn.Module,
         group: dist.ProcessGroup,
-        is_block: Callable[[nn.Module], bool],
+        units: Units,
         dtype: torch.dtype | None,
     ) -> None:
         self.group, self._model = group, model
-        self._places, self._by_block = _stand_ins_of(model, is_block, dtype)
+        self._places, self._by_unit = _stand_ins_of(model, units, dtype)
         self._stand_ins = list({id(each): each for *_, each in self._places}.values())
-        absent = {id(each) for own in self._by_block.values() for each in own}
+        absent = {id(each) for own in self._by_unit.values() for each in own}
         self._throughout = [each for each in self._stand_ins if id(each) not in absent]
         self._gathering = False
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, the model is an ordinary one, but for the absence of the linear layers' weights
-        in blocks.
+        """Inside, the model is an ordinary one, but for the absence of the weights of units.
 
         Raises:
             UserError: inside another one of the same model.
@@ -197,35 +200,43 @@ class PlainModel:
                 raise
 
     @contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Inside, a call of a block gathers its weights, for passes without a gradient."""
+    def gathering(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Inside, a call of a unit gathers its weights, for passes without a gradient.
+
+        Args:
+            but: units that do so by themselves.
+        """
         if self._gathering:
             yield
             return
         with ExitStack() as stack:
-            for block in self._by_block:
-                own = vars(block).get("forward")
-                undo = vars(block).pop if own is None else partial(setattr, block)
+            for unit in self._by_unit:
+                if unit in but:
+                    continue
+                own = vars(unit).get("forward")
+                undo = vars(unit).pop if own is None else partial(setattr, unit)
                 stack.callback(undo, "forward", own)
-                block.forward = self.within(block, block.forward)
+                unit.forward = self._within(unit, unit.forward)
             self._gathering = True
             stack.callback(setattr, self, "_gathering", False)
             yield
 
-    def within(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward of a block that gathers its weights."""
-
+    def _within(self, unit: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            with self.present(block):
+            with self.present(unit):
                 return forward(*args, **options)
 
         return run
 
     @contextmanager
-    def present(self, block: nn.Module) -> Iterator[None]:
-        """Inside, the weights of a block are there; then their gradients are with the shards."""
-        own = self._by_block.get(block, [])
-        for each in own:
+    def present(self, unit: nn.Module, read: bool = True) -> Iterator[None]:
+        """Inside, the weights of a unit are there; then their gradients are with the shards.
+
+        Args:
+            read: false where only gradients are added.
+        """
+        own = self._by_unit.get(unit, [])
+        for each in own if read else []:
             each.fill()
         try:
             yield
@@ -256,46 +267,34 @@ class PlainModel:
 @contextmanager
 def as_plain(
     model: nn.Module,
-    is_block: Callable[[nn.Module], bool],
+    units_of: Callable[[nn.Module], Units],
     dtype_of: Callable[[nn.Module], torch.dtype | None],
 ) -> Iterator[PlainModel]:
     """Inside, a sharded model is an ordinary one: see :meth:`PlainModel.open`.
 
     Args:
-        dtype_of: what the weights of blocks are gathered in, of the model without FSDP2; None for
-            their own.
+        units_of: the units, of the model without FSDP2.
+        dtype_of: likewise, what their weights are gathered in; None for their own.
     """
     plain = _open.get(id(model))
     if plain is None:
         group = group_of(model)
         with ExitStack() as stack:
             _without_sharding(model, stack)
-            dtype = dtype_of(model)
-        plain = PlainModel(model, group, is_block, dtype)
+            units, dtype = units_of(model), dtype_of(model)
+        plain = PlainModel(model, group, units, dtype)
     with plain.open():
         yield plain
-
-
-def is_gathered(name: str, module: nn.Module) -> bool:
-    """Whether the weight of a module in a block, by its name there, is gathered with the block."""
-    kind = type(module)
-    linear = kind is nn.Linear or kind.__qualname__ == "Conv1D"
-    return linear and ".lora_" not in name
 
 
 Places = list[tuple[nn.Module, str, StandIn]]
 
 
 def _stand_ins_of(
-    model: nn.Module, is_block: Callable[[nn.Module], bool], dtype: torch.dtype | None
+    model: nn.Module, units: Units, dtype: torch.dtype | None
 ) -> tuple[Places, dict[nn.Module, list[StandIn]]]:
-    """Where each belongs, and by block those that are gathered with it."""
-    absent = {}
-    by_block: dict[nn.Module, list[StandIn]] = {}
-    for block in filter(is_block, model.modules()):
-        for name, module in block.named_modules():
-            if is_gathered(name, module):
-                absent[id(module.weight)] = block
+    """Where each belongs, and by unit those that are gathered with it."""
+    absent = {id(parameter) for own in units.values() for parameter in own}
     known: dict[int, StandIn] = {}
     places: Places = []
     for module in model.modules():
@@ -303,13 +302,10 @@ def _stand_ins_of(
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in known:
-                block = absent.get(id(parameter))
-                own = parameter.dtype if block is None or dtype is None else dtype
-                known[id(parameter)] = StandIn.of(parameter, own)
-                if block is not None:
-                    by_block.setdefault(block, []).append(known[id(parameter)])
+                own = dtype if id(parameter) in absent else None
+                known[id(parameter)] = StandIn.of(parameter, own or parameter.dtype)
             places.append((module, key, known[id(parameter)]))
-    return places, by_block
+    return places, {unit: [known[id(each)] for each in own] for unit, own in units.items()}
 
 
 def _without_sharding(model: nn.Module, stack: ExitStack) -> None:

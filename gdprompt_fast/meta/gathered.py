@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..distributed.group import check_same, world_size
 from ..distributed.sharded import PlainModel, as_plain, is_sharded
 from ..errors import UserError
-from ..models.architecture import compute_dtype
+from ..models.architecture import causal_lm, compute_dtype
+from ..models.intact import has_own_forward
+
+
+def units_of(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """What of a model is gathered for its own passes: by block the weights of linear layers, and
+    those of the head and of embeddings, one of which a tied embedding shares with the head.
+    """
+    units: dict[nn.Module, list[nn.Parameter]] = {}
+    for block in filter(is_block, model.modules()):
+        linear = (module for name, module in block.named_modules() if _is_gathered(name, module))
+        units[block] = [layer.weight for layer in linear]
+    lm: Any = causal_lm(model)
+    tables = [module for module in model.modules() if type(module) is nn.Embedding]
+    # What runs in the place of an own forward expects the weight to be there.
+    read_otherwise = {id(table.weight) for table in tables if not has_own_forward(table)}
+    for module in (*tables, lm.get_output_embeddings()):
+        if type(module) in (nn.Embedding, nn.Linear) and id(module.weight) not in read_otherwise:
+            units[module] = [module.weight]
+    return units
+
+
+def _is_gathered(name: str, module: Any) -> bool:
+    linear = type(module) is nn.Linear or type(module).__qualname__ == "Conv1D"
+    return linear and ".lora_" not in name
 
 
 def is_block(module: nn.Module) -> bool:
@@ -39,13 +64,13 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def opened(model: nn.Module) -> Iterator[PlainModel | None]:
-    """Inside, a sharded model is an ordinary one, but for the absence of the linear layers' weights
-    in blocks; None for one that is not sharded.
+    """Inside, a sharded model is an ordinary one, but for the absence of the weights of
+    :func:`units_of`; None for one that is not sharded.
     """
     if not is_sharded(model):
         yield None
         return
-    with as_plain(model, is_block, compute_dtype) as plain:
+    with as_plain(model, units_of, compute_dtype) as plain:
         yield plain
 
 

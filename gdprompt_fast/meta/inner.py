@@ -147,7 +147,7 @@ class InnerUpdate:
                 stack.enter_context(state_at(self.adapted, applied, save))
             else:
                 stack.enter_context(self._plain.open())
-                stack.enter_context(self._plain.gathering())
+                stack.enter_context(self._plain.gathering(but=self.adapted.reading_weights))
                 stack.enter_context(refused(model, UserError(NOT_KEPT)))
             stack.enter_context(self.adapted.inference(GroupedRows(groups, self.groups)))
             yield

@@ -22,7 +22,7 @@ from ..models.architecture import compute_dtype
 from ..update.adapted_layer import Weights, always_there
 from .config import MetaStepConfig, MetaStepOutput
 from .failures import found_at_once
-from .gathered import is_block
+from .gathered import units_of
 from .lm_batch import LMBatch
 from .parts import Part, padding_part
 
@@ -148,7 +148,7 @@ class Sharded(Replicas):
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        with as_plain(self._model, is_block, compute_dtype) as plain:
+        with as_plain(self._model, units_of, compute_dtype) as plain:
             self.sharded, self.weights = plain, plain.present
             yield
 

@@ -129,8 +129,11 @@ class TeacherTargets:
 def head_of(teacher: nn.Module) -> Tensor:
     """The weight of the head [V, d]: itself, but of a sharded model a copy of all of it."""
     with opened(teacher) as plain:
-        head = backbone_and_head(teacher)[1].weight.detach()
-        return head if plain is None else head.clone()
+        head = backbone_and_head(teacher)[1]
+        if plain is None:
+            return head.weight.detach()
+        with plain.present(head):
+            return head.weight.detach().clone()
 
 
 def check_teacher(

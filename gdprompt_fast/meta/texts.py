@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..distributed.sharded import as_plain
 from ..models.architecture import check_model, compute_dtype
 from ..ops.backend import resolve_backend, use_backend
-from .gathered import is_block
+from .gathered import units_of
 from .lm_batch import LMBatch
 from .outer import lm_backward
 
@@ -20,7 +20,7 @@ def text_backward(model: nn.Module, rows: LMBatch, count: int, weight: float) ->
     Returns:
         The share of this process's rows in that sum over ``count``, detached.
     """
-    with as_plain(model, is_block, compute_dtype) as plain:
+    with as_plain(model, units_of, compute_dtype) as plain:
         check_model(model)
         parameter = next(model.parameters())
         dtype = compute_dtype(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..rows import GroupedRows
 from .factored import At, Cotangents, Kept, factored_use
-from .gradient import WeightGradient
+from .gradient import Present, WeightGradient, always_present
 from .guard import used_twice
 from .phase import Phase
 from .rate import Rate
@@ -40,6 +40,7 @@ class InnerEmbedding:
         rate: η.
         phase: tells the inner backward from the last one.
         gradient: where outer gradients go; None if frozen.
+        present: what a pass that reads the table, or adds to its gradient, runs in.
     """
 
     name = "inner_embedding"
@@ -53,7 +54,9 @@ class InnerEmbedding:
         rate: Rate,
         phase: Phase,
         gradient: WeightGradient | None,
+        present: Present = always_present,
     ) -> None:
+        self._present = present
         self.weight_VD, self.padding_idx = weight_VD, padding_idx
         self.inner, self.rate, self.phase, self.gradient = inner, rate, phase, gradient
         self.factors: list[_LookupFactor] = []
@@ -61,7 +64,8 @@ class InnerEmbedding:
     def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
         """θ'[ids], [B, T, D]."""
         rows, level = at
-        y = torch.nn.functional.embedding(x, self.weight_VD)
+        with self._present():
+            y = torch.nn.functional.embedding(x, self.weight_VD)
         for factor in self.factors[:level]:
             change = _matches(grouped(x, rows), factor.ids_GS, y.dtype) @ factor.e_GSD
             y.add_(rows.tokens_from_groups(self.rate.scale_(change), tuple(x.shape[1:])))
@@ -87,7 +91,8 @@ class InnerEmbedding:
         (ids,), (e,), (rows, level) = kept, es, at
         f = drop_padding(e, ids, self.padding_idx)
         if self.gradient is not None:
-            self.gradient.add_rows(ids.flatten(), f.flatten(0, -2))
+            with self._present(read=False):
+                self.gradient.add_rows(ids.flatten(), f.flatten(0, -2))
         for factor in self.factors[:level]:
             self._add_to(factor, grouped(ids, rows), rows.tokens_to_groups(f))
 

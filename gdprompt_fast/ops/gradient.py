@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..distributed.sharded import StandIn
+
+
+class Present(Protocol):
+    """What a pass that reads a weight, or adds to its gradient, runs in: the weight may have to be
+    gathered for it, and the gradient to be summed over processes after it.
+    """
+
+    def __call__(self, read: bool = True) -> AbstractContextManager[None]: ...
+
+
+def always_present(read: bool = True) -> AbstractContextManager[None]:
+    """Of a weight that need not be gathered."""
+    return nullcontext()
 
 
 class WeightGradient:

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..artifacts.markdown import markdown_table
-from ..distributed.sharded import is_gathered
 from ..errors import UserError
+from ..meta.gathered import _is_gathered as is_gathered
 from .plan import size_text
 from .prediction import CAST, GRADIENTS, OPTIMIZER, PARTS, WEIGHTS, model_on_meta, predict
 from .step import DTYPES, PlannedStep

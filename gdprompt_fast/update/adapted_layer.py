@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,16 @@ class LayerChange:
     small: dict[str, Tensor] = field(default_factory=dict)
 
 
-Weights = Callable[[nn.Module], AbstractContextManager[None]]
+class Weights(Protocol):
+    """What a pass through a block, or one that reads the weight of the head or an embedding, runs
+    in, where weights are not there else; with ``read=False`` one that adds to its gradient alone.
+    """
+
+    def __call__(self, module: nn.Module, read: bool = True) -> AbstractContextManager[None]: ...
 
 
-def always_there(block: nn.Module) -> AbstractContextManager[None]:
-    """Of a block whose weights need not be gathered."""
+def always_there(module: nn.Module, read: bool = True) -> AbstractContextManager[None]:
+    """Of weights that need not be gathered."""
     return nullcontext()
 
 
@@ -51,7 +56,7 @@ class StepState:
         inner_lr: η, of all groups or of each, [] or [G]; a tensor may require a gradient.
         phase: where the step is.
         dtype: of activations and products under mixed precision; None for the weights' own.
-        weights: what a pass through a block is to run in, where its weights are not there else.
+        weights: what passes run in that read weights.
         rates: η of single layers, by their name in the model; a tied embedding has its head's.
         flags: errors to be raised where a bool on the device turns out to be true.
         rows: the groups of the rows now going through the model.

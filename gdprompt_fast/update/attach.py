@@ -75,6 +75,13 @@ class AdaptedModel:
         """Each once."""
         return list(dict.fromkeys([*self.adapted_layers.values(), self.vocabulary]))
 
+    @property
+    def reading_weights(self) -> list[nn.Module]:
+        """Modules whose adapted layers have their weights gathered by themselves."""
+        factored = AdaptedEmbedding, AdaptedVocabulary
+        adapted = [m for m, layer in self.adapted_layers.items() if isinstance(layer, factored)]
+        return [self.head, *adapted]
+
     def layer_of(self, module: nn.Module) -> AdaptedLayer | None:
         """The adapted layer of a module of the model."""
         return self.vocabulary if module is self.head else self.adapted_layers.get(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,7 @@ class AdaptedEmbedding(FactoredLayer):
             rate=rate,
             phase=state.phase,
             gradient=gradient,
+            present=partial(state.weights, module),
         )
         handle = weight_handle((module.weight, gradient), rate.moving(inner["weight"]))
         super().__init__(state, rate, handle, inner["weight"])

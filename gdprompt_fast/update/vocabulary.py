@@ -5,6 +5,7 @@ states.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class AdaptedVocabulary(FactoredLayer):
             rate=rate,
             phase=state.phase,
             gradient=gradient,
+            present=partial(state.weights, head),
         )
         handle = weight_handle((head.weight, gradient), rate.moving(inner))
         super().__init__(state, rate, handle, inner)
@@ -96,6 +98,10 @@ class AdaptedVocabulary(FactoredLayer):
     @torch.no_grad()
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """All logits [B, T, V], for inference."""
+        with self.vocabulary.present():
+            return self._logits(hidden_BTD)
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
         rows, vocabulary = self.state.rows, self.vocabulary
         h_GND = rows.tokens_to_groups(hidden_BTD)
         projection = vocabulary.project(h_GND, self.state.level)

@@ -66,7 +66,8 @@ class _ContextLoss(_FactoredVocabulary):
         self._weight_CT = weight_CT
 
     def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
-        nll_GS = context_pass(self.vocabulary, at.rows.tokens_to_groups(x.detach()), at.level)
+        with self.vocabulary.present():
+            nll_GS = context_pass(self.vocabulary, at.rows.tokens_to_groups(x.detach()), at.level)
         nll_CT1 = at.rows.tokens_from_groups(nll_GS[..., None], tuple(x.shape[1:2]))
         return [(self._weight_CT * nll_CT1[..., 0]).sum(1)], []
 
@@ -82,14 +83,18 @@ class _ContextLoss(_FactoredVocabulary):
         step.weight_GS = self._token_weight(e, at.rows)
         if not needs_dx:
             return step, None
-        return step, self._of_tokens(state_gradient(self.vocabulary, step, at.level), at.rows)
+        with self.vocabulary.present():
+            dh_GSD = state_gradient(self.vocabulary, step, at.level)
+        return step, self._of_tokens(dh_GSD, at.rows)
 
     def add_use(
         self, kept: Kept, es: Cotangents, at: At, needs_dx: bool, cot_x: Tensor | None
     ) -> Tensor:
         if es:
             self.vocabulary.steps[at.level].nll_weight_GS = self._token_weight(es[0], at.rows)
-        return self._of_tokens(adjoint_pass(self.vocabulary, at.level), at.rows)
+        with self.vocabulary.present():
+            h_cot_GSD = adjoint_pass(self.vocabulary, at.level)
+        return self._of_tokens(h_cot_GSD, at.rows)
 
     def factor_cotangents(
         self, factor: HeadStep, cot_dx: Tensor | None, at: At
@@ -138,7 +143,8 @@ class _ResponseLoss(Function):
         rows: GroupedRows,
         level: int,
     ) -> Tensor:
-        response = response_pass(vocabulary, rows.to_groups(hidden.detach()), target, level)
+        with vocabulary.present():
+            response = response_pass(vocabulary, rows.to_groups(hidden.detach()), target, level)
         ctx.use = response, vocabulary, rows, level
         return rows.from_groups(response.loss_GM)
 
@@ -154,7 +160,8 @@ class _ResponseLoss(Function):
             vocabulary.add_use(use)
         else:
             vocabulary.add_rate_gradient(use)
-            response_weight_pass(vocabulary, response, level)
+            with vocabulary.present():
+                response_weight_pass(vocabulary, response, level)
         dh = (wide(response.dh_GMD) * weight_GM1).to(response.dh_GMD.dtype)
         ctx.use = None
         return rows.from_groups(dh), None, None, None, None, None
@@ -175,9 +182,10 @@ class _TiedLookup(_FactoredVocabulary):
 
     def apply(self, x: Tensor, at: At) -> tuple[list[Tensor], Kept]:
         rows, level = at
-        if not self.vocabulary.terms(level):
-            return [torch.nn.functional.embedding(x, self.vocabulary.weight_VD)], [x]
-        found = self.vocabulary.rows_at(grouped(x, rows), level)
+        with self.vocabulary.present():
+            if not self.vocabulary.terms(level):
+                return [torch.nn.functional.embedding(x, self.vocabulary.weight_VD)], [x]
+            found = self.vocabulary.rows_at(grouped(x, rows), level)
         found = found.to(self.vocabulary.weight_VD.dtype)
         return [rows.tokens_from_groups(found, tuple(x.shape[1:]))], [x]
 
@@ -197,11 +205,12 @@ class _TiedLookup(_FactoredVocabulary):
             return
         (ids,), (e,), (rows, level) = kept, es, at
         u = self._without_padding(e, ids)
-        if self.vocabulary.gradient is not None:
-            self.vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
-        if self.vocabulary.terms(level):
-            lookup = Lookup(grouped(ids, rows), rows.tokens_to_groups(u))
-            self.vocabulary.add_lookup(lookup, level)
+        with self.vocabulary.present(read=self.vocabulary.rate.gradient is not None):
+            if self.vocabulary.gradient is not None:
+                self.vocabulary.gradient.add_rows(ids.flatten(), u.flatten(0, -2))
+            if self.vocabulary.terms(level):
+                lookup = Lookup(grouped(ids, rows), rows.tokens_to_groups(u))
+                self.vocabulary.add_lookup(lookup, level)
 
     def factor_cotangents(
         self, factor: Tensor, cot_dx: Tensor | None, at: At

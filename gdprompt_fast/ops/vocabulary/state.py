@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...rows import GroupedRows
 from ..backend import implementation
-from ..gradient import WeightGradient
+from ..gradient import Present, WeightGradient, always_present
 from ..phase import Phase
 from ..rate import Rate
 from .block import Block, Columns, Slice, add_product_, slices, wide
@@ -141,6 +141,7 @@ class Vocabulary:
         rate: η.
         phase: tells the inner backward from the last one.
         gradient: where the outer gradient goes; None if frozen.
+        present: what a pass that reads the weight, or adds to its gradient, runs in.
     """
 
     weight_VD: Tensor
@@ -149,6 +150,7 @@ class Vocabulary:
     rate: Rate
     phase: Phase
     gradient: WeightGradient | None
+    present: Present = always_present
     steps: list[HeadStep] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
