@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from gdprompt_fast.artifacts.markdown import markdown_table
 from gdprompt_fast.plan import PlannedStep, plan_many
-from gdprompt_fast.plan.many import ManyGPUs
+from gdprompt_fast.plan.many import Communication, ManyGPUs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "distributed.md"
@@ -30,14 +30,15 @@ def planned(gpus: int, sharding: str) -> PlannedStep:
 
 
 def row(model: str, many: ManyGPUs) -> list[str]:
-    computing = many.flops / FLOPS
-    sending = many.sent.bytes / BANDWIDTHS[many.gpus]
+    name, rest = [model, str(many.gpus), many.sharding], times(many.gpus, many.sent, many.flops)
+    return [*name, f"{many.peak_bytes / 1e9:,.0f} GB", *rest]
+
+
+def times(gpus: int, sent: Communication, flops: float) -> list[str]:
+    """What each sends, the time of computing and of sending, and the examples for balance."""
+    computing, sending = flops / FLOPS, sent.bytes / BANDWIDTHS[gpus]
     return [
-        model,
-        str(many.gpus),
-        many.sharding,
-        f"{many.peak_bytes / 1e9:,.0f} GB",
-        f"{many.sent.bytes / 1e9:,.1f} GB",
+        f"{sent.bytes / 1e9:,.1f} GB",
         f"{computing:.2f} s",
         f"{sending:.2f} s",
         f"{max(1, EXAMPLES * sending / computing):.0f}",

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..artifacts.markdown import markdown_table
 from ..errors import UserError
-from ..meta.gathered import _is_gathered as is_gathered
+from ..meta.gathered import is_block, units_of
+from ..models.architecture import backbone_and_head
 from .plan import size_text
 from .prediction import CAST, GRADIENTS, OPTIMIZER, PARTS, WEIGHTS, model_on_meta, predict
 from .step import DTYPES, PlannedStep
@@ -27,16 +27,23 @@ class Sizes:
     Attributes:
         trained: those that are trained.
         frozen: those that are not.
-        gathered: those of the linear layers in blocks, which a sharded step gathers for a block at
-            a time; of them ``gathered_trained`` are trained.
-        blocks: the number of blocks.
+        blocks: those of the linear layers in blocks, which a sharded step gathers for a block at a
+            time.
+        head, tables: those of the head and of the embeddings, gathered for their passes; of a tied
+            one both have them all.
+        largest: of the blocks, the head and the embeddings, each alone.
+        kept: those of the rest, which a sharded step has throughout.
+        base_trained: whether all but adapters are trained.
     """
 
     trained: int
     frozen: int
-    gathered: int
-    gathered_trained: int
     blocks: int
+    head: int
+    tables: int
+    largest: int
+    kept: int
+    base_trained: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def plan_many(config: PreTrainedConfig, planned: PlannedStep, gpus: int, shardin
     sizes, examples = sizes_of(config, planned), -(-planned.batch // gpus)
     one = predict(config, replace(planned, batch=examples))
     dividing = sizes, planned, gpus, sharding
-    meta_step = _on_one(one.meta_step, *dividing)
+    meta_step = _on_one(one.meta_step, *dividing, gathering=True)
     optimizer_step = _on_one(one.optimizer_step, *dividing) if one.optimizer_step else {}
     sent, work = communication(*dividing), flops(sizes, planned, examples)
     return ManyGPUs(gpus, sharding, examples, meta_step, optimizer_step, sent, work)
@@ -103,21 +110,20 @@ def plan_many(config: PreTrainedConfig, planned: PlannedStep, gpus: int, shardin
 
 def sizes_of(config: PreTrainedConfig, planned: PlannedStep) -> Sizes:
     model = model_on_meta(config, planned)
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    gathered = [
-        module.weight
-        for block in blocks
-        for name, module in block.named_modules()
-        if is_gathered(name, module)
-    ]
+    units, head = units_of(model), backbone_and_head(model)[1]
+    numbers = {unit: sum(weight.numel() for weight in own) for unit, own in units.items()}
+    alone = {id(weight): weight.numel() for own in units.values() for weight in own}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return Sizes(
         trained,
         frozen,
-        sum(weight.numel() for weight in gathered),
-        sum(weight.numel() for weight in gathered if weight.requires_grad),
-        len(blocks),
+        blocks=sum(number for unit, number in numbers.items() if is_block(unit)),
+        head=numbers[head],
+        tables=sum(n for unit, n in numbers.items() if not is_block(unit) and unit is not head),
+        largest=max(numbers.values()),
+        kept=trained + frozen - sum(alone.values()),
+        base_trained=head.weight.requires_grad,
     )
 
 
@@ -126,9 +132,11 @@ def communication(sizes: Sizes, planned: PlannedStep, gpus: int, sharding: str) 
 
     ``none`` sums the gradients, twice around the ring; ``optimizer`` once, and once the weights.
     ``full`` gathers a block in each of its passes: forward and inner backward of every inner step,
-    forward and backward of the query, and, but for first order, double and last backward of every
-    inner step. What these add to gradients is scattered by the last backward and by every double
-    backward, which the query's products wait for.
+    forward and backward of the query, and double and last backward of every inner step; embeddings
+    in every forward; the head in forward, inner backward and last backward of every inner step, and
+    with the query. What these passes add to gradients is scattered by the last of them: of a block
+    also by every double backward, which the query's products wait for, as those at the head do for
+    the inner step, if that moves it.
     """
     around = (gpus - 1) / gpus
     if sharding == "none":
@@ -136,18 +144,25 @@ def communication(sizes: Sizes, planned: PlannedStep, gpus: int, sharding: str) 
     if sharding == "optimizer":
         half = around * WIDE * sizes.trained
         return Communication(0, 0, half, half)
-    steps = planned.inner_steps
+    steps, response = planned.inner_steps, int(planned.inner != "full")
     gathers, scatters = 4 * steps + 2, steps + 1
     local = -(-planned.batch // gpus)
     parts = -(-local // planned.micro_batch) if planned.micro_batch else 1
-    dtype = DTYPES[planned.dtype].itemsize
-    frozen_dtype = dtype if planned.outer == "lora" else WIDE
-    kept_frozen = sizes.frozen - (sizes.gathered - sizes.gathered_trained)
-    kept_trained = sizes.trained - sizes.gathered_trained
-    weights = parts * gathers * dtype * sizes.gathered
-    weights += WIDE * kept_trained + frozen_dtype * kept_frozen
-    gradients = WIDE * (parts * scatters * sizes.gathered_trained + kept_trained)
-    return Communication(gathers, scatters, around * weights, around * gradients)
+    gathered = gathers * sizes.blocks + scatters * sizes.tables
+    gathered += (3 * steps + 1 + response) * sizes.head
+    scattered = scatters * (sizes.blocks + sizes.tables) + (steps + response) * sizes.head
+    weights = parts * DTYPES[planned.dtype].itemsize * gathered
+    weights += _kept_bytes(sizes, planned)
+    gradients = parts * scattered + sizes.kept if sizes.base_trained else sizes.trained
+    return Communication(gathers, scatters, around * weights, around * WIDE * gradients)
+
+
+def _kept_bytes(sizes: Sizes, planned: PlannedStep) -> int:
+    """Of the weights that a sharded step has throughout."""
+    if sizes.base_trained:
+        return WIDE * sizes.kept
+    frozen = sizes.kept - sizes.trained
+    return WIDE * sizes.trained + DTYPES[planned.dtype].itemsize * frozen
 
 
 def flops(sizes: Sizes, planned: PlannedStep, examples: int) -> float:
@@ -161,8 +176,19 @@ def flops(sizes: Sizes, planned: PlannedStep, examples: int) -> float:
     return again * examples * tokens * weights
 
 
-def _on_one(parts: Parts, sizes: Sizes, planned: PlannedStep, gpus: int, sharding: str) -> Parts:
-    """The bytes of a GPU, of those of one that has everything."""
+def _on_one(
+    parts: Parts,
+    sizes: Sizes,
+    planned: PlannedStep,
+    gpus: int,
+    sharding: str,
+    gathering: bool = False,
+) -> Parts:
+    """The bytes of a GPU, of those of one that has everything.
+
+    Args:
+        gathering: in a step, which gathers sharded weights.
+    """
     if sharding == "none":
         return dict(parts)
     divided = dict(parts)
@@ -172,13 +198,15 @@ def _on_one(parts: Parts, sizes: Sizes, planned: PlannedStep, gpus: int, shardin
         divided[WEIGHTS] = parts.get(WEIGHTS, 0) + slices
         divided[GRADIENTS] = parts.get(GRADIENTS, 0) + slices
         return divided
-    dtype = DTYPES[planned.dtype].itemsize
-    kept = sizes.trained + sizes.frozen - sizes.gathered
-    kept_trained = sizes.trained - sizes.gathered_trained
-    block, block_trained = (n // sizes.blocks for n in (sizes.gathered, sizes.gathered_trained))
-    divided[WEIGHTS] = parts.get(WEIGHTS, 0) // gpus + WIDE * kept + dtype * block
-    divided[GRADIENTS] = slices + WIDE * (kept_trained + block_trained)
-    divided[CAST] = dtype * kept if parts.get(CAST) else 0
+    divided[WEIGHTS] = parts.get(WEIGHTS, 0) // gpus
+    divided[GRADIENTS] = slices
+    if not gathering:
+        return divided
+    divided[WEIGHTS] += _kept_bytes(sizes, planned)
+    divided[WEIGHTS] += DTYPES[planned.dtype].itemsize * sizes.largest
+    largest = sizes.largest + sizes.largest // gpus  # and its part of the sum, to be added
+    divided[GRADIENTS] += WIDE * (sizes.kept + largest if sizes.base_trained else sizes.trained)
+    divided[CAST] = DTYPES[planned.dtype].itemsize * sizes.kept if parts.get(CAST) else 0
     return divided
 
 

@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 
+from benchmarks.report import scaling
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.distributed import launched, reduce_gradients
+from gdprompt_fast.distributed.local_shards import local_of
 from gdprompt_fast.distributed.sharded import StandIn
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.meta.share import share_of
 from gdprompt_fast.plan import PlannedStep, plan_many
-from gdprompt_fast.plan.many import communication, sizes_of
+from gdprompt_fast.plan.many import communication, flops, sizes_of
 from gdprompt_fast.training.optim import ClippedAdam
 from helpers.models import random_batch, wide_llama
 from helpers.processes import in_processes
-from helpers.sharding import own_part, shard
+from helpers.sharding import own_part, peak_of, shard
 from helpers.traffic import bytes_sent
 
 VOCABULARY, LAYERS = 128, 3
@@ -44,9 +47,9 @@ def sent_by(work: Callable[[], Any]) -> int:
     return bytes_sent() - before
 
 
-def step(model: Any, part: dict[str, Any]) -> None:
+def step(model: Any, part: dict[str, Any], **more: Any) -> None:
     options: dict[str, Any] = dict(objective="gold", recompute="block", verify="never")
-    fast_meta_step(model, **part, **options)
+    fast_meta_step(model, **part, **options, **more)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -96,45 +99,65 @@ def test_of_a_frozen_base_only_adapters_are_sent() -> None:
         assert of_process == pytest.approx(sent.bytes, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("options", "gathers", "scatters"),
-    [(dict(), 6, 2), (dict(inner_steps=2), 10, 3), (dict(micro_batch=2), 12, 4)],
-)
-def test_blocks_are_gathered_as_often_as_planned(
-    options: dict[str, int], gathers: int, scatters: int
-) -> None:
-    """Of a batch of which each of two processes has three examples."""
-    planned = PlannedStep(**{**vars(PLANNED), **options})
-    batch = random_batch(6, 6, 4, 2, VOCABULARY)
-    config = wide_llama(96, VOCABULARY, LAYERS).config
-    sizes = sizes_of(config, planned)
-    kept = sizes.trained - sizes.gathered
-    sent = communication(sizes, planned, 2, "full")
-    assert sent.weights == 0.5 * 4 * (gathers * sizes.gathered + kept)
-    assert sent.gradients == 0.5 * 4 * (scatters * sizes.gathered + kept)
+OPTIONS: list[tuple[dict[str, Any], bool]] = [
+    (dict(), False),
+    (dict(inner_steps=2), True),
+    (dict(micro_batch=2), False),
+    (dict(inner="linear"), True),
+]
 
-    def work() -> tuple[int, int]:
-        counts = [0, 0]
+
+def test_weights_are_gathered_and_gradients_summed_as_often_as_planned() -> None:
+    """To the byte; of a batch of which each of two processes has three examples."""
+    batch = random_batch(6, 6, 4, 2, VOCABULARY)
+
+    def build(tied: bool) -> Any:
+        return wide_llama(96, VOCABULARY, LAYERS, tied)
+
+    def work() -> list[list[int]]:
+        moved = [0, 0]
         fill, add = StandIn.fill, StandIn.add_to_shard
 
         def filled(each: Any) -> None:
-            counts[0] += each.shape == (288, 96)
+            moved[0] += each.numel() * each.element_size()
             fill(each)
 
         def added(each: Any, gradient: torch.Tensor) -> None:
-            counts[1] += each.shape == (288, 96)
+            moved[1] += gradient.numel() * gradient.element_size()
             add(each, gradient)
 
         StandIn.fill, StandIn.add_to_shard = filled, added  # type: ignore[method-assign]
-        more: dict[str, Any] = {k: v for k, v in options.items() if k != "micro_batch"}
-        more["micro_groups"] = options.get("micro_batch")
-        sharded, part = shard(wide_llama(96, VOCABULARY, LAYERS)), own_part(batch)
-        fast_meta_step(sharded, **part, objective="gold", recompute="block", verify="never", **more)
-        return counts[0], counts[1]
+        found = []
+        for options, tied in OPTIONS:
+            names = dict(micro_batch="micro_groups", inner="inner_params")
+            more: dict[str, Any] = {names.get(k, k): v for k, v in options.items()}
+            moved[:] = 0, 0
+            sharded, part = shard(build(tied)), own_part(batch)
+            step(sharded, part, **more)
+            found.append(list(moved))
+        return found
 
-    two_a_block = 2 * LAYERS  # gate and up
-    for got in in_processes(2, work):
-        assert got == (gathers * two_a_block, scatters * two_a_block)
+    for of_process in in_processes(2, work):
+        for (options, tied), moved in zip(OPTIONS, of_process, strict=True):
+            planned = PlannedStep(**{**vars(PLANNED), **options})
+            sent = communication(sizes_of(build(tied).config, planned), planned, 2, "full")
+            assert moved == [2 * sent.weights, 2 * sent.gradients], (options, tied)
+
+
+def test_a_process_holds_what_is_planned() -> None:
+    """The peak of a step, in bytes: shards, what is gathered, gradients, factors, activations."""
+    config = wide_llama(128, 2048, 4).config
+    planned = PlannedStep(**{**vars(PLANNED), "batch": 4, "optimizer": "none"})
+    batch = random_batch(4, 6, 4, 2, 2048)
+
+    def work() -> int:
+        model, part = shard(wide_llama(128, 2048, 4)), own_part(batch)
+        peak = peak_of(model, lambda: step(model, part))
+        return peak + sum(2 * 4 * local_of(each).numel() for each in model.parameters())
+
+    expected = plan_many(config, planned, 2, "full").peak_bytes
+    for held in in_processes(2, work):
+        assert held == pytest.approx(expected, rel=0.05)
 
 
 def test_the_command_tells_and_writes_it(
@@ -156,3 +179,21 @@ def test_sharded_weights_are_planned_with_recomputation_alone() -> None:
     config = wide_llama(64, VOCABULARY, LAYERS).config
     with pytest.raises(UserError, match='recompute: expected "block" with sharding "full"'):
         plan_many(config, PlannedStep(), 2, "full")
+
+
+def test_the_table_of_the_page_is_the_plans() -> None:
+    """All that is sent and computed, and the memory of one row, whose prediction takes seconds."""
+    text = scaling.PAGE.read_text(encoding="utf-8")
+    table = text.split(scaling.BEGIN)[1].split(scaling.END)[0].strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(rows) == 3 * len(scaling.MODELS) * len(scaling.BANDWIDTHS)
+    configs = {m: AutoConfig.from_pretrained(CONFIGS / f) for m, f in scaling.MODELS.items()}
+    sizes = {m: sizes_of(config, scaling.planned(8, "full")) for m, config in configs.items()}
+    for model, gpus, sharding, _, *rest in rows:
+        planned, number = scaling.planned(int(gpus), sharding), int(gpus)
+        sent = communication(sizes[model], planned, number, sharding)
+        work = flops(sizes[model], planned, scaling.EXAMPLES)
+        assert rest == scaling.times(number, sent, work)
+    model, gpus, sharding = rows[2][:3]
+    many = plan_many(configs[model], scaling.planned(int(gpus), sharding), int(gpus), sharding)
+    assert scaling.row(model, many) == rows[2]

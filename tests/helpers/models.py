@@ -107,10 +107,12 @@ def last_tokens(mask: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return mask & (position >= lengths - torch.tensor(counts)[:, None])
 
 
-def wide_llama(hidden: int, vocabulary: int = 1024, layers: int = 4) -> LlamaForCausalLM:
-    """A tied Llama whose weights are much larger than a few tokens' activations."""
+def wide_llama(
+    hidden: int, vocabulary: int = 1024, layers: int = 4, tied: bool = True
+) -> LlamaForCausalLM:
+    """A Llama whose weights are much larger than a few tokens' activations."""
     sizes = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
-    return llama(vocabulary, **sizes, initializer_range=0.02, tie_word_embeddings=True)
+    return llama(vocabulary, **sizes, initializer_range=0.02, tie_word_embeddings=tied)
 
 
 def random_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from gdprompt_fast import MetaBatch
+from gdprompt_fast.distributed.sharded import StandIn
 from gdprompt_fast.meta.share import share_of
+from gdprompt_fast.models.memory import PeakMemory, model_tensors
 
 
 def shard(model: Any) -> Any:
@@ -37,3 +40,43 @@ def own_part(batch: MetaBatch, **given: Any) -> dict[str, Any]:
     part = share_of(batch, dist.get_rank(), dist.get_world_size(), **given)
     del part["query_count"], part["lm_count"]
     return part
+
+
+class PeakWithStandIns(PeakMemory):
+    """Counts the memory of stand-ins as it comes and goes, which no operator shows."""
+
+    def __enter__(self) -> Any:
+        self._own = StandIn.fill, StandIn.free
+        fill, free = self._own
+
+        def counted(change: Any, stand_in: StandIn) -> None:
+            storage = stand_in.data.untyped_storage()
+            before = storage.nbytes()
+            change(stand_in)
+            more = storage.nbytes() - before
+            if storage._cdata in self._sizes and more:
+                self._sizes[storage._cdata] += more
+                self.live_bytes += more
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+        StandIn.fill = lambda each: counted(fill, each)  # type: ignore[assignment]
+        StandIn.free = lambda each: counted(free, each)  # type: ignore[assignment]
+        return super().__enter__()
+
+    def _see(self, tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, DTensor) and super()._see(tensor)  # has only a shard
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        StandIn.fill, StandIn.free = self._own  # type: ignore[method-assign]
+
+
+def peak_of(model: Any, step: Callable[[], Any]) -> int:
+    """Over the model, or its shards, and their gradients; but for what gloo makes."""
+    step()
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in model_tensors(model)]
+    memory = PeakWithStandIns(own)
+    before = memory.live_bytes
+    with memory:
+        step()
+    return memory.peak_bytes - before
