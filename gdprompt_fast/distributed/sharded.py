@@ -67,6 +67,15 @@ def whole(weight: Tensor) -> Tensor:
     return full
 
 
+def release(model: nn.Module) -> None:
+    """Gives back the memory of a model that is not needed any more."""
+    if is_sharded(model):  # whose parts FSDP2 holds on to
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor)
+            parameter._local_tensor.untyped_storage().resize_(0)
+    model.to("meta")
+
+
 def transposed(weight: Tensor) -> Tensor:
     """A weight's transpose, detached."""
     if isinstance(weight, StandIn) and weight.transposed is not None:
@@ -229,13 +238,13 @@ class PlainModel:
         return run
 
     @contextmanager
-    def present(self, unit: nn.Module, read: bool = True) -> Iterator[None]:
+    def present(self, module: nn.Module, read: bool = True) -> Iterator[None]:
         """Inside, the weights of a unit are there; then their gradients are with the shards.
 
         Args:
             read: false where only gradients are added.
         """
-        own = self._by_unit.get(unit, [])
+        own = self._by_unit.get(module, [])
         for each in own if read else []:
             each.fill()
         try:

@@ -17,6 +17,7 @@ from ..artifacts.files import hash_of_file
 from ..config.fields import REQUIRED, option
 from ..data import Example, text_rows
 from ..distributed.group import world_size
+from ..distributed.sharded import release
 from ..errors import UserError
 from ..loading import (
     add_lora,
@@ -165,7 +166,7 @@ class Job:
         if self.teacher_cache is None:
             return TeacherOnTheFly(self.teacher, self.examples, *answer)
         cache = TeacherCache.build(self.teacher_cache, self.teacher, self.examples, *answer)
-        self.teacher.to("meta")
+        release(self.teacher)
         return cache
 
 
