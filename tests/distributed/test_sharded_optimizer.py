@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 from gdprompt_fast.data import Example, tokenise_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.distributed import launched, rank
+from gdprompt_fast.distributed.sharded import whole
 from gdprompt_fast.distributed.shards import Shards
 from gdprompt_fast.training import loop
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.optim import ClippedAdam
 from gdprompt_fast.training.options import TrainOptions
 from helpers.processes import in_processes
+from helpers.sharding import shard
 from helpers.training import GOLD, ROOMY, TOKENIZER, tiny_llama
 
 Weights = dict[str, torch.Tensor]
@@ -77,11 +80,25 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(
 
 
 def test_every_process_has_its_part_of_the_state(tiny_model: Any) -> None:
-    """In buckets smaller than a weight, of a number of elements that three do not divide."""
+    """In buckets smaller than a weight, of a number of elements that three do not divide; and so of
+    sharded weights.
+    """
     torch.manual_seed(0)
     gradients = [torch.randn_like(p) for p in tiny_model().parameters()]
 
-    def work() -> tuple[int, Weights, float]:
+    def of_sharded() -> tuple[int, Weights, float]:
+        model = shard(tiny_model())
+        parameters: list[Any] = list(model.parameters())
+        adam = ClippedAdam(parameters, clip_norm=1.0)
+        for step in range(3):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.grad = distribute_tensor(gradient * (step + 1), mesh, placements)
+            norm = float(adam.update(0.1, step))
+        held = sum(state["exp_avg"].numel() for state in adam.adam.state.values())
+        return held, {key: whole(value) for key, value in model.state_dict().items()}, norm
+
+    def work() -> list[tuple[int, Weights, float]]:
         with launched():
             model = tiny_model()
             parameters = list(model.parameters())
@@ -95,7 +112,7 @@ def test_every_process_has_its_part_of_the_state(tiny_model: Any) -> None:
                 norm = float(adam.update(0.1, step))
             states = adam.adam.state.values()
             held = sum(state["exp_avg"].numel() for state in states)
-            return held, dict(model.state_dict()), norm
+            return [(held, dict(model.state_dict()), norm), of_sharded()]
 
     model = tiny_model()
     parameters = list(model.parameters())
@@ -104,9 +121,13 @@ def test_every_process_has_its_part_of_the_state(tiny_model: Any) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient * (step + 1)
         expected_norm = float(adam.update(0.1, step))
-    whole = sum(parameter.numel() for parameter in parameters)
-    for held, got, norm in in_processes(3, work, init=False):
-        assert held < whole / 3 + 100
+    every = sum(parameter.numel() for parameter in parameters)
+    rows = sum(parameter[0].numel() for parameter in parameters)  # of which one has one more
+    of_processes = in_processes(3, work, init=False)
+    for (held, *_), (held_of_sharded, *_) in of_processes:
+        assert held < every / 3 + 100
+        assert held_of_sharded <= every / 3 + rows
+    for _, got, norm in (found for each in of_processes for found in each):
         assert norm == pytest.approx(expected_norm, rel=1e-12)
         assert_close(got, dict(model.state_dict()))
 
