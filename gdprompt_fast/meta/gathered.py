@@ -75,15 +75,19 @@ def opened(model: nn.Module) -> Iterator[PlainModel | None]:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[PlainModel | None]:
+def gathered(model: nn.Module, head: bool = True) -> Iterator[PlainModel | None]:
     """Inside, a sharded model may be called, without gradients: every block gathers its weights
     while it runs. All processes have to call it as often.
+
+    Args:
+        head: false for its final states alone.
     """
     with opened(model) as plain:
         if plain is None:
             yield None
             return
-        with plain.gathering():
+        but = [] if head else [causal_lm(model).get_output_embeddings()]
+        with plain.gathering(but):
             yield plain
 
 

@@ -73,7 +73,7 @@ class TeacherTargets:
         """
         check_tokens("prompt", prompt_ids, prompt_mask, "[Q, T]")
         check_response(response_mask, prompt_ids, prompt_mask, "[Q, T]")
-        with gathered(teacher):
+        with gathered(teacher, head=False):
             check_ids("prompt_ids", prompt_ids, teacher)
             check_row_lengths("prompt_mask", prompt_mask, teacher)
             check_deterministic(teacher)

@@ -29,7 +29,7 @@ from helpers.training import GOLD, GROUPED, KL, LORA, ROOMY, TOKENIZER, initial_
 
 Weights = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
-LONG = 90.0  # seconds: every pass of a block gathers
+LONG = 120.0  # seconds: every pass of a block gathers
 
 
 def briefly(options: TrainOptions, **changes: Any) -> TrainOptions:
@@ -42,8 +42,8 @@ Case = tuple[TrainOptions, bool, int, bool]
 CASES: dict[str, Case] = {
     "gold with λ, a group at a time": (briefly(GOLD, micro_batch=1, batch_size=3), False, 0, True),
     "kl, joint, prompted": (briefly(KL, prompt_weight=0.3), False, 3, False),
-    "a group of two contexts, λ on prompts": (briefly(GROUPED), False, 0, True),
-    "LoRA inside and outside": (briefly(LORA, batch_size=1), True, 0, True),
+    "a group of two contexts, λ on prompts": (briefly(GROUPED, steps=2), False, 0, True),
+    "LoRA inside and outside": (briefly(LORA, steps=2, batch_size=1), True, 0, True),
 }
 BEGUN, WHOLE = [*CASES][:2], [*CASES][2:]
 
