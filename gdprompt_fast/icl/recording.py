@@ -76,8 +76,7 @@ def _check_positions(ids: Tensor, positions: Tensor) -> None:
     fits = positions.dim() == 2 and len(positions) == len(ids) and positions.shape[1] > 0
     if not fits or positions.dtype != torch.int64:
         raise UserError(
-            f"positions: expected int64 [{len(ids)}, P], got {positions.dtype} "
-            f"{[*positions.shape]}"
+            f"positions: expected int64 [{len(ids)}, P], got {positions.dtype} {[*positions.shape]}"
         )
     low, high = int(positions.min()), int(positions.max())
     if low < 0 or high >= ids.shape[1]:
