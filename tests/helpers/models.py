@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 from gdprompt_fast import MetaBatch, TeacherTargets
@@ -51,6 +53,11 @@ def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
     )
 
 
+def xglm_config(vocabulary: int, **changes: Any) -> XGLMConfig:
+    sizes = dict(d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, init_std=0.1)
+    return XGLMConfig(**{**sizes, "max_position_embeddings": 32, **changes}, vocab_size=vocabulary)
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -69,6 +76,8 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
     "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(gpt2_config(VOCABULARY, positions=32)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SIZES)),
+    "xglm": lambda: XGLMForCausalLM(xglm_config(VOCABULARY)),
+    "xglm-untied": lambda: XGLMForCausalLM(xglm_config(VOCABULARY, tie_word_embeddings=False)),
 }
 
 
