@@ -21,6 +21,7 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "icl",
     "keep",
     "kernels",
     "kernels.attention",

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import UserError
-from .families import FAMILIES, family_of, type_name
+from .families import FAMILIES, SCALED_EMBEDDINGS, family_of, type_name
 from .intact import autocast_of_forward, check_modules, check_never_run, check_parameters, is_intact
 from .walk import modules_of
 
 SUPPORTED_TUNERS = frozenset({"peft.tuners.lora.model.LoraModel", "peft.tuners.lora.layer.Linear"})
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
 # What a LoraConfig may set: the rest changes what an adapter computes, or may in a later PEFT.
 LORA_OPTIONS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
@@ -116,7 +117,7 @@ def backbone_and_head(model: nn.Module) -> tuple[Any, nn.Linear]:
         )
     if not is_intact(head):
         check_never_run(head, "the head", "which the losses replace")
-    if type(tokens) is not nn.Embedding:
+    if type(tokens) is not nn.Embedding and type_name(tokens) not in SCALED_EMBEDDINGS:
         raise UserError(
             "model: expected token embeddings of type nn.Embedding without adapters or "
             f"modules_to_save, got {type(tokens).__name__}"
@@ -161,17 +162,20 @@ def check_deterministic(model: nn.Module) -> None:
     other models.
     """
     for name, module in modules_of(model):
-        rate = (
-            module.p
-            if isinstance(module, _DropoutNd)
-            else getattr(module, "attention_dropout", 0.0)
-        )
-        if module.training and isinstance(rate, float) and rate > 0:
-            raise UserError(
-                f"model: expected no active dropout, got {rate} in "
-                f"{name or type(module).__name__}; "
-                "call model.eval() or set the rate to 0"
-            )
+        for rate in _dropout_rates(module):
+            if module.training and isinstance(rate, float | int) and rate > 0:
+                raise UserError(
+                    f"model: expected no active dropout, got {rate} in "
+                    f"{name or type(module).__name__}; "
+                    "call model.eval() or set the rate to 0"
+                )
+
+
+def _dropout_rates(module: nn.Module) -> list[Any]:
+    """Of a dropout layer, or of a module that calls the function."""
+    if isinstance(module, _DropoutNd):
+        return [module.p]
+    return [getattr(module, name, 0.0) for name in _RATES]
 
 
 def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:

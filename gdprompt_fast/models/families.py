@@ -21,8 +21,10 @@ class Family:
         causal_lm: the class of the whole; its forward is never run, the losses replace the head.
         attention: the class whose forward is replaced, with ``functions``, where ``qkv`` says how
             it makes queries, keys and values; None where only its attention function is.
-        qkv: "separate" (q_proj, k_proj, v_proj, o_proj), or "fused" (query_key_value, dense).
+        qkv: "separate" (q_proj, k_proj, v_proj), or "fused" (query_key_value).
+        out_projection: what follows attention.
         head_norms: queries and keys of every head are normed (q_norm, k_norm).
+        rotary: queries and keys are turned by their positions.
         functions: what the replaced forward would call.
         gated_mlp: the class of down_proj(act_fn(gate_proj(x)) * up_proj(x)), whose forward and
             activation are replaced; None if the MLP runs as it is.
@@ -30,18 +32,32 @@ class Family:
         decoder_layer: the class of h = x + self_attn(input_layernorm(x)), h +
             mlp(post_attention_layernorm(h)), whose forward is replaced; None if it runs as it is.
         learned_positions: rows can be no longer than ``max_position_embeddings``.
+        scaled_embedding: the class of token embeddings that are multiplied by their
+            ``embed_scale``; None for torch's.
+        attention_registry: its attention is the function that the configuration names; otherwise
+            it is part of ``attention``'s forward, and takes a mask that is a matrix.
+        blocks: the backbone's transformer blocks.
+        self_attention: a block's module that gives what is added to the residual.
+        final_norm: the backbone's norm before the head.
     """
 
     file: str
     causal_lm: str
     attention: str | None = None
     qkv: str = "separate"
+    out_projection: str = "o_proj"
     head_norms: bool = False
+    rotary: bool = True
     functions: tuple[str, ...] = ("apply_rotary_pos_emb", "rotate_half")
     gated_mlp: str | None = None
     rms_norm: str | None = None
     decoder_layer: str | None = None
     learned_positions: bool = False
+    scaled_embedding: str | None = None
+    attention_registry: bool = True
+    blocks: str = "layers"
+    self_attention: str = "self_attn"
+    final_norm: str = "norm"
 
     def named(self, name: str) -> str:
         """The full name of one of its classes."""
@@ -87,9 +103,31 @@ FAMILIES = (
         "GPTNeoXForCausalLM",
         attention="GPTNeoXAttention",
         qkv="fused",
+        out_projection="dense",
+        self_attention="attention",
+        final_norm="final_layer_norm",
     ),
-    Family("gpt2.modeling_gpt2", "GPT2LMHeadModel", learned_positions=True),
+    Family(
+        "xglm.modeling_xglm",
+        "XGLMForCausalLM",
+        attention="XGLMAttention",
+        out_projection="out_proj",
+        rotary=False,
+        functions=(),
+        scaled_embedding="XGLMScaledWordEmbedding",
+        attention_registry=False,
+        final_norm="layer_norm",
+    ),
+    Family(
+        "gpt2.modeling_gpt2",
+        "GPT2LMHeadModel",
+        learned_positions=True,
+        blocks="h",
+        self_attention="attn",
+        final_norm="ln_f",
+    ),
 )
+SCALED_EMBEDDINGS = frozenset(f.named(f.scaled_embedding) for f in FAMILIES if f.scaled_embedding)
 _BY_CAUSAL_LM = {family.named(family.causal_lm): family for family in FAMILIES}
 
 

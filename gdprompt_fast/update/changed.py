@@ -12,7 +12,7 @@ from ..ops.rate import Rate
 from ..rows import GroupedRows
 from .adapted_layer import AdaptedLayer, LayerChange, MaterialisedLayer, StepState
 from .change import WeightChange
-from .embedding import AdaptedEmbedding, rows_of_ids
+from .embedding import AdaptedEmbedding, rows_of_ids, scaled
 from .linear import AdaptedLinear
 from .vocabulary import AdaptedVocabulary
 
@@ -83,7 +83,8 @@ class ChangedEmbedding(AdaptedEmbedding):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         y, rows = super().forward(*inputs), self.state.rows
-        return y + self.changes.of_ids(rows_of_ids(inputs[0], len(rows)), rows).to(y.dtype)
+        change = self.changes.of_ids(rows_of_ids(inputs[0], len(rows)), rows)
+        return y + scaled(change.to(y.dtype), self.scale)
 
 
 class ChangedVocabulary(AdaptedVocabulary):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.families import SCALED_EMBEDDINGS, type_name
 from ..ops.embedding import InnerEmbedding, inner_embedding
 from ..ops.handle import weight_handle
 from ..ops.rate import Rate
@@ -26,6 +27,16 @@ def check_embedding(module: Any) -> None:
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise UserError(f"model: expected embeddings without {option}, got {module}")
+
+
+def lookup_scale(module: Any) -> float:
+    """What a class of a family's own multiplies a lookup by."""
+    return float(module.embed_scale) if type_name(module) in SCALED_EMBEDDINGS else 1.0
+
+
+def scaled(y: Tensor, scale: float) -> Tensor:
+    """A lookup times its scale: autograd's product, so what lies below gets scale · ȳ."""
+    return y if scale == 1.0 else y * scale
 
 
 def rows_of_ids(ids: Tensor, rows: int) -> Tensor:
@@ -49,6 +60,7 @@ def add_rows(change: WeightChange, ids_S: Tensor, e_SD: Tensor) -> None:
 class AdaptedEmbedding(FactoredLayer):
     def __init__(self, module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> None:
         check_embedding(module)
+        self.scale = lookup_scale(module)
         gradient = outer_gradient(module.weight)
         self.table = InnerEmbedding(
             state.cast(module.weight.detach()),
@@ -78,9 +90,10 @@ class AdaptedEmbedding(FactoredLayer):
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
         ids = rows_of_ids(ids, len(self.state.rows))
-        return inner_embedding(ids, self.handle, self.table, self.state.rows, self.state.level)
+        y = inner_embedding(ids, self.handle, self.table, self.state.rows, self.state.level)
+        return scaled(y, self.scale)
 
 
-@rule_for("torch.nn.modules.sparse.Embedding")
+@rule_for("torch.nn.modules.sparse.Embedding", *SCALED_EMBEDDINGS)
 def embedding(module: Any, inner: dict[str, bool], state: StepState, rate: Rate) -> AdaptedLayer:
     return AdaptedEmbedding(module, inner, state, rate)

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UserError
 from ..models.architecture import causal_lm
+from ..models.families import family_of
 from ..models.intact import has_own_forward, is_shipped
 from ..models.walk import modules_of
 from ..ops.attention import attention
@@ -153,11 +154,13 @@ def attention_by(model: nn.Module, name: str | None) -> Iterator[None]:
     taken as it is.
     """
     inner = causal_lm(model)
+    family = family_of(inner)
+    plain = "sdpa" if family is None or family.attention_registry else "eager"
     before = [(config, config._attn_implementation) for config in _configs(inner)]
     try:
         for config, own in before:
             users = _registered_by_user(inner, config)
-            config._attn_implementation = name or (own if users else "sdpa")
+            config._attn_implementation = name or (own if users else plain)
         with nullcontext() if name == ATTENTION else sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

@@ -84,13 +84,14 @@ def _gated_mlp(mlp: Any, adapted_layers: Mapping[nn.Module, AdaptedLayer]) -> Fo
 def _attention(
     module: Any, family: Family, adapted_layers: Mapping[nn.Module, AdaptedLayer]
 ) -> Forward | None:
-    """o(softmax attention of rotary(q), rotary(k), v); None where the modeling file would call
-    other functions than its own.
+    """o(softmax attention of q, k, v), q and k turned by their positions where those are rotary;
+    None where the modeling file would call other functions than its own.
     """
     file = sys.modules[type(module).__module__]
     if not all(is_shipped(getattr(file, each), type(module)) for each in family.functions):
         return None
-    project, out_projection = _PROJECTIONS[family.qkv](module, family.head_norms, adapted_layers)
+    project = _PROJECTIONS[family.qkv](module, family.head_norms, adapted_layers)
+    out_projection = getattr(module, family.out_projection)
 
     def forward(
         hidden_states: Tensor,
@@ -99,9 +100,10 @@ def _attention(
         **options: Any,
     ) -> tuple[Tensor, None]:
         check_attention_options(module, options)
-        assert position_embeddings is not None
         q, k, v = project(hidden_states)
-        q, k = rotary(q, k, *position_embeddings)
+        if family.rotary:
+            assert position_embeddings is not None
+            q, k = rotary(q, k, *position_embeddings)
         window = causal_window(attention_mask)
         out = attention(q, k, v, scale=module.scaling, window=window)
         return out_projection(out.flatten(-2)), None
@@ -114,7 +116,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 def _separate(
     module: Any, head_norms: bool, adapted_layers: Mapping[nn.Module, AdaptedLayer]
-) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+) -> Callable[[Tensor], QKV]:
     """Queries [B, H, T, D], keys and values [B, K, T, D] of a layer each."""
     products = _together([module.q_proj, module.k_proj, module.v_proj], adapted_layers)
 
@@ -125,10 +127,10 @@ def _separate(
             q, k = module.q_norm(q), module.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    return project, module.o_proj
+    return project
 
 
-def _fused(module: Any, *_: Any) -> tuple[Callable[[Tensor], QKV], nn.Module]:
+def _fused(module: Any, *_: Any) -> Callable[[Tensor], QKV]:
     """Queries, keys and values [B, H, T, D] of one layer, a head after the other."""
 
     def project(x_BTD: Tensor) -> QKV:
@@ -136,7 +138,7 @@ def _fused(module: Any, *_: Any) -> tuple[Callable[[Tensor], QKV], nn.Module]:
         q, k, v = module.query_key_value(x_BTD).view(heads).transpose(1, 2).chunk(3, dim=-1)
         return q, k, v
 
-    return project, module.dense
+    return project
 
 
 _PROJECTIONS = {"separate": _separate, "fused": _fused}

@@ -16,7 +16,7 @@ from ..ops.vocabulary import Target, Vocabulary, context_loss, response_loss, ti
 from ..rows import GroupedRows
 from .adapted_layer import FactoredLayer, LayerChange, StepState, outer_gradient
 from .change import WeightChange
-from .embedding import add_rows, check_embedding, rows_of_ids
+from .embedding import add_rows, check_embedding, lookup_scale, rows_of_ids, scaled
 
 
 class AdaptedVocabulary(FactoredLayer):
@@ -27,6 +27,7 @@ class AdaptedVocabulary(FactoredLayer):
     ) -> None:
         if embedding is not None:
             check_embedding(embedding)
+        self.lookup_scale = 1.0 if embedding is None else lookup_scale(embedding)
         gradient = outer_gradient(head.weight)
         self.vocabulary = Vocabulary(
             state.cast(head.weight.detach()),
@@ -78,7 +79,8 @@ class AdaptedVocabulary(FactoredLayer):
     def forward(self, *inputs: Tensor) -> Tensor:
         (ids,) = inputs
         ids = rows_of_ids(ids, len(self.state.rows))
-        return tied_lookup(ids, self.handle, self.vocabulary, self.state.rows, self.state.level)
+        y = tied_lookup(ids, self.handle, self.vocabulary, self.state.rows, self.state.level)
+        return scaled(y, self.lookup_scale)
 
     def context_loss(self, hidden_CTD: Tensor, weight_CT: Tensor) -> Tensor:
         """Weighted next-token NLL of every context, [C]."""

@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 from gdprompt_fast import MetaBatch, TeacherTargets
@@ -51,6 +53,18 @@ def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
     )
 
 
+def xglm_config(vocabulary: int) -> XGLMConfig:
+    return XGLMConfig(
+        d_model=32,
+        ffn_dim=48,
+        num_layers=2,
+        attention_heads=4,
+        vocab_size=vocabulary,
+        max_position_embeddings=32,
+        init_std=0.1,
+    )
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -69,6 +83,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "mistral-sliding-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
     "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(gpt2_config(VOCABULARY, positions=32)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SIZES)),
+    "xglm": lambda: XGLMForCausalLM(xglm_config(VOCABULARY)),
 }
 
 
