@@ -34,18 +34,11 @@ class Batch:
     recorded: Recorded
 
 
-def observe(
-    batches: Iterator[Batch], prompts: Prompts, count: int, watch: Callable[[Batch], None]
-) -> Observed:
-    """What the batches, which together are of the first ``count`` queries, show.
-
-    Args:
-        watch: is shown every batch.
-    """
+def observe(batches: Iterator[Batch], prompts: Prompts, count: int) -> Observed:
+    """What the batches, which together are of the first ``count`` queries, show."""
     width = max(len(query) for query in prompts.queries[:count]) + 1
     parts: dict[int, tuple[Tensor, Tensor, int]] = {}
     for batch in batches:
-        watch(batch)
         scores = scores_on_query(batch, width)
         logits = batch.recorded.logits[:, 1, prompts.options]
         for row, index in enumerate(batch.indices):

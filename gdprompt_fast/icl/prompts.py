@@ -1,8 +1,8 @@
 """Rows of tokens: demonstrations in the prompt, or as texts to fine-tune on, and the query.
 
-    in-context   BOS, (input, answer, EOS) for every demonstration that fits, query, candidate
-    zero-shot    BOS, query, candidate; fine-tuned models read the same
-    a text       BOS, input, answer: what one step of fine-tuning is on, without EOS
+in-context   BOS, (input, answer, EOS) for every demonstration that fits, query, candidate
+zero-shot    BOS, query, candidate; fine-tuned models read the same
+a text       BOS, input, answer: what one step of fine-tuning is on, without EOS
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def demonstrations(items: Sequence[Item], count: int, seed: int, permutation: in
         UserError: if there are too few items.
     """
     if len(items) < count:
-        raise UserError(f"demonstrations: expected at most {len(items)}, all there are, got {count}")
+        raise UserError(
+            f"demonstrations: expected at most {len(items)}, all there are, got {count}"
+        )
     drawn = shuffled(items, seed)[:count]
     if permutation == 0:
         return drawn
@@ -126,7 +128,9 @@ def _options(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list
             )
         options += tokens
     if len(set(options)) < len(options):
-        raise UserError(f"options: expected different tokens for {', '.join(answers)}, got the same")
+        raise UserError(
+            f"options: expected different tokens for {', '.join(answers)}, got the same"
+        )
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -41,9 +42,7 @@ class Recorded:
     logits: Tensor
 
 
-def record(
-    model: nn.Module, ids: Tensor, positions: Tensor, past: Cache | None = None
-) -> Recorded:
+def record(model: nn.Module, ids: Tensor, positions: Tensor, past: Cache | None = None) -> Recorded:
     """Runs the model on rows and keeps what :class:`Recorded` says at some positions of each.
 
     Without gradients; forward-mode derivatives pass through (see ``linearised.py``). In the paper
@@ -86,12 +85,12 @@ def after_prefix(model: nn.Module, prefix: Tensor) -> Callable[[int], Cache] | N
     check_ids("prefix", prefix, model)
     if not known_family(model).attention_registry:
         return None
-    backbone, _ = backbone_and_head(model)
+    made = DynamicCache(config=model.config)
     with torch.no_grad():
-        made: Any = backbone(input_ids=prefix, use_cache=True, return_dict=True).past_key_values
+        _going_on(model, prefix, made)
 
     def of_rows(count: int) -> Cache:
-        past: Any = copy.deepcopy(made)
+        past = copy.deepcopy(made)
         past.batch_repeat_interleave(count)
         return past
 
@@ -99,9 +98,11 @@ def after_prefix(model: nn.Module, prefix: Tensor) -> Callable[[int], Cache] | N
 
 
 def _going_on(model: nn.Module, ids: Tensor, past: Cache) -> Tensor:
-    """Final hidden states [B, T, d] of right-padded ids after a prefix."""
+    """Final hidden states [B, T, d] of right-padded ids after what the cache holds; it grows."""
     backbone, _ = backbone_and_head(model)
-    output = backbone(input_ids=ids, past_key_values=past, use_cache=True, return_dict=True)
+    takes = inspect.signature(backbone.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # by the version of transformers
+    output = backbone(input_ids=ids, use_cache=True, return_dict=True, **{name: past})
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -110,8 +111,7 @@ def _check_positions(ids: Tensor, positions: Tensor) -> None:
     fits = positions.dim() == 2 and len(positions) == len(ids) and positions.shape[1] > 0
     if not fits or positions.dtype != torch.int64:
         raise UserError(
-            f"positions: expected int64 [{len(ids)}, P], got {positions.dtype} "
-            f"{[*positions.shape]}"
+            f"positions: expected int64 [{len(ids)}, P], got {positions.dtype} {[*positions.shape]}"
         )
     low, high = int(positions.min()), int(positions.max())
     if low < 0 or high >= ids.shape[1]:

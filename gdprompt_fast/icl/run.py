@@ -1,0 +1,45 @@
+"""The experiments by name, and one from its stages to its JSON, Markdown and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report.outcome import Outcome
+from ..report.write import write_report
+from . import table1, table2
+from .context import IclContext
+
+FILES = "icl-"  # begins the names of an experiment's files, beside those of other papers
+
+
+@dataclass(frozen=True)
+class IclExperiment:
+    """What an experiment's section of a preset says, and what it does."""
+
+    options: type[Any]
+    run: Callable[[Sequence[IclContext], Any], Outcome]
+
+
+EXPERIMENTS = {
+    module.__name__.rpartition(".")[2].replace("_", "-"): IclExperiment(module.Options, module.run)
+    for module in (table1, table2)
+}
+
+
+def run_icl(name: str, repetitions: Sequence[IclContext]) -> Path:
+    """Does what is left to do of an experiment; writes its JSON, Markdown and figure.
+
+    Args:
+        name: a key of ``EXPERIMENTS``.
+        repetitions: one for every seed, from ``icl_contexts``.
+
+    Returns:
+        The Markdown file.
+    """
+    preset, experiment = repetitions[0].preset, EXPERIMENTS[name]
+    outcome = experiment.run(repetitions, preset.section(name, experiment.options))
+    fingerprint = repetitions[0].fingerprint
+    return write_report(f"{FILES}{name}", outcome, repetitions, preset.sections, fingerprint)
