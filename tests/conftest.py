@@ -39,6 +39,18 @@ def auto_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "load_cpp", lambda: False)
 
 
+@pytest.fixture(autouse=True)
+def default_dtype_of_xglm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XGLM's own attention makes a tensor of the default dtype of the least number of its own."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if not {"xglm", "xglm-untied"} & {each for each in parameters.values() if type(each) is str}:
+        yield
+        return
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def cpp(auto_is_pytorch: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ ops are there, and ``"auto"`` takes them."""

@@ -41,12 +41,42 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def copied(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Inside, the model computes with copies of its weights, in ``dtype`` if one is given, and
-    whatever hooks of a gradient do to them is lost. Buffers stay: transformers keeps rotary tables
-    in fp32 whatever the weights.
+    whatever hooks of a gradient do to them is lost. Buffers stay, as transformers keeps rotary
+    tables in fp32 whatever the weights; but what is wider than ``dtype`` would widen all.
     """
     copies = {name: p.data.to(dtype or p.dtype, copy=True) for name, p in model.named_parameters()}
-    with _exchanged(model, copies):
+    with _exchanged(model, copies), _numbers_in(dtype), _no_buffer_wider(model, dtype):
         yield
+
+
+@contextmanager
+def _no_buffer_wider(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    wide = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if dtype == torch.float32 and buffer.dtype == torch.float64
+    ]
+    try:
+        for module, name, buffer in wide:
+            setattr(module, name, buffer.to(dtype))
+        yield
+    finally:
+        for module, name, buffer in wide:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def _numbers_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, tensors made without a dtype are fp64 where that is: XGLM's attention makes one of
+    the least number of its dtype, which must fit.
+    """
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -73,6 +73,11 @@ class KeysOrValues:
         return [each for each in (self.layer.weight, self.layer.bias) if each is not None]
 
     @property
+    def outputs(self) -> int:
+        """O."""
+        return int(self.layer.weight.shape[1 if self.transposed else 0])
+
+    @property
     def transposed(self) -> bool:
         return type_name(self.layer) == LINEAR_LAYERS[1]
 

@@ -34,6 +34,7 @@ class Family:
         learned_positions: rows can be no longer than ``max_position_embeddings``.
         scaled_embedding: the class of token embeddings that are multiplied by their
             ``embed_scale``; None for torch's.
+        position_table: the class of positions that are a buffer, added to the embeddings.
         attention_registry: its attention is the function that the configuration names; otherwise
             it is part of ``attention``'s forward, and takes a mask that is a matrix.
         blocks: the backbone's transformer blocks.
@@ -54,6 +55,7 @@ class Family:
     decoder_layer: str | None = None
     learned_positions: bool = False
     scaled_embedding: str | None = None
+    position_table: str | None = None
     attention_registry: bool = True
     blocks: str = "layers"
     self_attention: str = "self_attn"
@@ -115,6 +117,7 @@ FAMILIES = (
         rotary=False,
         functions=(),
         scaled_embedding="XGLMScaledWordEmbedding",
+        position_table="XGLMSinusoidalPositionalEmbedding",
         attention_registry=False,
         final_norm="layer_norm",
     ),
@@ -134,6 +137,13 @@ _BY_CAUSAL_LM = {family.named(family.causal_lm): family for family in FAMILIES}
 def type_name(module: nn.Module) -> str:
     """``package.module.Class``."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def plain_attention(model_type: str) -> str:
+    """The name of an attention that PyTorch has every derivative of, for models of this type."""
+    families = {family.file.partition(".")[0]: family for family in FAMILIES}
+    family = families.get(model_type)
+    return "sdpa" if family is None or family.attention_registry else "eager"
 
 
 def family_of(causal_lm: nn.Module) -> Family | None:

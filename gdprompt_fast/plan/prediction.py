@@ -21,6 +21,7 @@ from ..loading import add_lora, positions
 from ..meta.step import fast_meta_step
 from ..meta.targets import TeacherTargets
 from ..models.architecture import causal_lm
+from ..models.families import plain_attention
 from ..ops.blocks import abridged_loops
 from ..reference.lean_maml import LeanMAML, all_alive, sequential
 from ..update.adapted_layer import AdaptedLayer
@@ -211,7 +212,7 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model of a configuration, with the attention that the engine takes the place of."""
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation=plain_attention(config.model_type)
         )
     except Exception as error:  # transformers has errors of many types for a faulty configuration
         reason = str(error).strip().partition("\n")[0][:300]

@@ -26,7 +26,7 @@ from .linear import AdaptedLinear
 from .lora import AdaptedLowRank
 from .masks import ATTENTION, attention_by, engine_attention, positions_in_order
 from .recompute import recomputed
-from .substitutes import substitute_for
+from .substitutes import positions_in, substitute_for
 from .vocabulary import AdaptedVocabulary
 
 
@@ -123,6 +123,9 @@ class AdaptedModel:
             for module, adapted_layer in self.adapted_layers.items()
         }
         forwards[self.head] = self._at_inference(self.vocabulary.logits, self.vocabulary, None)
+        for _, module in modules_of(self.model):
+            if has_own_forward(module) and (own := positions_in(module, self.state.dtype)):
+                forwards[module] = own
         device = self.head.weight.device.type
         with _replaced(forwards), torch.autocast(device, enabled=False):
             yield

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UserError
 from ..models.architecture import causal_lm
-from ..models.families import family_of
+from ..models.families import plain_attention
 from ..models.intact import has_own_forward, is_shipped
 from ..models.walk import modules_of
 from ..ops.attention import attention
@@ -136,10 +136,11 @@ def engine_attention(model: nn.Module) -> bool:
     """
     inner = causal_lm(model)
     file = sys.modules[type(inner).__module__]
-    makers = [getattr(file, name, None) for name in _MASK_MAKERS]
+    makers = [getattr(file, name) for name in _MASK_MAKERS if hasattr(file, name)]
     return (
         not any(_registered_by_user(inner, config) for config in _configs(inner))
-        and all(is_shipped(maker, type(inner)) for maker in makers if maker is not None)
+        and bool(makers)  # XGLM's of transformers 5.0 makes masks in another way
+        and all(is_shipped(maker, type(inner)) for maker in makers)
         and all(_is_shipped_module(module) for module in _mask_path(inner))
         and not any(map(_sees_masks, _mask_path(inner.base_model)))
     )
@@ -154,8 +155,7 @@ def attention_by(model: nn.Module, name: str | None) -> Iterator[None]:
     taken as it is.
     """
     inner = causal_lm(model)
-    family = family_of(inner)
-    plain = "sdpa" if family is None or family.attention_registry else "eager"
+    plain = plain_attention(inner.config.model_type)
     before = [(config, config._attn_implementation) for config in _configs(inner)]
     try:
         for config, own in before:

@@ -34,6 +34,7 @@ _GELUS = {  # the form of Φ of each, with the very constants of the op
 _SILUS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 _ATTENTIONS = {family.named(family.attention): family for family in FAMILIES if family.attention}
 _GATED_MLPS = {family.named(family.gated_mlp) for family in FAMILIES if family.gated_mlp}
+_POSITION_TABLES = {f.named(f.position_table) for f in FAMILIES if f.position_table}
 
 
 def substitute_for(
@@ -60,7 +61,17 @@ def substitute_for(
         return _attention(module, _ATTENTIONS[name], adapted_layers or {})
     if name == "peft.tuners.lora.layer.Linear":
         return _lora(module, dtype)
-    return None
+    return positions_in(module, dtype)
+
+
+def positions_in(module: Any, dtype: torch.dtype | None) -> Forward | None:
+    """The forward of a table of positions whose result is in ``dtype``: a buffer in fp32 would
+    make all hidden states fp32.
+    """
+    if dtype is None or type_name(module) not in _POSITION_TABLES:
+        return None
+    own = module.forward
+    return lambda *args, **options: own(*args, **options).to(dtype)
 
 
 def _together(

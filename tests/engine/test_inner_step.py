@@ -54,7 +54,7 @@ def test_logits_of_differently_adapted_rows_equal_materialised_copies(
     assert not logits.requires_grad
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2-conv1d-positions", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2-conv1d-positions", "gpt-neox", "xglm"])
 def test_generation_equals_that_of_materialised_copies_to_the_token(
     name: str, tiny_model: Build, make_batch: Build
 ) -> None:

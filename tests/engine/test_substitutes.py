@@ -21,7 +21,8 @@ from helpers.models import MODELS
 Build = Callable[..., Any]
 pytestmark = pytest.mark.transformers
 ROTARY = "apply_rotary_pos_emb"
-USED = {"llama": {"rotary", "swiglu"}, "gpt2": {"gelu"}, "gpt-neox": {"gelu", "rotary"}}
+USED = {"llama": {"rotary", "swiglu"}, "gpt2": {"gelu"}, "xglm": {"gelu"}}
+USED |= {"gpt-neox": {"gelu", "rotary"}}
 USED |= dict.fromkeys(("qwen2", "qwen3", "mistral"), USED["llama"])
 
 

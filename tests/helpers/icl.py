@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.models import MODELS
+from helpers.models import MODELS, VOCABULARY
 
 # One of every way to make keys and values, of every kind of positions.
 FAMILIES_OF_ICL = (
@@ -37,3 +37,10 @@ def with_eager_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = own
+
+
+def demonstrations(count: int = 3) -> list[torch.Tensor]:
+    """Random texts of several lengths."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [7, 5, 9, 6, 8, 4, 7, 5][:count]
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]

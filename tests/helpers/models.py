@@ -53,7 +53,7 @@ def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
     )
 
 
-def xglm_config(vocabulary: int) -> XGLMConfig:
+def xglm_config(vocabulary: int, **changes: Any) -> XGLMConfig:
     return XGLMConfig(
         d_model=32,
         ffn_dim=48,
@@ -62,6 +62,7 @@ def xglm_config(vocabulary: int) -> XGLMConfig:
         vocab_size=vocabulary,
         max_position_embeddings=32,
         init_std=0.1,
+        **changes,
     )
 
 
@@ -84,6 +85,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "gpt2-conv1d-positions": lambda: GPT2LMHeadModel(gpt2_config(VOCABULARY, positions=32)),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX_SIZES)),
     "xglm": lambda: XGLMForCausalLM(xglm_config(VOCABULARY)),
+    "xglm-untied": lambda: XGLMForCausalLM(xglm_config(VOCABULARY, tie_word_embeddings=False)),
 }
 
 

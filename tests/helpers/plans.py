@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    XGLMConfig,
 )
 
 VOCABULARY = 512
@@ -33,6 +34,9 @@ MODELS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
     "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=None),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    "xglm": XGLMConfig(
+        d_model=64, ffn_dim=160, num_layers=2, attention_heads=4, vocab_size=VOCABULARY
+    ),
     "gpt-neox": GPTNeoXConfig(**SIZES),
     "gpt2": GPT2Config(
         n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2

@@ -34,6 +34,7 @@ FP32 = torch.float32
 LORA_TARGETS = {
     "gpt2-conv1d-positions": ["c_attn", "c_fc", "c_proj"],
     "gpt-neox": ["query_key_value", "dense", "dense_h_to_4h"],
+    **dict.fromkeys(("xglm", "xglm-untied"), ["q_proj", "v_proj", "fc2"]),
 }
 
 

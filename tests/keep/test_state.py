@@ -40,7 +40,8 @@ def test_a_state_dict_is_theta_prime_of_its_group_by_autograd(
         assert state.keys() == model.state_dict().keys()
         for key, value in expected.items():
             change = (value - model.get_parameter(key).detach()).norm()
-            assert (state[key] - value).norm() <= 1e-9 * change, key
+            rounding = 1e-15 * value.norm()  # all that moves a key's bias, which softmax ignores
+            assert (state[key] - value).norm() <= 1e-9 * change + rounding, key
 
 
 @pytest.mark.parametrize("inner_params", ["full", "linear", "lora"])

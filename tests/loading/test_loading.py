@@ -134,7 +134,7 @@ def test_a_teacher_with_another_tokenizer_is_one_line(
     assert "error: teacher: expected the tokenizer of the model" in capsys.readouterr().err
 
 
-ARCHITECTURES = ["llama-tied", "llama-untied", "gpt2-conv1d-positions", "gpt-neox"]
+ARCHITECTURES = ["llama-tied", "llama-untied", "gpt2-conv1d-positions", "gpt-neox", "xglm"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -170,18 +170,22 @@ def test_pickled_weights_load(sharded: bool, folder: Path) -> None:
 
 def old_buffers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What older versions of transformers saved besides: buffers that are made anew."""
-    of_layer = {
-        "transformer.h.0": {"attn.bias": torch.ones(1, 1, 32, 32)},
-        "gpt_neox.layers.0": {
-            "attention.bias": torch.ones(1, 1, 32, 32),
-            "attention.masked_bias": torch.tensor(-1e9),
-            "attention.rotary_emb.inv_freq": torch.ones(1),
+    with_weight = {
+        "transformer.h.0.attn.c_attn.weight": {
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32),
         },
-        "model.layers.0": {"self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        "gpt_neox.layers.0.attention.dense.weight": {
+            "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 32, 32),
+            "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+            "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(1),
+        },
+        "model.layers.0.mlp.up_proj.weight": {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
+        "model.layers.0.fc1.weight": {"model.embed_positions.weights": torch.ones(34, 32)},
     }
-    for layer, buffers in of_layer.items():
-        if any(name.startswith(layer) for name in weights):
-            weights |= {f"{layer}.{name}": value for name, value in buffers.items()}
+    for name, buffers in with_weight.items():
+        weights |= buffers if name in weights else {}
     return weights
 
 

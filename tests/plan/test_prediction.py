@@ -50,6 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox in fp32": ("gpt-neox", dict(dtype="fp32")),
     "gpt-neox, lora outside, gold": ("gpt-neox", dict(outer="lora", objective="gold")),
     "gpt2 in bf16": ("gpt2", {}),
+    "xglm in bf16": ("xglm", {}),
+    "xglm in fp32": ("xglm", dict(dtype="fp32")),
     "recomputed blocks": ("llama-tied", dict(recompute="block")),
     "recomputed blocks, lora outside": ("gpt2", dict(recompute="block", outer="lora")),
 }
