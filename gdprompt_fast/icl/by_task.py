@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..report.cells import Cell
-from ..report.findings import Finding, is_positive
+from ..report.cells import Cell, Estimate
+from ..report.findings import STANDARD_ERRORS, Finding, is_positive
 from ..report.outcome import PERCENT, Table
 from .context import IclContext
 from .tasks import TASKS
@@ -58,16 +59,21 @@ def above(claim: str, table: Table, high: str, low: str, margin: float = 0.0) ->
         one, other = (table.rows[head][index] for head in (high, low))
         assert one is not None and other is not None
         difference = one.minus(other)
-        interval = (
-            f"{scale * difference.value:+.3g} "
-            f"[{scale * (difference.value - 2 * difference.se):+.3g}, "
-            f"{scale * (difference.value + 2 * difference.se):+.3g}]"
-        )
-        because = (
-            f"{high} {scale * one.mean:.3g}{unit}, {low} {scale * other.mean:.3g}{unit}; "
-            f"difference and two standard errors {interval}"
-        )
+        numbers = [f"{head} {_said(scale * mean, unit)}" for head, mean in ((high, one.mean), (low, other.mean))]
+        because = f"{', '.join(numbers)}; difference {_interval(difference, scale)}"
         because += f"; at most {scale * margin:g} less counts as kept." if margin else "."
-        counted = type(difference)(difference.value + margin, difference.se)
+        counted = Estimate(difference.value + margin, difference.se)
         findings.append(Finding(claim, column, is_positive(counted), because, (difference,)))
     return findings
+
+
+def _said(value: float, unit: str) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.3g}{unit}"
+
+
+def _interval(difference: Estimate, scale: float) -> str:
+    """With two standard errors on either side."""
+    value, reach = scale * difference.value, scale * STANDARD_ERRORS * difference.se
+    if math.isnan(value) or math.isnan(reach):
+        return "undefined"
+    return f"{value:+.3g}, between {value - reach:+.3g} and {value + reach:+.3g}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .blocks import KeysOrValues, keys_and_values
 from .fine_tune import fine_tune
 from .layer_causal import layer_causal_fine_tune
+from .linearised import linearised_fine_tune
 from .observing import Recorder
 from .prompts import Prompts
 from .recording import record
@@ -50,6 +51,9 @@ def recorder_after(method: Method, model: nn.Module, prompts: Prompts) -> Iterat
     """
     device = next(model.parameters()).device
     texts = [torch.tensor(text, device=device) for text in prompts.texts]
+    if method.kind == LINEARISED:
+        yield linearised_fine_tune(model, texts, method.lr).record
+        return
     with _TUNED[method.kind](model, texts, method):
         _check_finite(method, model)
         yield lambda ids, positions: record(model, ids, positions)

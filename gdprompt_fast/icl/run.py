@@ -9,7 +9,7 @@ from typing import Any
 
 from ..report.outcome import Outcome
 from ..report.write import write_report
-from . import table1, table2
+from . import attention, meta_trained, table1, table2, table3, table4
 from .context import IclContext
 
 FILES = "icl-"  # begins the names of an experiment's files, beside those of other papers
@@ -25,7 +25,7 @@ class IclExperiment:
 
 EXPERIMENTS = {
     module.__name__.rpartition(".")[2].replace("_", "-"): IclExperiment(module.Options, module.run)
-    for module in (table1, table2)
+    for module in (table1, table2, table3, table4, attention, meta_trained)
 }
 
 

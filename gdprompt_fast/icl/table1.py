@@ -12,18 +12,13 @@ from ..report.outcome import Outcome
 from . import paper
 from .by_task import CONTROLS_NOTE, UNDEFINED, Rows, Values, above, by_task
 from .context import BASE, UNTRAINED, IclContext
-from .methods import FT, LAYER_CAUSAL, RANDOM, RATE_0, Method
+from .methods import FT, LAYER_CAUSAL
 from .metrics import Answers, Ratio
+from .similarities import CONTROLS, UPDATE, Row
 from .stages import before_method, compared
 
 TITLE = "ICL and fine-tuning, Table 1: accuracy, and answers that both change"
-ROWS = {  # heads of methods, and the model they are applied to
-    "FT": (FT, BASE),
-    "layer-causal FT": (LAYER_CAUSAL, BASE),
-    "control: random update": (RANDOM, BASE),
-    "control: FT at rate 0": (RATE_0, BASE),
-    "control: untrained model, FT": (FT, UNTRAINED),
-}
+METHODS = {"FT": Row(FT), "layer-causal FT": Row(LAYER_CAUSAL), **CONTROLS}
 RATIOS: dict[str, Callable[[Answers], Ratio]] = {
     "Jaccard": Answers.jaccard,
     "Jaccard – correct": Answers.jaccard_correct,
@@ -55,7 +50,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Jaccard – incorrect": paper.TABLE1["incorrect"],
     }
     ratios = {_head(name, "FT"): _ratio(of, "FT") for name, of in RATIOS.items()}
-    for row in [each for each in ROWS if each != "FT"]:
+    for row in [each for each in METHODS if each != "FT"]:
         for name in ("Jaccard", "Rec2FTP"):
             ratios[_head(name, row)] = _ratio(RATIOS[name], row)
     jaccard = by_task("Answers changed by ICL and by FT", repetitions, tasks, ratios, published)
@@ -73,7 +68,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
             "FT changes the same answers as ICL, more than a random update does",
             jaccard,
             "Jaccard",
-            _head("Jaccard", "control: random update"),
+            _head("Jaccard", UPDATE),
         ),
     ]
     notes = [
@@ -88,10 +83,9 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
 
 
 def answers(ctx: IclContext, task: str, row: str) -> Answers:
-    """Of a row of ``ROWS``, beside ZSL and ICL of its model."""
-    kind, which = ROWS[row]
-    lr = 0.0 if kind == RATE_0 else ctx.preset.tasks[task].lr
-    return compared(ctx, task, Method(kind, lr, seed=ctx.seed), which).answers
+    """Of a row of ``METHODS``, beside ZSL and ICL of its model."""
+    its = METHODS[row]
+    return compared(ctx, task, its.method(ctx, task), its.which).answers
 
 
 def _head(ratio: str, row: str) -> str:
@@ -113,7 +107,7 @@ def _accuracies() -> Rows:
         "ZSL": of_reference(BASE, lambda each: each.zsl),
         "FT": right("FT", lambda each: each.ft),
         "ICL": of_reference(BASE, lambda each: each.icl),
-        **{row: right(row, lambda each: each.ft) for row in ROWS if row != "FT"},
+        **{row: right(row, lambda each: each.ft) for row in METHODS if row != "FT"},
         "control: untrained model, ZSL": of_reference(UNTRAINED, lambda each: each.zsl),
         "control: untrained model, ICL": of_reference(UNTRAINED, lambda each: each.icl),
     }
