@@ -78,8 +78,8 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Softmax over all tokens of input and answer of the demonstrations in the prompt; means "
         "over layers and examples. FT's query vectors of training tokens are those of the model "
         "before fine-tuning; where positions are rotary, query vectors have them.",
-        "The paper reports no numbers of these; its parent, Dai et al. (arXiv 2212.10559), does, of "
-        "other settings.",
+        "The paper reports no numbers of these; its parent, Dai et al. (arXiv 2212.10559), has some "
+        "of other settings.",
         UNDEFINED,
         CONTROLS_NOTE,
     ]

@@ -59,7 +59,10 @@ def above(claim: str, table: Table, high: str, low: str, margin: float = 0.0) ->
         one, other = (table.rows[head][index] for head in (high, low))
         assert one is not None and other is not None
         difference = one.minus(other)
-        numbers = [f"{head} {_said(scale * mean, unit)}" for head, mean in ((high, one.mean), (low, other.mean))]
+        numbers = [
+            f"{head} {_said(scale * mean, unit)}"
+            for head, mean in ((high, one.mean), (low, other.mean))
+        ]
         because = f"{', '.join(numbers)}; difference {_interval(difference, scale)}"
         because += f"; at most {scale * margin:g} less counts as kept." if margin else "."
         counted = Estimate(difference.value + margin, difference.se)

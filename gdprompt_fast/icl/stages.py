@@ -45,7 +45,7 @@ def compared(ctx: IclContext, task: str, method: Method, which: str = BASE) -> C
     count = its["examples"]
     labels = [reference[key][:count] for key in (ZSL, ICL)]
     answers = Answers(*map(torch.tensor, (*labels, its["predicted"], reference["gold"][:count])))
-    return Compared(answers, {name: _tensor(its[name]) for name in POINT_METRICS})
+    return Compared(answers, {name: tensor_of(its[name]) for name in POINT_METRICS})
 
 
 def before_method(ctx: IclContext, task: str, which: str = BASE) -> Compared:
@@ -53,7 +53,7 @@ def before_method(ctx: IclContext, task: str, which: str = BASE) -> Compared:
     its = reference_stage(ctx, task, which).result
     labels = map(torch.tensor, (its[ZSL], its[ICL], its[ZSL], its["gold"]))
     return Compared(
-        Answers(*labels), {"sim_am": _tensor(its["sim_am"]), "sim_aou": _tensor(its["noise"])}
+        Answers(*labels), {"sim_am": tensor_of(its["sim_am"]), "sim_aou": tensor_of(its["noise"])}
     )
 
 
@@ -75,8 +75,8 @@ def reference_stage(ctx: IclContext, task: str, which: str) -> Stage:
             "demonstrations_in_prompt": len(prompts.spans),
             ZSL: zsl.predicted.tolist(),
             ICL: icl.predicted.tolist(),
-            "sim_am": _numbers(sim_am(icl, zsl)),
-            "noise": _numbers(sim_aou_random(icl, zsl, ctx.seed)),
+            "sim_am": numbers(sim_am(icl, zsl)),
+            "noise": numbers(sim_aou_random(icl, zsl, ctx.seed)),
         }
 
     return ctx.stage(
@@ -103,9 +103,9 @@ def method_stage(ctx: IclContext, task: str, method: Method, which: str) -> Stag
         return {
             "examples": count,
             "predicted": ft.predicted.tolist(),
-            "sim_aou": _numbers(sim_aou(icl, zsl, ft)),
-            "sim_am": _numbers(sim_am(icl, ft)),
-            "sim_am_delta": _numbers(sim_am_delta(icl, zsl, ft)),
+            "sim_aou": numbers(sim_aou(icl, zsl, ft)),
+            "sim_am": numbers(sim_am(icl, ft)),
+            "sim_am_delta": numbers(sim_am_delta(icl, zsl, ft)),
         }
 
     name = method.kind if not method.clip else f"{method.kind}-{method.clip:g}"
@@ -118,11 +118,11 @@ def read_observed(folder: Path, name: str) -> Observed:
     return Observed(**load_file(folder / f"{name}.safetensors"))
 
 
-def _numbers(x: Tensor) -> Any:
+def numbers(x: Tensor) -> Any:
     """For JSON, which has no NaN."""
     return [[value if math.isfinite(value) else None for value in row] for row in x.tolist()]
 
 
-def _tensor(numbers: list[list[float | None]]) -> Tensor:
+def tensor_of(numbers: list[list[float | None]]) -> Tensor:
     rows = [[math.nan if value is None else value for value in row] for row in numbers]
     return torch.tensor(rows, dtype=torch.float64)

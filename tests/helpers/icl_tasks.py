@@ -18,7 +18,7 @@ from gdprompt_fast.icl.tasks import TASKS
 from helpers.models import small_llama
 
 CPU = torch.device("cpu")
-WORDS = "red blue green dull bright long short film scene joke plot town river".split()
+WORDS = ["red", "blue", "green", "dull", "bright", "long", "film", "scene", "plot", "river"]
 SIZES = """
 [model]
 name = "MODEL"
@@ -40,6 +40,23 @@ lr = 0.5
 tasks = ["cb", "mr"]
 [table2]
 tasks = ["cb", "mr"]
+[table3]
+tasks = ["mr"]
+clip = 0.1
+[table4]
+tasks = ["mr"]
+[attention]
+tasks = ["mr"]
+examples = 3
+tokens = 4
+demonstrations = 1
+[meta-trained.pairs.bundled]
+base = "bundled"
+meta_trained = { kl = "bundled-meta-trained" }
+inner_lr = 0.5
+base_inner_lrs = [0.05]
+examples = 3
+control_examples = 2
 """
 
 
