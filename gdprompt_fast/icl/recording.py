@@ -78,14 +78,16 @@ def record(model: nn.Module, ids: Tensor, positions: Tensor, past: Cache | None 
 
 def after_prefix(model: nn.Module, prefix: Tensor) -> Callable[[int], Cache] | None:
     """Runs a prefix [1, T] once; what is returned makes the ``past`` of B rows that go on from it,
-    a new one for every call of :func:`record`. None for families whose scores are recorded without
-    the model's cache.
+    a new one for every call of :func:`record`. None where a cache does not serve: for families
+    whose scores are recorded without it, and for a sliding window, past which it forgets.
     """
     check_plain(model)
     check_ids("prefix", prefix, model)
     if not known_family(model).attention_registry:
         return None
     made = DynamicCache(config=model.config)
+    if any(made.is_sliding):
+        return None
     with torch.no_grad():
         _going_on(model, prefix, made)
 
