@@ -78,7 +78,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Softmax over all tokens of input and answer of the demonstrations in the prompt; means "
         "over layers and examples. FT's query vectors of training tokens are those of the model "
         "before fine-tuning; where positions are rotary, query vectors have them.",
-        "The paper reports no numbers of these; its parent, Dai et al. (arXiv 2212.10559), has some "
+        "The paper has no numbers of these; its parent, Dai et al. (arXiv 2212.10559), has some "
         "of other settings.",
         UNDEFINED,
         CONTROLS_NOTE,
@@ -178,7 +178,13 @@ def _compared(
         measured["tau"].append(torch.stack(by_layer, 1).mean(1).tolist())
         recall = recall_of_top(one, other, options.tokens)
         measured["tokens"].append(recall.mean(1).tolist())
-        summed = [torch.stack([p.sum(-1) for p in x.split(lengths, -1)], -1) for x in (one, other)]
-        recall = recall_of_top(*summed, options.demonstrations)
+        recall = recall_of_top(
+            _summed(one, lengths), _summed(other, lengths), options.demonstrations
+        )
         measured["demonstrations"].append(recall.mean(1).tolist())
     return measured
+
+
+def _summed(x: Tensor, lengths: list[int]) -> Tensor:
+    """Tokens [..., C] summed by demonstration."""
+    return torch.stack([part.sum(-1) for part in x.split(lengths, -1)], -1)

@@ -85,7 +85,8 @@ def after_prefix(model: nn.Module, prefix: Tensor) -> Callable[[int], Cache] | N
     check_ids("prefix", prefix, model)
     if not known_family(model).attention_registry:
         return None
-    made = DynamicCache(config=model.config)
+    lm: Any = model
+    made = DynamicCache(config=lm.config)
     if any(made.is_sliding):
         return None
     with torch.no_grad():

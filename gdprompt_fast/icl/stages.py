@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def reference_stage(ctx: IclContext, task: str, which: str) -> Stage:
         icl = observe(in_context(model, prompts, count, batch_size), prompts, count)
         for name, observed in ((ZSL, zsl), (ICL, icl)):
             tensors = {key: value.contiguous() for key, value in vars(observed).items()}
-            write_whole(folder / f"{name}.safetensors", lambda path, t=tensors: save_file(t, path))
+            write_whole(folder / f"{name}.safetensors", partial(save_file, tensors))
         return {
             "examples": count,
             "gold": prompts.gold[:count],

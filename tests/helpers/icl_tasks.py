@@ -6,6 +6,7 @@ import json
 import random
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def write_model(folder: Path, layers: int = 2) -> Path:
 def make_sizes(folder: Path) -> dict[str, Any]:
     """A preset of every experiment at the smallest size, with its files in the folder."""
     sections = tomllib.loads(SIZES.replace("MODEL", write_model(folder / "model").as_posix()))
-    files = {"cb": write_cb, "mr": write_lines}
+    files: dict[str, Callable[..., Path]] = {"cb": write_cb, "mr": write_lines}
     for name, write in files.items():
         for key, seed in (("file", 0), ("test_file", 1)):
             path = write(folder / f"{name}-{key}", 12, seed=seed)
