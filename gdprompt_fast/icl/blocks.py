@@ -83,15 +83,21 @@ class KeysOrValues:
 
     def only_rows(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients of :attr:`parameters` without those of other rows: zero there."""
-        if self.rows is None:
-            return gradients
-        return [self._masked(gradient) for gradient in gradients]
-
-    def _masked(self, gradient: Tensor) -> Tensor:
-        dim = 1 if self.transposed and gradient.dim() == 2 else 0
         rows = self.rows
-        masked = torch.zeros_like(gradient)
-        return masked.index_copy_(dim, rows, gradient.index_select(dim, rows))
+        if rows is None:
+            return gradients
+        dims = [1 if self.transposed and gradient.dim() == 2 else 0 for gradient in gradients]
+        return [
+            torch.zeros_like(gradient).index_copy_(dim, rows, gradient.index_select(dim, rows))
+            for gradient, dim in zip(gradients, dims, strict=True)
+        ]
+
+    def among_all(self, y: Tensor) -> Tensor:
+        """Outputs [..., R] at their places among all of the layer's, [..., O]; zero elsewhere."""
+        if self.rows is None:
+            return y
+        whole = y.new_zeros(*y.shape[:-1], self.outputs)
+        return whole.index_copy_(-1, self.rows, y)
 
 
 def keys_and_values(model: nn.Module) -> list[list[KeysOrValues]]:

@@ -55,12 +55,17 @@ def layer_causal_fine_tune(
         with trains_only(model, trained):
             for ids in demonstrations:
                 if order == "summed":
-                    gradients: list[list[Tensor]] = []
-                    _through_blocks(model, ids, lambda _, own: gradients.extend(own))
-                    learn(trained, gradients)
+                    learn(trained, _all_gradients(model, ids))
                 else:
                     _through_blocks(model, ids, learn, again=True)
         yield model
+
+
+def _all_gradients(model: Any, ids: Tensor) -> list[list[Tensor]]:
+    """Of every block's keys and values by the block's own loss."""
+    gradients: list[list[Tensor]] = []
+    _through_blocks(model, ids, lambda _, own: gradients.extend(own))
+    return gradients
 
 
 def _through_blocks(

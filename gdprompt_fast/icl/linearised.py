@@ -2,14 +2,14 @@
 
     f_lin(x; θ) = f(x; θ0) + J(x) (θ − θ0)
 
-Only keys and values move, by Δθ = −η Σ over texts of Jᵀ ∂L/∂logits at f_lin. Of a layer y = x Wᵀ + b
-that is, with X its inputs and E the cotangents of its outputs at all tokens learnt from,
+Only keys and values move, by Δθ = −η Σ over texts of Jᵀ ∂L/∂logits at f_lin. Of a layer
+y = x Wᵀ + b that is, with X its inputs and E the cotangents of its outputs at all tokens,
 
     ΔW = −η Eᵀ X,   Δb = −η Σ_t e_t,   so   x ΔWᵀ = −η (x Xᵀ) E
 
-and ΔW is never formed. J Δθ is a forward-mode derivative: through every operation the model has, each
-such layer adding x ΔWᵀ + Δb to the tangent of its output. So there is one copy of the model and one
-text's activations, where a tangent of all parameters is a copy more.
+and ΔW is never formed. J Δθ is a forward-mode derivative through every operation of the model, in
+which each such layer adds x ΔWᵀ + Δb to the tangent of its output. So there is one copy of the
+model and one text's activations, where a tangent of all parameters is a copy more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FactoredChange:
 
     Attributes:
         of: the layer.
-        x_NI: its inputs at all N tokens learnt from.
+        x_NI: its inputs at all N tokens learnt from; keys and values of a block have it together.
         e_NR: −η times the cotangents there of the R outputs that are keys or values.
     """
 
@@ -43,13 +43,9 @@ class FactoredChange:
         self.x_NI: Tensor | None = None
         self.e_NR: Tensor | None = None
 
-    def add(self, x_NI: Tensor, e_NR: Tensor) -> None:
-        """Another text's factors; the first ones are kept as they are, not copied."""
-        if self.x_NI is None or self.e_NR is None:
-            self.x_NI, self.e_NR = x_NI, e_NR
-        else:
-            self.x_NI = torch.cat([self.x_NI, x_NI])
-            self.e_NR = torch.cat([self.e_NR, e_NR])
+    def add(self, x_NI: Tensor, e_TR: Tensor) -> None:
+        """Another text's cotangents, and the inputs with that text's after those before."""
+        self.x_NI, self.e_NR = x_NI, _after(self.e_NR, e_TR)
 
     def of_input(self, x: Tensor) -> Tensor | None:
         """x ΔWᵀ + Δb [..., O] of inputs [..., I]; None while there is no change."""
@@ -58,20 +54,19 @@ class FactoredChange:
         change = (x @ self.x_NI.mT) @ self.e_NR
         if self.of.layer.bias is not None:
             change += self.e_NR.sum(0)
-        if self.of.rows is None:
-            return change
-        whole = change.new_zeros(*change.shape[:-1], self.of.outputs)
-        return whole.index_copy_(-1, self.of.rows, change)
+        return self.of.among_all(change)
 
     def formed(self) -> list[Tensor]:
         """Of :attr:`KeysOrValues.parameters`, in full: for one that is to be looked at."""
         if self.x_NI is None or self.e_NR is None:
             return [torch.zeros_like(parameter) for parameter in self.of.parameters]
-        e_NO = self.e_NR
-        if self.of.rows is not None:
-            e_NO = e_NO.new_zeros(len(e_NO), self.of.outputs).index_copy_(1, self.of.rows, e_NO)
+        e_NO = self.of.among_all(self.e_NR)
         weight = self.x_NI.mT @ e_NO if self.of.transposed else e_NO.mT @ self.x_NI
         return [weight, e_NO.sum(0)][: len(self.of.parameters)]
+
+
+def _after(before: Tensor | None, more: Tensor) -> Tensor:
+    return more if before is None else torch.cat([before, more])
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class LinearisedModel:
         """
         with _tangents(self.changes):
             recorded = record(self.model, ids, positions)
-            return Recorded(*(sum(_value_and_tangent(each)) for each in vars(recorded).values()))
+            return Recorded(*(torch.add(*_value_and_tangent(x)) for x in vars(recorded).values()))
 
     def logits(self, ids: Tensor) -> Tensor:
         """Of a right-padded batch, [B, T] → [B, T, V]."""
@@ -136,7 +131,7 @@ def _learn(linearised: LinearisedModel, ids: Tensor, lr: float) -> None:
     outputs: list[Tensor] = []
 
     def see(_: nn.Module, args: Any, y: Tensor) -> None:
-        inputs.append(args[0].detach())
+        inputs.append(args[0])
         outputs.append(y)
 
     layers = [change.of.layer for change in linearised.changes]
@@ -145,9 +140,12 @@ def _learn(linearised: LinearisedModel, ids: Tensor, lr: float) -> None:
     at_flin = (logits_TV.detach() + tangent_TV).requires_grad_()
     (cotangent,) = torch.autograd.grad(mean_nll(at_flin, ids), at_flin)
     es = torch.autograd.grad(logits_TV, outputs, cotangent)
+    all_inputs: dict[int, Tensor] = {}
     for change, x_1TI, e_1TO in zip(linearised.changes, inputs, es, strict=True):
+        if id(x_1TI) not in all_inputs:  # what keys and values both read is kept once
+            all_inputs[id(x_1TI)] = _after(change.x_NI, x_1TI[0].detach())
         e_TO = e_1TO[0] if change.of.rows is None else e_1TO[0][:, change.of.rows]
-        change.add(x_1TI[0], -lr * e_TO)
+        change.add(all_inputs[id(x_1TI)], -lr * e_TO)
 
 
 @contextmanager

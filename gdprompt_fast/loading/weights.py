@@ -127,7 +127,7 @@ def load_base(
     )
     model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    made_anew = {name for name, _ in model.named_buffers()}  # some checkpoints have them all the same
+    made_anew = {name for name, _ in model.named_buffers()}  # older versions saved them too
     names = (sorted(set(info[kind]) - made_anew) for kind in kinds)
     weights = LoadedWeights(len([*model.parameters()]), *names)
     weights.check(folder, type(model).__name__, allow_missing)

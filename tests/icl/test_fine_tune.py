@@ -122,7 +122,7 @@ def local_gradients(model: Any, ids: Tensor, layers: range) -> list[State]:
 def test_a_summed_step_moves_every_block_by_its_own_loss() -> None:
     model, texts = tiny("llama-biases"), demonstrations()[:1]
     before = state_of(model)
-    expected = [own for own in local_gradients(tiny("llama-biases"), texts[0], range(2))]
+    expected = local_gradients(tiny("llama-biases"), texts[0], range(2))
     with layer_causal_fine_tune(model, texts, LR):
         got = change(model, before)
     for own in expected:

@@ -34,7 +34,8 @@ FP32 = torch.float32
 LORA_TARGETS = {
     "gpt2-conv1d-positions": ["c_attn", "c_fc", "c_proj"],
     "gpt-neox": ["query_key_value", "dense", "dense_h_to_4h"],
-    **dict.fromkeys(("xglm", "xglm-untied"), ["q_proj", "v_proj", "fc2"]),
+    "xglm": ["q_proj", "v_proj", "fc2"],
+    "xglm-untied": ["q_proj", "v_proj", "fc2"],
 }
 
 
