@@ -54,16 +54,8 @@ def gpt2_config(vocabulary: int, positions: int) -> GPT2Config:
 
 
 def xglm_config(vocabulary: int, **changes: Any) -> XGLMConfig:
-    return XGLMConfig(
-        d_model=32,
-        ffn_dim=48,
-        num_layers=2,
-        attention_heads=4,
-        vocab_size=vocabulary,
-        max_position_embeddings=32,
-        init_std=0.1,
-        **changes,
-    )
+    sizes = dict(d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, init_std=0.1)
+    return XGLMConfig(**{**sizes, "max_position_embeddings": 32, **changes}, vocab_size=vocabulary)
 
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
