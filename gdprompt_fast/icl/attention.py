@@ -60,6 +60,13 @@ class Options(Config):
         check_counts(self, "examples", least=2)
 
 
+def check(repetitions: Sequence[IclContext], options: Options) -> None:
+    """Raises a UserError if the prompts have no more tokens or demonstrations than are compared."""
+    for ctx in repetitions:
+        for task in options.tasks:
+            _check_top(ctx.prompts(task), options)
+
+
 def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
     """Measures; every seed is a repetition."""
     tables: list[Table] = []
@@ -102,7 +109,6 @@ def _stage(ctx: IclContext, task: str, row: Row, options: Options) -> Stage:
 
     def work(folder: Path) -> Result:
         model, prompts = ctx.load(row.which), ctx.prompts(task)
-        _check_top(prompts, options)
         size = ctx.preset.evaluate.batch_size
         icl = _maps(in_context(model, prompts, count, size), _on_prompt(prompts))
         training = _training_queries(model, prompts)

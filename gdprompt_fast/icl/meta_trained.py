@@ -7,8 +7,9 @@ passage. An answer counts by its first token: of the whole vocabulary the likeli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config.fields import Config, check_counts, check_numbers, from_section
@@ -20,19 +21,13 @@ from ..report.outcome import Outcome, Table
 from . import paper
 from .by_task import COSINE, UNDEFINED, above
 from .context import BASE, UNTRAINED, IclContext
-from .meta_stages import FT, RANDOM, RATE_0, Pair, Shown, shown
-from .metrics import Answers, Ratio
+from .meta_stages import FT, RANDOM, RATE_0, Pair, Shown, folder_of, shown
+from .metrics import RATIOS, ratio_cell
 from .observing import POINTS
 from .similarities import METRICS, SIM_AM, SIM_AOU, WHAT
 
 TITLE = "ICL and fine-tuning of meta-trained models"
 POINT_NAMES = ("first token of the answer", POINTS[1])
-RATIOS = {
-    "Jaccard": Answers.jaccard,
-    "Jaccard – correct": Answers.jaccard_correct,
-    "Jaccard – incorrect": Answers.jaccard_incorrect,
-    "Rec2FTP": Answers.rec2ftp,
-}
 
 
 @dataclass(frozen=True)
@@ -87,6 +82,16 @@ class Options(Config):
     def pair(self, name: str) -> PairOptions:
         """A pair's options, checked."""
         return from_section(PairOptions, self.pairs[name], f"pairs.{name}")
+
+
+def check(repetitions: Sequence[IclContext], options: Options) -> None:
+    """Raises a UserError if a model or a file is not there."""
+    for name in options.pairs:
+        its = options.pair(name)
+        for model in (its.base, *its.meta_trained.values()):
+            folder_of(model)
+        if its.file is not None and not Path(its.file).is_file():
+            raise UserError(f"pairs.{name}: file: expected a file of triples, got {its.file}")
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,9 @@ class _Pair:
         rows: dict[str, list[Cell | None]] = {}
         for head, row in self.rows().items():
             of_seeds = self.shown(row)
-            rows[head] = [_ratio(of(each.answers) for each in of_seeds) for of in RATIOS.values()]
+            rows[head] = [
+                ratio_cell([of(each.answers) for each in of_seeds]) for of in RATIOS.values()
+            ]
         return Table(f"{self.name}: first tokens changed by ICL and by FT", list(RATIOS), rows)
 
     def findings(self, similar: Sequence[Table], changed: Table) -> list[Finding]:
@@ -199,10 +206,6 @@ class _Pair:
                 of = above(claim, changed, f"meta-trained, {name}", base)
                 found += [each for each in of if each.where == "Jaccard"]
         return found
-
-
-def _ratio(ratios: Iterator[Ratio]) -> Cell:
-    return Cell(tuple(each.values for each in ratios))
 
 
 def _floats(x: Any) -> tuple[float, ...]:

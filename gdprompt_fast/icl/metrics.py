@@ -155,6 +155,14 @@ class Answers:
         return (self.zsl != self.gold) & (by == self.gold)
 
 
+RATIOS: dict[str, Callable[[Answers], Ratio]] = {
+    "Jaccard": Answers.jaccard,
+    "Jaccard – correct": Answers.jaccard_correct,
+    "Jaccard – incorrect": Answers.jaccard_incorrect,
+    "Rec2FTP": Answers.rec2ftp,
+}
+
+
 def ratio_cell(ratios: list[Ratio]) -> Cell:
     """A ratio for every seed."""
     return Cell(tuple(ratio.values for ratio in ratios))

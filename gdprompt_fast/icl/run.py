@@ -10,21 +10,35 @@ from typing import Any
 from ..report.outcome import Outcome
 from ..report.write import write_report
 from . import attention, meta_trained, table1, table2, table3, table4
-from .context import IclContext
+from .context import BASE, IclContext
 
 FILES = "icl-"  # begins the names of an experiment's files, beside those of other papers
 
 
 @dataclass(frozen=True)
 class IclExperiment:
-    """What an experiment's section of a preset says, and what it does."""
+    """What an experiment's section of a preset says, and what it does.
+
+    Attributes:
+        check: raises a UserError before any work if something is not there or does not do.
+    """
 
     options: type[Any]
     run: Callable[[Sequence[IclContext], Any], Outcome]
+    check: Callable[[Sequence[IclContext], Any], None]
+
+
+def _reads_its_tasks(repetitions: Sequence[IclContext], options: Any) -> None:
+    repetitions[0].load(BASE)
+    for ctx in repetitions:
+        for task in options.tasks:
+            ctx.prompts(task)
 
 
 EXPERIMENTS = {
-    module.__name__.rpartition(".")[2].replace("_", "-"): IclExperiment(module.Options, module.run)
+    module.__name__.rpartition(".")[2].replace("_", "-"): IclExperiment(
+        module.Options, module.run, getattr(module, "check", _reads_its_tasks)
+    )
     for module in (table1, table2, table3, table4, attention, meta_trained)
 }
 

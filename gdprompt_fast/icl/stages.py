@@ -40,7 +40,7 @@ class Compared:
 
 
 def compared(ctx: IclContext, task: str, method: Method, which: str = BASE) -> Compared:
-    """The method, or ZSL (rate 0 without a step) beside ICL, done now if it is not there."""
+    """A method beside ZSL and ICL, done now if it is not there."""
     reference = reference_stage(ctx, task, which).result
     its = method_stage(ctx, task, method, which).result
     count = its["examples"]

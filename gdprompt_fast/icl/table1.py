@@ -13,18 +13,12 @@ from . import paper
 from .by_task import CONTROLS_NOTE, UNDEFINED, Rows, Values, above, by_task
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, LAYER_CAUSAL
-from .metrics import Answers, Ratio
+from .metrics import RATIOS, Answers, Ratio
 from .similarities import CONTROLS, UPDATE, Row
 from .stages import before_method, compared
 
 TITLE = "ICL and fine-tuning, Table 1: accuracy, and answers that both change"
 METHODS = {"FT": Row(FT), "layer-causal FT": Row(LAYER_CAUSAL), **CONTROLS}
-RATIOS: dict[str, Callable[[Answers], Ratio]] = {
-    "Jaccard": Answers.jaccard,
-    "Jaccard – correct": Answers.jaccard_correct,
-    "Jaccard – incorrect": Answers.jaccard_incorrect,
-    "Rec2FTP": Answers.rec2ftp,
-}
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,8 @@ def icl(config: IclConfig) -> Callable[[], Path]:
                 outputs.check_file(file.name, file, is_experiment)
     repetitions = icl_contexts(preset, output, config.torch_device)
     for name in names:
-        options = preset.section(name, EXPERIMENTS[name].options)
-        for task in getattr(options, "tasks", ()):
-            repetitions[0].prompts(task)
+        its = EXPERIMENTS[name]
+        its.check(repetitions, preset.section(name, its.options))
     if foreign:
         write_folder(output, lambda folder: (folder / STAGES).mkdir())
 

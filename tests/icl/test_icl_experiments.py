@@ -192,6 +192,14 @@ def test_a_bad_preset_is_one_clear_line_before_any_work(
             dict(base="b", meta_trained={"a": "b"}, inner_lr=0.5, examples=2, source="x"),
             "source: expected one of",
         ),
+        (
+            dict(base="bundled", meta_trained={"a": "none/there"}, inner_lr=0.5, examples=2),
+            "none/there",
+        ),
+        (
+            dict(base="bundled", meta_trained={"a": "bundled"}, inner_lr=0.5, examples=2, file="f"),
+            "pairs.x: file: expected a file of triples, got f",
+        ),
     ],
 )
 def test_a_bad_pair_is_one_clear_line(
@@ -202,11 +210,11 @@ def test_a_bad_pair_is_one_clear_line(
         icl(IclConfig(name="meta-trained", sizes=sizes, output=tmp_path / "new", device="cpu"))
 
 
-def test_too_many_at_the_top_of_a_map_are_refused(done: Path) -> None:
+def test_too_many_at_the_top_of_a_map_are_refused(done: Path, tmp_path: Path) -> None:
     sizes = sizes_of(done)
     sizes["attention"]["tokens"] = 1000
     with pytest.raises(UserError, match=r"attention: tokens: expected fewer than the \d+ in the"):
-        run_icl("attention", contexts_of(sizes, done / "other"))
+        icl(IclConfig(name="attention", sizes=sizes, output=tmp_path / "new", device="cpu"))
 
 
 def test_files_are_given_on_the_command_line_and_in_a_file_of_runs(
