@@ -10,15 +10,27 @@ from torch import Tensor
 from ..config.fields import Config
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, Rows, Values, above, by_task
+from .by_task import CONTROLS_NOTE, UNDEFINED, PaperRows, Rows, Values, above, by_task
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, LAYER_CAUSAL
-from .metrics import RATIOS, Answers, Ratio
+from .metrics import RATIOS, Answers
 from .similarities import CONTROLS, UPDATE, Row
 from .stages import before_method, compared
 
 TITLE = "ICL and fine-tuning, Table 1: accuracy, and answers that both change"
 METHODS = {"FT": Row(FT), "layer-causal FT": Row(LAYER_CAUSAL), **CONTROLS}
+CHANGED, SET_RIGHT = "Answers changed from ZSL's", "Answers set right"
+PUBLISHED = {
+    "Jaccard": paper.TABLE1["jaccard"],
+    "Jaccard – correct": paper.TABLE1["correct"],
+    "Jaccard – incorrect": paper.TABLE1["incorrect"],
+}
+WHAT = (
+    "Jaccard: of the answers that ICL or FT changes from ZSL's, the share that both change to "
+    "the same one; correct: changes from wrong to right; incorrect: those that end wrong. "
+    "Rec2FTP: of the answers that FT sets right, the share that ICL answers right. Their standard "
+    "errors over examples are those of the delta method."
+)
 
 
 @dataclass(frozen=True)
@@ -30,98 +42,66 @@ class Options(Config):
 
 def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
     """Measures; every seed is a repetition."""
-    tasks = options.tasks
-    accuracy = by_task(
-        "Accuracy",
-        repetitions,
-        tasks,
-        _accuracies(),
-        {"ZSL": paper.TABLE1["zsl"], "FT": paper.TABLE1["ft"], "ICL": paper.TABLE1["icl"]},
-    )
-    published = {
-        "Jaccard": paper.TABLE1["jaccard"],
-        "Jaccard – correct": paper.TABLE1["correct"],
-        "Jaccard – incorrect": paper.TABLE1["incorrect"],
+    published = {head: paper.TABLE1[head.lower()] for head in ("ZSL", "FT", "ICL")}
+    rows: dict[str, tuple[Rows, PaperRows]] = {
+        "Accuracy": (_rows(lambda its, labels: labels == its.gold), published)
     }
-    ratios = {_head(name, "FT"): _ratio(of, "FT") for name, of in RATIOS.items()}
-    for row in [each for each in METHODS if each != "FT"]:
-        for name in ("Jaccard", "Rec2FTP"):
-            ratios[_head(name, row)] = _ratio(RATIOS[name], row)
-    jaccard = by_task("Answers changed by ICL and by FT", repetitions, tasks, ratios, published)
-    changes = by_task("Share of examples whose answer changes", repetitions, tasks, _changes())
+    for name in RATIOS:
+        rows[name] = _ratios(name), {"FT": PUBLISHED[name]} if name in PUBLISHED else {}
+    rows[CHANGED] = _rows(lambda its, labels: labels != its.zsl, zsl=False), {}
+    rows[SET_RIGHT] = _rows(lambda its, labels: its.to_right(labels), zsl=False), {}
+    tables = {
+        title: by_task(title, repetitions, options.tasks, *of_title)
+        for title, of_title in rows.items()
+    }
+    sets_right, jaccard = tables[SET_RIGHT], tables["Jaccard"]
+    both = by_task("", repetitions, options.tasks, {n: _ratios(n)["FT"] for n in RATIOS})
     findings = [
-        *above("ICL sets more answers right than FT", changes, "ICL, to right", "FT, to right"),
-        *above(
-            "most of what FT sets right ICL does too, and not the other way round: "
-            "Rec2FTP is above Jaccard",
-            jaccard,
-            "Rec2FTP",
-            "Jaccard",
-        ),
-        *above(
-            "FT changes the same answers as ICL, more than a random update does",
-            jaccard,
-            "Jaccard",
-            _head("Jaccard", UPDATE),
-        ),
-    ]
-    notes = [
-        "Jaccard: of the answers that ICL or FT changes from ZSL's, the share that both change to "
-        "the same one; correct: changes from wrong to right; incorrect: those that end wrong. "
-        "Rec2FTP: of the answers that FT sets right, the share that ICL answers right.",
-        "The standard error of a ratio is that of the delta method over examples, or over seeds.",
-        UNDEFINED,
-        CONTROLS_NOTE,
+        *above("ICL sets more answers right than FT", sets_right, "ICL", "FT"),
+        *above("what FT sets right ICL does too, and much more: Rec2FTP is above Jaccard",
+               both, "Rec2FTP", "Jaccard"),
+        *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
     ]  # fmt: skip
-    return Outcome(TITLE, [accuracy, jaccard, changes], findings, notes, paper=paper.PAPER)
+    notes = [WHAT, UNDEFINED, CONTROLS_NOTE]
+    return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
 
 
-def answers(ctx: IclContext, task: str, row: str) -> Answers:
-    """Of a row of ``METHODS``, beside ZSL and ICL of its model."""
-    its = METHODS[row]
-    return compared(ctx, task, its.method(ctx, task), its.which).answers
+def _answers(ctx: IclContext, task: str, row: Row) -> Answers:
+    return compared(ctx, task, row.method(ctx, task), row.which).answers
 
 
-def _head(ratio: str, row: str) -> str:
-    return ratio if row == "FT" else f"{ratio}, {row}"
+def _ratios(name: str) -> Rows:
+    def of(row: Row) -> Values:
+        return lambda ctx, task: RATIOS[name](_answers(ctx, task, row)).values
+
+    return {head: of(row) for head, row in METHODS.items()}
 
 
-def _accuracies() -> Rows:
-    def right(row: str, of: Callable[[Answers], Tensor]) -> Values:
-        return lambda ctx, task: _shares(of(given := answers(ctx, task, row)) == given.gold)
+def _rows(count: Callable[[Answers, Tensor], Tensor], zsl: bool = True) -> Rows:
+    """Shares of the answers that ``count``, by the labels of ZSL, ICL and every method.
 
-    def of_reference(which: str, of: Callable[[Answers], Tensor]) -> Values:
+    Args:
+        zsl: whether ZSL has rows.
+    """
+
+    def reference(which: str, name: str) -> Values:
         def values(ctx: IclContext, task: str) -> list[float]:
-            given = before_method(ctx, task, which).answers
-            return _shares(of(given) == given.gold)
+            its = before_method(ctx, task, which).answers
+            return [float(each) for each in count(its, getattr(its, name))]
 
         return values
 
-    return {
-        "ZSL": of_reference(BASE, lambda each: each.zsl),
-        "FT": right("FT", lambda each: each.ft),
-        "ICL": of_reference(BASE, lambda each: each.icl),
-        **{row: right(row, lambda each: each.ft) for row in METHODS if row != "FT"},
-        "control: untrained model, ZSL": of_reference(UNTRAINED, lambda each: each.zsl),
-        "control: untrained model, ICL": of_reference(UNTRAINED, lambda each: each.icl),
+    def method(row: Row) -> Values:
+        def values(ctx: IclContext, task: str) -> list[float]:
+            its = _answers(ctx, task, row)
+            return [float(each) for each in count(its, its.ft)]
+
+        return values
+
+    names = ("zsl", "icl") if zsl else ("icl",)
+    before = {name.upper(): reference(BASE, name) for name in names}
+    methods = {head: method(row) for head, row in METHODS.items()}
+    untrained = {
+        f"control: untrained model, {name.upper()}": reference(UNTRAINED, name) for name in names
     }
-
-
-def _ratio(of: Callable[[Answers], Ratio], row: str) -> Values:
-    return lambda ctx, task: of(answers(ctx, task, row)).values
-
-
-def _changes() -> Rows:
-    def values(of: Callable[[Answers], Tensor]) -> Values:
-        return lambda ctx, task: _shares(of(answers(ctx, task, "FT")))
-
-    return {
-        "ICL": values(lambda each: each.icl != each.zsl),
-        "FT": values(lambda each: each.ft != each.zsl),
-        "ICL, to right": values(lambda each: each.to_right(each.icl)),
-        "FT, to right": values(lambda each: each.to_right(each.ft)),
-    }
-
-
-def _shares(counts: Tensor) -> list[float]:
-    return [float(each) for each in counts]
+    return before | methods | untrained
