@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -102,7 +102,7 @@ def draw_tables(content: Content, path: Path) -> None:
         _panel(ax, table, in_paper)
         handles, labels = ax.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    _colour_by_head(legend, axes)
+    _colour_by_head(axes)
     if in_paper in legend:
         legend[in_paper] = legend.pop(in_paper)  # to the end
     for ax in axes[len(tables) :]:
@@ -149,17 +149,18 @@ def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour_by_head(heads: Sequence[str], panels: Iterable[Axes]) -> None:
+def _colour_by_head(panels: Iterable[Axes]) -> None:
     """The bars of a head have one colour in all panels, whichever rows a panel has; with more heads
     than colours the next ones are hatched.
     """
-    number = {head: index for index, head in enumerate(heads)}
+    numbers: dict[str, int] = {}
     for ax in panels:
         for bars in ax.containers:
             if isinstance(bars, BarContainer):
-                round_, colour = divmod(number[bars.get_label()], len(COLOURS))
+                number = numbers.setdefault(bars.get_label(), len(numbers))
+                again, colour = divmod(number, len(COLOURS))
                 for bar in bars:
-                    bar.set(facecolor=COLOURS[colour], hatch=HATCHES[round_ % len(HATCHES)])
+                    bar.set(facecolor=COLOURS[colour], hatch=HATCHES[again % len(HATCHES)])
 
 
 def _drawn(cell: Content | None, field: str) -> float:
