@@ -70,6 +70,16 @@ def above(claim: str, table: Table, high: str, low: str, margin: float = 0.0) ->
     return findings
 
 
+def in_the_prompt(repetitions: Sequence[IclContext], tasks: Sequence[str]) -> str:
+    """How many of the demonstrations stand in prompts: a note."""
+    fit = []
+    for task in tasks:
+        counts = sorted({len(ctx.prompts(task).spans) for ctx in repetitions})
+        fit.append(f"{TASKS[task].title} {' or '.join(map(str, counts))}")
+    drawn = repetitions[0].preset.prompt.demonstrations
+    return f"FT learns from {drawn} demonstrations; in ICL's prompt fit: {', '.join(fit)}."
+
+
 def _said(value: float, unit: str) -> str:
     return "undefined" if math.isnan(value) else f"{value:.3g}{unit}"
 

@@ -10,7 +10,16 @@ from torch import Tensor
 from ..config.fields import Config
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, PaperRows, Rows, Values, above, by_task
+from .by_task import (
+    CONTROLS_NOTE,
+    UNDEFINED,
+    PaperRows,
+    Rows,
+    Values,
+    above,
+    by_task,
+    in_the_prompt,
+)
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, LAYER_CAUSAL
 from .metrics import RATIOS, Answers
@@ -62,7 +71,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
                both, "Rec2FTP", "Jaccard"),
         *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
     ]  # fmt: skip
-    notes = [WHAT, UNDEFINED, CONTROLS_NOTE]
+    notes = [WHAT, in_the_prompt(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
     return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
 
 

@@ -84,9 +84,8 @@ def items_of(
     if file is None:
         if test_file is not None:
             raise UserError(f"test_file: expected none without a file, got {test_file}")
-        path, subset = task.hub
-        splits = [[task.item(row) for row in load_hub(path, subset, each)] for each in task.splits]
-        return splits[0], shuffled(splits[1], EVALUATION_SEED)[: task.evaluated]
+        to_draw, to_evaluate = (_from_hub(name, split) for split in task.splits)
+        return to_draw, shuffled(to_evaluate, EVALUATION_SEED)[: task.evaluated]
     read = _read(task, file)
     if test_file is not None:
         return read, shuffled(_read(task, test_file), EVALUATION_SEED)[: task.evaluated]
@@ -103,6 +102,15 @@ def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     """In the order of ``datasets.Dataset.shuffle``."""
     order = Dataset.from_dict({"index": list(range(len(items)))}).shuffle(seed=seed)
     return [items[index] for index in order["index"]]
+
+
+def _from_hub(name: str, split: str) -> list[Item]:
+    task = TASKS[name]
+    try:
+        return [task.item(row) for row in load_hub(*task.hub, split)]
+    except UserError as error:
+        said = str(error).partition("; --source")[0]
+        raise UserError(f"{said}; --files {name}=FILE reads one instead") from error
 
 
 def _read(task: Task, file: Path) -> list[Item]:

@@ -92,6 +92,15 @@ def test_the_hubs_rows_become_the_same_items(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("aps/super_glue", "cb", each) for each in ("train", "validation")]
 
 
+def test_without_the_hub_a_file_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str, name: str | None, split: str) -> None:
+        raise UserError(f"{path}: expected to load it, got: no net; --source takes a file instead")
+
+    monkeypatch.setattr(tasks, "load_hub", fail)
+    with pytest.raises(UserError, match="got: no net; --files mr=FILE reads one instead"):
+        items_of("mr")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
