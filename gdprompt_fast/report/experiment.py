@@ -157,7 +157,7 @@ def _colour_by_head(panels: Iterable[Axes]) -> None:
     for ax in panels:
         for bars in ax.containers:
             if isinstance(bars, BarContainer):
-                number = numbers.setdefault(bars.get_label(), len(numbers))
+                number = numbers.setdefault(str(bars.get_label()), len(numbers))
                 again, colour = divmod(number, len(COLOURS))
                 for bar in bars:
                     bar.set(facecolor=COLOURS[colour], hatch=HATCHES[again % len(HATCHES)])
