@@ -70,14 +70,20 @@ def above(claim: str, table: Table, high: str, low: str, margin: float = 0.0) ->
     return findings
 
 
-def in_the_prompt(repetitions: Sequence[IclContext], tasks: Sequence[str]) -> str:
-    """How many of the demonstrations stand in prompts: a note."""
-    fit = []
+def sizes(repetitions: Sequence[IclContext], tasks: Sequence[str]) -> str:
+    """How many queries there are, and demonstrations in prompts: a note."""
+    fit, queries = [], []
     for task in tasks:
-        counts = sorted({len(ctx.prompts(task).spans) for ctx in repetitions})
-        fit.append(f"{TASKS[task].title} {' or '.join(map(str, counts))}")
+        title = TASKS[task].title
+        in_prompt = sorted({len(ctx.prompts(task).spans) for ctx in repetitions})
+        fit.append(f"{title} {' or '.join(map(str, in_prompt))}")
+        every, control = (repetitions[0].count(task, control) for control in (False, True))
+        queries.append(f"{title} {every}" + (f" ({control})" if control < every else ""))
     drawn = repetitions[0].preset.prompt.demonstrations
-    return f"FT learns from {drawn} demonstrations; in ICL's prompt fit: {', '.join(fit)}."
+    return (
+        f"FT learns from {drawn} demonstrations; in ICL's prompt fit: {', '.join(fit)}. Queries of "
+        f"a seed (for controls): {', '.join(queries)}."
+    )
 
 
 def _said(value: float, unit: str) -> str:
