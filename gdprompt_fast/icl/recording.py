@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -40,7 +42,7 @@ class Recorded:
     logits: Tensor
 
 
-def record(model: nn.Module, ids: Tensor, positions: Tensor) -> Recorded:
+def record(model: nn.Module, ids: Tensor, positions: Tensor, past: Cache | None = None) -> Recorded:
     """Runs the model on rows and keeps what :class:`Recorded` says at some positions of each.
 
     Without gradients; forward-mode derivatives pass through (see ``linearised.py``). In the paper
@@ -51,6 +53,8 @@ def record(model: nn.Module, ids: Tensor, positions: Tensor) -> Recorded:
         model: a plain causal LM; its dropout off.
         ids: [B, T], right-padded: attention is causal, so no mask is needed.
         positions: [B, P] int64, each a real token of its row.
+        past: keys and values of B equal prefixes (:func:`after_prefix`), which the rows go on from;
+            the columns of scores begin with the prefix.
 
     Raises:
         UserError: for adapters, an unknown family, active dropout, ids outside the vocabulary,
@@ -62,7 +66,7 @@ def record(model: nn.Module, ids: Tensor, positions: Tensor) -> Recorded:
     recorder = _Recorder(positions)
     _, head = backbone_and_head(model)
     with torch.no_grad(), _recording(model, recorder):
-        hidden_BTd = hidden_states(model, ids)
+        hidden_BTd = hidden_states(model, ids) if past is None else _going_on(model, ids, past)
         logits = head(_at(hidden_BTd, positions))
     return Recorded(
         torch.stack(recorder.attention, 2),
@@ -70,6 +74,40 @@ def record(model: nn.Module, ids: Tensor, positions: Tensor) -> Recorded:
         torch.stack(recorder.scores, 2),
         logits,
     )
+
+
+def after_prefix(model: nn.Module, prefix: Tensor) -> Callable[[int], Cache] | None:
+    """Runs a prefix [1, T] once; what is returned makes the ``past`` of B rows that go on from it,
+    a new one for every call of :func:`record`. None where a cache does not serve: for families
+    whose scores are recorded without it, and for a sliding window, past which it forgets.
+    """
+    check_plain(model)
+    check_ids("prefix", prefix, model)
+    if not known_family(model).attention_registry:
+        return None
+    lm: Any = model
+    made = DynamicCache(config=lm.config)
+    if any(made.is_sliding):
+        return None
+    with torch.no_grad():
+        _going_on(model, prefix, made)
+
+    def of_rows(count: int) -> Cache:
+        past = copy.deepcopy(made)
+        past.batch_repeat_interleave(count)
+        return past
+
+    return of_rows
+
+
+def _going_on(model: nn.Module, ids: Tensor, past: Cache) -> Tensor:
+    """Final hidden states [B, T, d] of right-padded ids after what the cache holds; it grows."""
+    backbone, _ = backbone_and_head(model)
+    takes = inspect.signature(backbone.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # by the version of transformers
+    output = backbone(input_ids=ids, use_cache=True, return_dict=True, **{name: past})
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def _check_positions(ids: Tensor, positions: Tensor) -> None:

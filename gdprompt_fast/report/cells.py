@@ -89,4 +89,6 @@ def _group_means(values: Sequence[float], group: int) -> list[float]:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) < 2 or any(map(math.isnan, values)):
+        return math.nan
+    return stdev(values) / math.sqrt(len(values))

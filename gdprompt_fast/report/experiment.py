@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from ..artifacts.markdown import markdown_table
@@ -19,6 +20,7 @@ PAPER = "paper"
 PERCENT = "%"  # the unit of tables that say none
 PANELS_IN_A_ROW = 3
 WIDEST_HEAD = 16  # characters in a line under a group of bars
+HATCHES = ("", "//", "xx", "..")
 COLOURS = ("#b0b7c3", "#2f6db3", "#d9822b", "#5a9367", "#8c5fa8", "#c04f5d", "#7a6a58")
 
 
@@ -100,6 +102,7 @@ def draw_tables(content: Content, path: Path) -> None:
         _panel(ax, table, in_paper)
         handles, labels = ax.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
+    _colour_by_head(axes)
     if in_paper in legend:
         legend[in_paper] = legend.pop(in_paper)  # to the end
     for ax in axes[len(tables) :]:
@@ -144,6 +147,20 @@ def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
     axes.set_ylabel(unit)
     axes.set_title(table["title"], fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour_by_head(panels: Iterable[Axes]) -> None:
+    """The bars of a head have one colour in all panels, whichever rows a panel has; with more heads
+    than colours the next ones are hatched.
+    """
+    numbers: dict[str, int] = {}
+    for ax in panels:
+        for bars in ax.containers:
+            if isinstance(bars, BarContainer):
+                number = numbers.setdefault(str(bars.get_label()), len(numbers))
+                again, colour = divmod(number, len(COLOURS))
+                for bar in bars:
+                    bar.set(facecolor=COLOURS[colour], hatch=HATCHES[again % len(HATCHES)])
 
 
 def _drawn(cell: Content | None, field: str) -> float:

@@ -1,0 +1,101 @@
+"""Tables of similarities: a row for every method and control, at both points of a row of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..report.outcome import Table
+from .by_task import COSINE, PaperRows, Rows, Values, by_task
+from .context import BASE, UNTRAINED, IclContext
+from .methods import FT, RANDOM, RATE_0, Method
+from .observing import POINTS
+from .stages import before_method, compared
+
+SIM_AOU, SIM_AM, SIM_AM_DELTA = "SimAOU", "SimAM", "SimAM_Δ"
+METRICS = {SIM_AOU: "sim_aou", SIM_AM: "sim_am", SIM_AM_DELTA: "sim_am_delta"}
+VECTOR, UPDATE = "control: random vector", "control: random update"
+UNTRAINED_FT = "control: untrained model, FT"
+WHAT = (
+    "SimAOU: mean cosine, over layers and examples, of what ICL and FT change in attention's "
+    "outputs, each divided by its length. SimAM: mean cosine, over layers, heads and examples, of "
+    "ICL's raw attention scores on the query's text with ZSL's or FT's. SimAM_Δ: of what the two "
+    "change in them."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, the model that it is applied to, and the norm its gradients are clipped at."""
+
+    kind: str
+    which: str = BASE
+    clip: float = 0.0
+
+    def method(self, ctx: IclContext, task: str) -> Method:
+        """With the task's rate and a repetition's seed."""
+        lr = 0.0 if self.kind == RATE_0 else ctx.preset.tasks[task].lr
+        return Method(self.kind, lr, self.clip, ctx.seed)
+
+
+CONTROLS = {
+    UPDATE: Row(RANDOM),
+    "control: FT at rate 0": Row(RATE_0),
+    UNTRAINED_FT: Row(FT, UNTRAINED),
+}
+
+
+def similarity_tables(
+    repetitions: Sequence[IclContext],
+    tasks: Sequence[str],
+    methods: Mapping[str, Row],
+    published: Mapping[str, PaperRows],
+) -> dict[str, dict[str, Table]]:
+    """By point and metric, the methods' rows and the controls'.
+
+    Args:
+        published: the paper's numbers by metric; they are at the candidate's token.
+    """
+    return {
+        where: {
+            name: by_task(
+                f"{name}, at the {where}",
+                repetitions,
+                tasks,
+                _rows(name, point, methods),
+                published.get(name) if point == 0 else None,
+                COSINE,
+            )
+            for name in METRICS
+        }
+        for point, where in enumerate(POINTS)
+    }
+
+
+def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
+    before: dict[str, Values] = {}
+    if name == SIM_AOU:
+        before = {VECTOR: _without_method("sim_aou", point, BASE)}
+    elif name == SIM_AM:
+        before = {
+            "ZSL": _without_method("sim_am", point, BASE),
+            "control: untrained model, ZSL": _without_method("sim_am", point, UNTRAINED),
+        }
+    rows = {**methods, **CONTROLS}
+    return before | {head: _similarity(METRICS[name], point, row) for head, row in rows.items()}
+
+
+def _similarity(metric: str, point: int, row: Row) -> Values:
+    def values(ctx: IclContext, task: str) -> list[float]:
+        its = compared(ctx, task, row.method(ctx, task), row.which)
+        return [float(each) for each in its.at_points[metric][:, point]]
+
+    return values
+
+
+def _without_method(metric: str, point: int, which: str) -> Values:
+    def values(ctx: IclContext, task: str) -> list[float]:
+        its = before_method(ctx, task, which)
+        return [float(each) for each in its.at_points[metric][:, point]]
+
+    return values

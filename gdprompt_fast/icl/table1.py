@@ -1,0 +1,116 @@
+"""Table 1: accuracy, and how far fine-tuning and ICL change the same answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..config.fields import Config
+from ..report.outcome import Outcome
+from . import paper
+from .by_task import (
+    CONTROLS_NOTE,
+    UNDEFINED,
+    PaperRows,
+    Rows,
+    Values,
+    above,
+    by_task,
+    in_the_prompt,
+)
+from .context import BASE, UNTRAINED, IclContext
+from .methods import FT, LAYER_CAUSAL
+from .metrics import RATIOS, Answers
+from .similarities import CONTROLS, UPDATE, Row
+from .stages import before_method, compared
+
+TITLE = "ICL and fine-tuning, Table 1: accuracy, and answers that both change"
+METHODS = {"FT": Row(FT), "layer-causal FT": Row(LAYER_CAUSAL), **CONTROLS}
+CHANGED, SET_RIGHT = "Answers changed from ZSL's", "Answers set right"
+PUBLISHED = {
+    "Jaccard": paper.TABLE1["jaccard"],
+    "Jaccard – correct": paper.TABLE1["correct"],
+    "Jaccard – incorrect": paper.TABLE1["incorrect"],
+}
+WHAT = (
+    "Jaccard: of the answers that ICL or FT changes from ZSL's, the share that both change to "
+    "the same one; correct: changes from wrong to right; incorrect: those that end wrong. "
+    "Rec2FTP: of the answers that FT sets right, the share that ICL answers right. Their standard "
+    "errors over examples are those of the delta method."
+)
+
+
+@dataclass(frozen=True)
+class Options(Config):
+    """The section ``[table1]``: the names of the tasks."""
+
+    tasks: tuple[str, ...]
+
+
+def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
+    """Measures; every seed is a repetition."""
+    published = {head: paper.TABLE1[head.lower()] for head in ("ZSL", "FT", "ICL")}
+    rows: dict[str, tuple[Rows, PaperRows]] = {
+        "Accuracy": (_rows(lambda its, labels: labels == its.gold), published)
+    }
+    for name in RATIOS:
+        rows[name] = _ratios(name), {"FT": PUBLISHED[name]} if name in PUBLISHED else {}
+    rows[CHANGED] = _rows(lambda its, labels: labels != its.zsl, zsl=False), {}
+    rows[SET_RIGHT] = _rows(lambda its, labels: its.to_right(labels), zsl=False), {}
+    tables = {
+        title: by_task(title, repetitions, options.tasks, *of_title)
+        for title, of_title in rows.items()
+    }
+    sets_right, jaccard = tables[SET_RIGHT], tables["Jaccard"]
+    both = by_task("", repetitions, options.tasks, {n: _ratios(n)["FT"] for n in RATIOS})
+    findings = [
+        *above("ICL sets more answers right than FT", sets_right, "ICL", "FT"),
+        *above("what FT sets right ICL does too, and much more: Rec2FTP is above Jaccard",
+               both, "Rec2FTP", "Jaccard"),
+        *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
+    ]  # fmt: skip
+    notes = [WHAT, in_the_prompt(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
+    return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
+
+
+def _answers(ctx: IclContext, task: str, row: Row) -> Answers:
+    return compared(ctx, task, row.method(ctx, task), row.which).answers
+
+
+def _ratios(name: str) -> Rows:
+    def of(row: Row) -> Values:
+        return lambda ctx, task: RATIOS[name](_answers(ctx, task, row)).values
+
+    return {head: of(row) for head, row in METHODS.items()}
+
+
+def _rows(count: Callable[[Answers, Tensor], Tensor], zsl: bool = True) -> Rows:
+    """Shares of the answers that ``count``, by the labels of ZSL, ICL and every method.
+
+    Args:
+        zsl: whether ZSL has rows.
+    """
+
+    def reference(which: str, name: str) -> Values:
+        def values(ctx: IclContext, task: str) -> list[float]:
+            its = before_method(ctx, task, which).answers
+            return [float(each) for each in count(its, getattr(its, name))]
+
+        return values
+
+    def method(row: Row) -> Values:
+        def values(ctx: IclContext, task: str) -> list[float]:
+            its = _answers(ctx, task, row)
+            return [float(each) for each in count(its, its.ft)]
+
+        return values
+
+    names = ("zsl", "icl") if zsl else ("icl",)
+    before = {name.upper(): reference(BASE, name) for name in names}
+    methods = {head: method(row) for head, row in METHODS.items()}
+    untrained = {
+        f"control: untrained model, {name.upper()}": reference(UNTRAINED, name) for name in names
+    }
+    return before | methods | untrained
