@@ -21,6 +21,8 @@ SUBPACKAGES = [
     "evaluation",
     "exactness",
     "experiments",
+    "internalisation",
+    "internalisation.material",
     "keep",
     "kernels",
     "kernels.attention",

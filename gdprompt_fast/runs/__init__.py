@@ -13,6 +13,7 @@ from .demo_run import DemoConfig, demo
 from .evaluate_run import EvaluateConfig, evaluate
 from .experiment_run import ExperimentConfig, experiment
 from .file_run import RunConfig, run
+from .internalisation_run import InternalisationConfig, internalisation
 from .learn_run import LearnConfig, learn
 from .plan_run import PlanConfig, plan
 from .prepare_run import PrepareConfig, prepare
@@ -30,6 +31,7 @@ __all__ = [
     "DemoConfig",
     "EvaluateConfig",
     "ExperimentConfig",
+    "InternalisationConfig",
     "LearnConfig",
     "PlanConfig",
     "PrepareConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "demo",
     "evaluate",
     "experiment",
+    "internalisation",
     "learn",
     "plan",
     "prepare",

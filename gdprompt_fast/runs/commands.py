@@ -12,6 +12,7 @@ from .data_run import data
 from .demo_run import demo
 from .evaluate_run import evaluate
 from .experiment_run import experiment
+from .internalisation_run import internalisation
 from .learn_run import learn
 from .plan_run import plan
 from .prepare_run import prepare
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command[Any, Any]] = {
         ask,
         plan,
         experiment,
+        internalisation,
         report,
         app,
     )
