@@ -36,7 +36,7 @@ class Experiment:
         check: raises a UserError before any work if the preset does not do.
     """
 
-    options: type
+    options: type[Any]
     run: Callable[[Sequence[Context], Any], Outcome]
     check: Callable[[Preset, Any], None]
 
@@ -46,7 +46,7 @@ def _name(module: ModuleType) -> str:
 
 
 EXPERIMENTS = {
-    _name(module): Experiment(module.Options, module.run, module.check)  # type: ignore[attr-defined]
+    _name(module): Experiment(module.Options, module.run, module.check)
     for module in (
         *(main, trex, joint, attribution, alpha, word_order, batch_size, data_amount),
         *(number_lists, mnist, alignment, meta),

@@ -20,7 +20,7 @@ from ..report.findings import Finding
 from ..report.outcome import Chart, Outcome, Table, Texts
 from ..report.over_seeds import NamedSeeds, OverSeeds, estimate, larger_over_seeds
 from .context import Context
-from .gradients import Alignment, alignment
+from .gradients import alignment
 from .material.subsets import ALIGNED, Defined, Material
 from .measured import PAPER, STRONG, WEAK, head_of, seeds_in_words
 from .preset import Preset, settings_of
@@ -235,8 +235,10 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         last = _cells(stages, -1, "cosine")
         for words, (reliable, other) in PAIRS.items():
             where = f"batch {batch}, definitions and questions {words}"
-            high, low = (NamedSeeds(head_of(each), last[each]) for each in (reliable, other))
-            claim = "with tag 1 the gradients are better aligned (cosine, in hundredths)"
+            high, low = (
+                NamedSeeds(head_of(each), last[each], share=False) for each in (reliable, other)
+            )
+            claim = "with tag 1 the gradients are better aligned"
             findings.append(larger_over_seeds(claim, where, high, low))
             notes.append(f"{where}: {seeds_in_words(last[reliable].differences(last[other]))}")
     findings += _by_batch(by_batch)
@@ -274,7 +276,7 @@ def _by_batch(by_batch: dict[int, list[Stage]]) -> list[Finding]:
     named = []
     for batch in (small, large):
         gaps = tuple((gap,) for gap in _gaps(by_batch[batch], -1, STRONG))
-        named.append(NamedSeeds(f"difference at {batch}", OverSeeds(gaps)))
+        named.append(NamedSeeds(f"difference at {batch}", OverSeeds(gaps), share=False))
     claim = "the difference of the cosines of tags 1 and 2 is larger at a small batch"
     return [larger_over_seeds(claim, "not trained on", *named)]
 
@@ -292,7 +294,7 @@ def _chart(words: str, pair: tuple[str, str], by_batch: dict[int, list[Stage]]) 
 def _costs(stage: Stage) -> tuple[Texts, str]:
     result = stage.result
     rows = [
-        [name, f"{result['seconds'][name]:.3f}", f"{result['bytes'][name] / 1e6:.1f}"]
+        [name, f"{result['seconds'][name]:.3f}", f"{result['bytes'][name] / 1e6:.2f}"]
         for name in ("dense", "factors")
     ]
     texts, tokens = result["texts"]
@@ -303,6 +305,3 @@ def _costs(stage: Stage) -> tuple[Texts, str]:
     )
     columns = ("way", "seconds a definition", "peak over the model, MB")
     return Texts("What the inner products cost", columns, rows), said
-
-
-__all__ = ["Alignment", "Options", "alignment_stage", "check", "cost_stage", "run"]

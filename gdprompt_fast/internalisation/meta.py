@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from .measured import (
     more,
     power_notes,
 )
-from .preset import Preset, settings_of
+from .preset import Preset, changed, settings_of
 from .sources import NUMBERS, Source, check_source, source_of
 from .stages import Staged, staged_work
 from .train import padding_of, to_block, train
@@ -100,7 +100,7 @@ def _source(ctx: Context, options: Options) -> Source:
 def start_stage(ctx: Context, options: Options) -> Stage:
     """The model that both arms go on from, in the stage's folder."""
     source = _source(ctx, options)
-    chosen = replace(source.staged.first, **options.start)
+    chosen = changed(source.staged.first, options.start, "preset, [meta.start]")
     wanted = {**source.settings, "train": settings_of(chosen)}
 
     def work(folder: Path) -> Result:
@@ -117,7 +117,7 @@ def start_stage(ctx: Context, options: Options) -> Stage:
 def arm_stage(ctx: Context, options: Options, arm: str) -> Stage:
     """An arm: the rest of the first stage, and the second, scored."""
     source, start = _source(ctx, options), start_stage(ctx, options)
-    first = replace(source.staged.first, **options.arms)
+    first = changed(source.staged.first, options.arms, "preset, [meta.arms]")
     staged = Staged(first, source.staged.second, options.stage2_seeds)
     meta = arm == "meta"
     of_meta = {
@@ -252,7 +252,9 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     named = (NamedSeeds("with it", large), NamedSeeds("without", small))
     findings.append(larger_over_seeds(claim, "difference of D5 and D6", *named))
     claim = "meta-training makes new definitions with tag 1 be learnt more"
-    pair = (meta.named(STRONG[0]), plain.named(STRONG[0]))
+    pair = [
+        NamedSeeds(head, rows[head].named(STRONG[0]).cell) for head in (ARMS["meta"], ARMS["plain"])
+    ]
     findings.append(larger_over_seeds(claim, "D5, with and without it", *pair))
     tables = [
         gaps("Exact match, weak internalisation", "difference", WEAK, rows),
@@ -260,9 +262,9 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     ]
     about = (
         "Not of the paper. Both arms begin at the same model and take the same number of optimizer "
-        f"steps on the same texts; a step with meta-training adds {options.weight:g} times the exact "
-        f"meta-gradient of {options.contexts} definitions, η = {options.inner_lr:g}, and so costs "
-        "more time. The second stage is the same for both."
+        "steps on the same texts. A step with meta-training costs more time: it adds "
+        f"{options.weight:g} times the exact meta-gradient of {options.contexts} definitions, "
+        f"η = {options.inner_lr:g}. The second stage is the same for both."
     )
     power = {f"strong, {head}": scores.gap(STRONG) for head, scores in rows.items()}
     return Outcome(

@@ -159,7 +159,7 @@ def trained(pairs: Pairs, options: Options, ctx: Context) -> Network:
         said = targets(pairs, which, cells, options.labels).to(ctx.device)
         loss = F.cross_entropy(model(shown).flatten(0, 1), said.flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return model.eval()
 

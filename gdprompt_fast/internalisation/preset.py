@@ -191,6 +191,15 @@ class Preset:
         return _read(f"stages.{stage}", TrainOptions, {f"stages.{stage}": own | over})
 
 
+def changed(options: TrainOptions, over: Mapping[str, Any], where: str) -> TrainOptions:
+    """Training options with what a section says over them.
+
+    Raises:
+        UserError: naming the section and what is wrong in it.
+    """
+    return from_section(TrainOptions, asdict(options) | dict(over), where)
+
+
 def check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
     """
     Raises:

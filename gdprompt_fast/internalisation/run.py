@@ -35,6 +35,7 @@ def run_experiment(name: str, repetitions: Mapping[int, Context]) -> Path:
     experiment, seeds = EXPERIMENTS[name], preset.seeds_of(name)
     options = preset.section(name, experiment.options)
     chosen = [repetitions[seed] for seed in seeds]
+    chosen[0].used.clear()  # of the experiment before it
     outcome = experiment.run(chosen, options)
     fingerprint, sections = None, dict(preset.sections)
     if is_from_scratch(name, preset):

@@ -143,7 +143,7 @@ def add_gradient(model: nn.Module, batch: Block, options: TrainOptions) -> float
     total = 0.0
     for part in torch.arange(len(batch.ids)).split(size):
         loss = token_loss(model, batch.rows(part, batch.ids.device), count, options.bf16)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total
 
@@ -203,7 +203,7 @@ def train(
         watch(epoch + 1)
         every = options.checkpoint_epochs
         if folder is not None and every and (epoch + 1) % every == 0:
-            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
             state = {name: part.state_dict() for name, part in parts.items()} | {"losses": losses}
             write_whole(folder / CHECKPOINT_FILE, partial(torch.save, state))
     if folder is not None:

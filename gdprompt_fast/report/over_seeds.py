@@ -38,13 +38,18 @@ class OverSeeds(Cell):
 
 @dataclass(frozen=True)
 class NamedSeeds:
-    """A number over seeds and what it is of."""
+    """A number over seeds and what it is of.
+
+    Attributes:
+        share: whether it is a share, told in %.
+    """
 
     name: str
     cell: OverSeeds
+    share: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} {_shown(self.cell.estimate)} %"
+        return f"{self.name} {_shown(self.cell.estimate, self.share)}{' %' * self.share}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -60,20 +65,15 @@ def larger_over_seeds(claim: str, where: str, high: NamedSeeds, low: NamedSeeds)
     """Shows if ``high`` is above ``low`` by the one-sided t-test of the seeds' differences, at the
     level 0.05; of a single seed nothing shows.
     """
-    return positive(claim, where, f"{high}, {low}", high.cell.differences(low.cell))
-
-
-def positive(claim: str, where: str, numbers: str, differences: Sequence[float]) -> Finding:
-    """Shows if the mean of differences, shares and one a seed, is above zero by the one-sided
-    t-test at the level 0.05.
-    """
+    differences = high.cell.differences(low.cell)
     p = one_sided_p(differences)
     difference = estimate(differences)
     return Finding(
         claim,
         where,
         p < LEVEL,
-        f"{numbers}; difference {_shown(difference, '+')} points, "
+        f"{high}, {low}; difference {_shown(difference, high.share, '+')}"
+        f"{' points' * high.share}, "
         f"{len(differences)} {'seed' if len(differences) == 1 else 'seeds'}, one-sided p {_p(p)}.",
         (difference,),
     )
@@ -87,11 +87,16 @@ def none_over_seeds(
     return Finding(
         claim,
         where,
-        abs(difference.value) + (difference.half_interval or 0.0) <= margin,
-        f"{one}, {other}; difference {_shown(difference, '+')} points, none if its interval is "
-        f"within ± {100 * margin:g}.",
+        abs(difference.value) + half_of(difference) <= margin,
+        f"{one}, {other}; difference {_shown(difference, True, '+')} points, "
+        f"none if its interval is within ± {100 * margin:g}.",
         (difference,),
     )
+
+
+def half_of(number: Estimate) -> float:
+    """Half of an interval; NaN, which nothing is within, where it is not known."""
+    return math.nan if number.half_interval is None else number.half_interval
 
 
 def one_sided_p(differences: Sequence[float]) -> float:
@@ -149,9 +154,10 @@ def _standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) >= FEWEST else math.nan
 
 
-def _shown(number: Estimate, sign: str = "") -> str:
-    half = math.nan if number.half_interval is None else number.half_interval
-    return f"{100 * number.value:{sign}.1f} ± {100 * half:.1f}"
+def _shown(number: Estimate, share: bool, sign: str = "") -> str:
+    half = half_of(number)
+    scale, digits = (100, 1) if share else (1, 3)
+    return f"{scale * number.value:{sign}.{digits}f} ± {scale * half:.{digits}f}"
 
 
 def _p(p: float) -> str:

@@ -58,8 +58,8 @@ class InternalisationConfig(WeightsConfig, DeviceConfig, WritingConfig):
             UserError: naming the preset's section, what was expected and what was given.
         """
         sections = dict(preset_sizes(self.preset) if self.sizes is None else self.sizes)
-        for given in self.files or ():
-            sections = _with_file(sections, given)
+        for file in self.files or ():
+            sections = _with_file(sections, file)
         dropped = [SEEDS] if self.seeds is not None else []
         dropped += ["models"] if self.model is not None else []
         sections = {name: _without(section, dropped) for name, section in sections.items()}

@@ -147,7 +147,7 @@ def write_digits(folder: Path) -> Path:
 
 def write_model(folder: Path) -> Path:
     """A random Llama over a few words."""
-    words = "Q A : What Who When was is of the gender born die did < | > ? In which".split()
+    words = ["Q", "A", ":", "What", "Who", "When", "was", "is", "the", "gender", "<", "|", ">", "?"]
     tokenizer = word_tokenizer(words)
     model = small_llama(len(tokenizer), num_hidden_layers=1, max_position_embeddings=64)
     model.save_pretrained(folder)
@@ -155,15 +155,17 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def tiny_sections(folder: Path) -> dict[str, Any]:
-    """The preset, with its data made in a folder."""
-    made = {
-        "MODEL": write_model(folder / "tiny"),
-        "PEOPLE": write_people(folder / "people.csv", 40),
-        "TRIPLES": write_triples(folder / "works.tsv", 32),
-        "DIGITS": write_digits(folder / "digits"),
+def tiny_sections(folder: Path, again: bool = False) -> dict[str, Any]:
+    """The preset, with its data made in a folder, or there ``again``."""
+    makers = {
+        "MODEL": lambda: write_model(folder / "tiny"),
+        "PEOPLE": lambda: write_people(folder / "people.csv", 40),
+        "TRIPLES": lambda: write_triples(folder / "works.tsv", 32),
+        "DIGITS": lambda: write_digits(folder / "digits"),
     }
+    places = {"MODEL": "tiny", "PEOPLE": "people.csv", "TRIPLES": "works.tsv", "DIGITS": "digits"}
     text = TINY
-    for name, path in made.items():
+    for name, make in makers.items():
+        path = folder / places[name] if again else make()
         text = text.replace(f'"{name}"', f'"{path.as_posix()}"')
     return tomllib.loads(text)

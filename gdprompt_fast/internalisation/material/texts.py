@@ -105,7 +105,7 @@ def random_names(count: int, letters: int, rng: random.Random) -> list[str]:
 
 
 def _defined_as(subset: str, members: Sequence[Entity], rng: random.Random) -> list[str]:
-    """What the definitions of a subset name: the entity, or in a wrong one another of the subset."""
+    """What the definitions of a subset name: the entity, or if wrong another of the subset."""
     names = [each.name for each in members]
     return names if SUBSETS[subset].right or not names else deranged(names, rng)
 
