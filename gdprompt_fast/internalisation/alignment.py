@@ -40,6 +40,7 @@ class Options(Config):
     Attributes:
         source: ``"people"`` or ``"numbers"``.
         entities: of people, in the place of those of ``[people]``.
+        pretrained: the model for people, in the place of that of ``[model]``.
         batches: texts an optimizer step, from few to many.
         epochs: of the first stage, of every one of them.
         every: epochs between measurements.
@@ -50,6 +51,7 @@ class Options(Config):
 
     source: str = NUMBERS
     entities: int | None = None
+    pretrained: str | None = None
     batches: tuple[int, ...] = (256, 1024, 4096, 16384)
     epochs: tuple[int, ...] = (20, 20, 50, 151)
     every: tuple[int, ...] = (2, 2, 5, 15)
@@ -80,7 +82,7 @@ def check(preset: Preset, options: Options) -> None:
 
 def _source(ctx: Context, options: Options) -> Source:
     fractions = FOR_NUMBERS if options.source == NUMBERS else ALIGNED
-    return source_of(ctx, options.source, fractions, options.entities)
+    return source_of(ctx, options.source, fractions, options.entities, options.pretrained)
 
 
 @dataclass(frozen=True)

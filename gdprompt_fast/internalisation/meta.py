@@ -56,6 +56,7 @@ class Options(Config):
     Attributes:
         source: ``"people"`` or ``"numbers"``.
         entities: of people, in the place of those of ``[people]``.
+        pretrained: the model for people, in the place of that of ``[model]``.
         start: training options, over the first stage's, of the common beginning.
         arms: of both arms, over the first stage's.
         inner_lr: η of the step on a definition.
@@ -69,6 +70,7 @@ class Options(Config):
 
     source: str = NUMBERS
     entities: int | None = None
+    pretrained: str | None = None
     start: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
     inner_lr: float = 0.1
@@ -94,7 +96,7 @@ def check(preset: Preset, options: Options) -> None:
 
 def _source(ctx: Context, options: Options) -> Source:
     fractions = FOR_NUMBERS if options.source == NUMBERS else TWO_TAGS
-    return source_of(ctx, options.source, fractions, options.entities)
+    return source_of(ctx, options.source, fractions, options.entities, options.pretrained)
 
 
 def start_stage(ctx: Context, options: Options) -> Stage:

@@ -105,12 +105,14 @@ class RunOptions(Config):
         models: compared, in the place of that of ``[model]``.
         entities: in the place of those of ``[people]`` or ``[triples]``.
         stage2_seeds: runs of the second stage from every first one.
+        new_tokens: of an answer, in the place of those of ``[ask]``.
         first, second, joint: training options over those of ``[stages.NAME]``.
     """
 
     models: tuple[str, ...] = ()
     entities: int | None = None
     stage2_seeds: int = 1
+    new_tokens: int | None = None
     first: dict[str, Any] = field(default_factory=dict)
     second: dict[str, Any] = field(default_factory=dict)
     joint: dict[str, Any] = field(default_factory=dict)
@@ -118,8 +120,9 @@ class RunOptions(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "stage2_seeds")
-        if self.entities is not None:
-            check_counts(self, "entities")
+        for name in ("entities", "new_tokens"):
+            if getattr(self, name) is not None:
+                check_counts(self, name)
 
 
 @dataclass(frozen=True)

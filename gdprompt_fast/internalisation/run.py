@@ -40,7 +40,9 @@ def run_experiment(name: str, repetitions: Mapping[int, Context]) -> Path:
     fingerprint, sections = None, dict(preset.sections)
     if is_from_scratch(name, preset):
         sections["model"] = sections["model"] | {"name": FROM_SCRATCH}
-    elif models := (getattr(options, "models", ()) or (preset.model.name,)):
+    else:
+        one = getattr(options, "pretrained", None) or preset.model.name
+        models = getattr(options, "models", ()) or (one,)
         sections["model"] = sections["model"] | {"name": ", ".join(models)}
         fingerprint = _fingerprints(models, preset)
     return write_report(name, outcome, chosen, sections, fingerprint)

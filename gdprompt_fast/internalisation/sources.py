@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from ..artifacts.files import hash_of_file
 from ..errors import UserError
 from ..loading import load_model
 from .context import Context, fingerprint_of
@@ -46,14 +47,23 @@ class Source:
 
 
 def source_of(
-    ctx: Context, source: str, fractions: Mapping[str, float], entities: int | None
+    ctx: Context,
+    source: str,
+    fractions: Mapping[str, float],
+    entities: int | None = None,
+    pretrained: str | None = None,
 ) -> Source:
     """The source of a name.
+
+    Args:
+        entities, pretrained: of people, in the place of the preset's.
 
     Raises:
         UserError: if a section of the preset that it takes is not there, or wrong.
     """
-    return _numbers(ctx, fractions) if source == NUMBERS else _people(ctx, fractions, entities)
+    if source == NUMBERS:
+        return _numbers(ctx, fractions)
+    return _people(ctx, fractions, entities, pretrained or ctx.preset.model.name)
 
 
 def check_source(preset: Preset, source: str) -> None:
@@ -70,17 +80,21 @@ def check_source(preset: Preset, source: str) -> None:
         preset.section("number-lists", NumberLists)
 
 
-def _people(ctx: Context, fractions: Mapping[str, float], entities: int | None) -> Source:
+def _people(
+    ctx: Context, fractions: Mapping[str, float], entities: int | None, name: str
+) -> Source:
     preset, general = ctx.preset, ctx.preset.model
     count = entities or preset.table(PEOPLE).entities
-    load = partial(load_model, general.name, general.dtype, ctx.device, general.revision)
+    revision = general.revision if name == general.name else None
+    load = partial(load_model, name, general.dtype, ctx.device, revision)
     people = entities_of(ctx, PEOPLE, count)
 
     def material(stage2_seed: int) -> Material:
         return text_material(people, TextRules(fractions), ctx.seed, stage2_seed)
 
     settings = {
-        "model": fingerprint_of(general.name, general.revision),
+        "model": fingerprint_of(name, revision),
+        "file": hash_of_file(preset.table(PEOPLE).path(PEOPLE)),
         "entities": count,
         "fractions": dict(fractions),
     }

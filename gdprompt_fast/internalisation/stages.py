@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import read_json, write_whole
+from ..artifacts.files import hash_of_file, read_json, write_whole
 from ..artifacts.stage import KeptResults, Result, Stage
 from ..loading import load_model
 from .answers import scored
@@ -76,14 +76,16 @@ def run_stage(ctx: Context, run: Run) -> Stage:
     preset, table = ctx.preset, ctx.preset.table(run.source)
     count = run.options.entities or table.entities
     staged = trainings(ctx, run)
+    ask = replace(preset.ask, new_tokens=run.options.new_tokens or preset.ask.new_tokens)
     revision = preset.model.revision if run.model == preset.model.name else None
     wanted = {
         "model": fingerprint_of(run.model, revision),
         "source": run.source,
+        "file": hash_of_file(table.path(run.source)),
         "entities": count,
         "rules": asdict(run.rules),
         "joint": run.joint,
-        "ask": settings_of(preset.ask),
+        "ask": settings_of(ask),
         **staged.settings(),
     }
 
@@ -96,7 +98,7 @@ def run_stage(ctx: Context, run: Run) -> Stage:
             ),
             lambda stage2_seed: text_material(entities, run.rules, ctx.seed, stage2_seed),
             staged,
-            preset.ask,
+            ask,
             ctx.seed,
             run.joint,
         )

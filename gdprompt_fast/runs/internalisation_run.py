@@ -61,7 +61,7 @@ class InternalisationConfig(WeightsConfig, DeviceConfig, WritingConfig):
         for file in self.files or ():
             sections = _with_file(sections, file)
         dropped = [SEEDS] if self.seeds is not None else []
-        dropped += ["models"] if self.model is not None else []
+        dropped += ["models", "pretrained"] if self.model is not None else []
         sections = {name: _without(section, dropped) for name, section in sections.items()}
         general = dict(sections.get("model") or {})
         if self.model is not None:

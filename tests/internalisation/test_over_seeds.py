@@ -40,7 +40,7 @@ def test_a_difference_shows_by_the_one_sided_test_of_pairs() -> None:
     high, low = (OverSeeds(tuple((v,) for v in of)) for of in ((0.6, 0.7, 0.65), (0.5, 0.6, 0.56)))
     named = NamedSeeds("one", high), NamedSeeds("other", low)
     finding = larger_over_seeds("it is larger", "here", *named)
-    assert finding.shows and "3 seeds, one-sided p 0.001" in finding.because
+    assert finding.shows and "3 seeds, one-sided p < 0.001" in finding.because
     assert not larger_over_seeds("it is larger", "here", *reversed(named)).shows
     assert one_sided_p([0.1, 0.1]) == 0.0 and one_sided_p([0.0, 0.0]) == 1.0
     alone = (NamedSeeds("one", OverSeeds(((1.0,),))), NamedSeeds("other", OverSeeds(((0.0,),))))

@@ -11,6 +11,7 @@ import importlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,9 +41,13 @@ class Digits:
         """An image at random for each of the digits [...], [..., side, side]."""
         sizes = torch.tensor([len(each) for each in self.of_digit])[digits]
         draws = (torch.rand(digits.shape, generator=generator, dtype=torch.float64) * sizes).long()
-        longest = int(max(map(len, self.of_digit)))
-        table = torch.stack([F.pad(each, (0, longest - len(each))) for each in self.of_digit])
-        return self.images[table[digits, draws]]
+        return self.images[self._table[digits, draws]]
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """The indices of every digit, a row each, filled up with zeros."""
+        longest = max(map(len, self.of_digit))
+        return torch.stack([F.pad(each, (0, longest - len(each))) for each in self.of_digit])
 
 
 def read_digits(folder: Path, split: str, side: int) -> Digits:
