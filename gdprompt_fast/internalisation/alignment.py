@@ -22,9 +22,10 @@ from ..report.over_seeds import NamedSeeds, OverSeeds, estimate, larger_over_see
 from .context import Context
 from .gradients import alignment
 from .material.subsets import ALIGNED, Defined, Material
+from .material.texts import TextRules
 from .measured import PAPER, STRONG, WEAK, head_of, seeds_in_words
-from .preset import Preset, settings_of
-from .sources import NUMBERS, Source, check_source, source_of
+from .preset import NUMBERS, Preset, settings_of
+from .sources import Source, check_source, source_of
 from .train import TrainOptions, to_block, train
 
 TITLE = "Alignment of definitions' and questions' gradients"
@@ -39,6 +40,7 @@ class Options(Config):
 
     Attributes:
         source: ``"people"`` or ``"numbers"``.
+        lists: the section with the sizes of numbers.
         entities: of people, in the place of those of ``[people]``.
         pretrained: the model for people, in the place of that of ``[model]``.
         batches: texts an optimizer step, from few to many.
@@ -50,6 +52,7 @@ class Options(Config):
     """
 
     source: str = NUMBERS
+    lists: str = "number-lists"
     entities: int | None = None
     pretrained: str | None = None
     batches: tuple[int, ...] = (256, 1024, 4096, 16384)
@@ -77,12 +80,13 @@ def check(preset: Preset, options: Options) -> None:
     Raises:
         UserError: if the source is not there.
     """
-    check_source(preset, options.source)
+    check_source(preset, options.source, options.lists, "first")
 
 
 def _source(ctx: Context, options: Options) -> Source:
     fractions = FOR_NUMBERS if options.source == NUMBERS else ALIGNED
-    return source_of(ctx, options.source, fractions, options.entities, options.pretrained)
+    own = (options.lists, options.entities, options.pretrained)
+    return source_of(ctx, options.source, TextRules(fractions), *own)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def alignment_stage(ctx: Context, options: Options, index: int) -> Stage:
     batch, epochs, every = (
         each[index] for each in (options.batches, options.epochs, options.every)
     )
-    chosen = replace(source.staged.first, batch_size=batch, epochs=epochs, checkpoint_epochs=0)
+    chosen = replace(
+        source.training("first", {}), batch_size=batch, epochs=epochs, checkpoint_epochs=0
+    )
     wanted = {
         **source.settings,
         "train": settings_of(chosen),
@@ -170,7 +176,7 @@ def cost_stage(ctx: Context, options: Options) -> Stage:
 
     def work(folder: Path) -> Result:
         model, tokenizer = source.new_model()
-        measuring = Measuring(model, tokenizer, source.staged.first, options)
+        measuring = Measuring(model, tokenizer, source.training("first", {}), options)
         defined = source.material(0).defined[WEAK[0]][: options.costs]
         rows = [measuring.rows(each) for each in defined]
         ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..report.findings import Finding
 from ..report.outcome import Outcome
-from . import main
 from .context import Context
 from .material.subsets import reliable
 from .material.texts import SWAPPED, TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
 from .preset import Preset, RunOptions
-from .stages import PEOPLE, Run, run_stage
+from .runs import Run, run_stage
+from .sources import check_source
 from .varied import grows, vanishes, varied
 
 TITLE = "The reliability α of the tags"
@@ -41,9 +41,9 @@ class Options(RunOptions):
 def check(preset: Preset, options: Options) -> None:
     """
     Raises:
-        UserError: if there is no table of people, or a stage of training is not said.
+        UserError: if the source is not there, or a stage of training is not said.
     """
-    main.check(preset, main.Options(first=options.first, second=options.second))
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
@@ -52,7 +52,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     where, rows = label(model), {}
     for alpha in options.alphas:
         rules = TextRules(reliable(alpha))
-        its = Run(f"alpha/{alpha:g}", model, PEOPLE, rules, options)
+        its = Run(f"alpha/{alpha:g}", rules, options, model)
         rows[f"α = {alpha:g}"] = Scores([run_stage(ctx, its) for ctx in repetitions])
     findings: list[Finding] = []
     for alpha, (head, scores) in zip(options.alphas, rows.items(), strict=True):

@@ -24,7 +24,7 @@ from .measured import (
     table,
 )
 from .preset import Preset
-from .stages import run_stage
+from .runs import run_stage
 
 TITLE = "Entity attribution"
 

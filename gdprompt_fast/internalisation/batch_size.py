@@ -13,7 +13,8 @@ from .material.subsets import TWO_TAGS
 from .material.texts import TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
 from .preset import Preset, RunOptions
-from .stages import PEOPLE, Run, run_stage
+from .runs import Run, run_stage
+from .sources import check_source
 from .varied import grows, vanishes, varied
 
 TITLE = "The batch size"
@@ -43,10 +44,9 @@ class Options(RunOptions):
 def check(preset: Preset, options: Options) -> None:
     """
     Raises:
-        UserError: if there is no table of people, or joint training is not said.
+        UserError: if the source is not there, or joint training is not said.
     """
-    preset.table(PEOPLE).path(PEOPLE)
-    preset.training("joint", **options.joint)
+    check_source(preset, options.source, options.lists, "joint")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
@@ -54,7 +54,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     model, rows, findings = one_model(repetitions[0].preset, options), {}, list[Finding]()
     for batch, epochs in zip(options.batches, options.epochs, strict=True):
         own = replace(options, joint={**options.joint, "batch_size": batch, "epochs": epochs})
-        its = Run(f"batch-size/{batch}", model, PEOPLE, TextRules(TWO_TAGS), own, joint=True)
+        its = Run(f"batch-size/{batch}", TextRules(TWO_TAGS), own, model, joint=True)
         stages = [run_stage(ctx, its) for ctx in repetitions]
         scores = rows[f"{batch} texts"] = Scores(stages, joint=True)
         if batch >= stages[0].result["counts"]["first"]:

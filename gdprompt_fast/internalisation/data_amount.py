@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from ..errors import UserError
 from ..report.findings import Finding
 from ..report.outcome import Outcome
-from . import main
 from .context import Context
 from .material.subsets import TWO_TAGS
 from .material.texts import TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
 from .preset import Preset, RunOptions
-from .stages import PEOPLE, Run, run_stage
+from .runs import Run, run_stage
+from .sources import check_source
 from .varied import grows, varied
 
 TITLE = "The number of entities"
@@ -39,9 +39,9 @@ class Options(RunOptions):
 def check(preset: Preset, options: Options) -> None:
     """
     Raises:
-        UserError: if there is no table of people, or a stage of training is not said.
+        UserError: if the source is not there, or a stage of training is not said.
     """
-    main.check(preset, main.Options(first=options.first, second=options.second))
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
@@ -49,7 +49,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     model, rows, findings = one_model(repetitions[0].preset, options), {}, list[Finding]()
     for amount in options.amounts:
         own = replace(options, entities=amount)
-        its = Run(f"data-amount/{amount}", model, PEOPLE, TextRules(TWO_TAGS), own)
+        its = Run(f"data-amount/{amount}", TextRules(TWO_TAGS), own, model)
         scores = Scores([run_stage(ctx, its) for ctx in repetitions])
         rows[f"{amount} entities"] = scores
         findings += more(STRONG_CLAIM, f"{label(model)}, {amount} entities", scores, STRONG)

@@ -13,7 +13,8 @@ from .context import Context
 from .main import FIRST_TESTS, SECOND_TESTS, found, main_run, notes
 from .measured import PAPER, STRONG, Scores, label, models_of, table
 from .preset import Preset
-from .stages import run_stage
+from .runs import Run, run_stage
+from .sources import check_source
 
 TITLE = "All texts in one stage"
 
@@ -35,7 +36,15 @@ def check(preset: Preset, options: Options) -> None:
         UserError: if there is no table of people, or a stage of training is not said.
     """
     main.check(preset, options)
-    preset.training("joint", **options.joint)
+    check_source(preset, options.source, options.lists, "joint")
+
+
+def _in_two(preset: Preset, options: Options, model: str) -> Run:
+    """The run to compare with: that of ``[main]``, if it is of the same source."""
+    theirs = preset.section("main", main.Options)
+    if theirs.source == options.source:
+        return main_run(model, theirs)
+    return main_run(model, options, "joint-in-two-stages")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
@@ -50,8 +59,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         findings += found(f"{label(model)}, one stage", joint)
         if not options.two_stages:
             continue
-        theirs = preset.section("main", main.Options)
-        two = Scores([run_stage(ctx, main_run(model, theirs)) for ctx in repetitions])
+        two = Scores([run_stage(ctx, _in_two(preset, options, model)) for ctx in repetitions])
         rows[f"{label(model)}, two stages"] = two
         large, small = (each.gap(STRONG) for each in (joint, two))
         if large is not None and small is not None:

@@ -24,7 +24,8 @@ from .measured import (
     table,
 )
 from .preset import Preset, RunOptions
-from .stages import PEOPLE, Run, run_stage
+from .runs import Run, run_stage
+from .sources import check_source
 
 TITLE = "Weak and strong internalisation: two stages of training on people"
 FIRST_TESTS = (*WEAK, "q", "q_no_replacement_baseline")
@@ -50,16 +51,14 @@ class Options(RunOptions):
 def check(preset: Preset, options: Options) -> None:
     """
     Raises:
-        UserError: if there is no table of people, or a stage of training is not said.
+        UserError: if the source is not there, or a stage of training is not said.
     """
-    preset.table(PEOPLE).path(PEOPLE)
-    for stage in ("first", "second"):
-        preset.training(stage, **getattr(options, stage))
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def main_run(model: str, options: Options, name: str = "main") -> Run:
     """The run of a model."""
-    return Run(f"{name}/{label(model)}", model, PEOPLE, TextRules(options.fractions), options)
+    return Run(f"{name}/{label(model)}", TextRules(options.fractions), options, model)
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:

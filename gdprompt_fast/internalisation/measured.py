@@ -18,7 +18,7 @@ from ..report.over_seeds import (
 )
 from .context import Context
 from .material.subsets import SUBSETS
-from .preset import Preset, RunOptions
+from .preset import NUMBERS, Preset, RunOptions
 
 PAPER = Paper(
     "(Out-of-context) Meta-learning in Language Models, draft of arXiv 2310.15047",
@@ -87,7 +87,9 @@ def label(model: str) -> str:
 
 
 def models_of(preset: Preset, options: RunOptions) -> tuple[str, ...]:
-    """The models that an experiment compares."""
+    """The models that an experiment compares; of numbers, the one from scratch."""
+    if options.source == NUMBERS:
+        return (NUMBERS,)
     return options.models or (preset.model.name,)
 
 

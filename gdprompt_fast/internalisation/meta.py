@@ -29,6 +29,7 @@ from ..report.over_seeds import NamedSeeds, larger_over_seeds
 from .alignment import FOR_NUMBERS
 from .context import Context
 from .material.subsets import TWO_TAGS, Defined, Material
+from .material.texts import TextRules
 from .measured import (
     PAPER,
     STRONG,
@@ -39,8 +40,8 @@ from .measured import (
     more,
     power_notes,
 )
-from .preset import Preset, changed, settings_of
-from .sources import NUMBERS, Source, check_source, source_of
+from .preset import NUMBERS, Preset, settings_of
+from .sources import Source, check_source, source_of
 from .stages import Staged, staged_work
 from .train import padding_of, to_block, train
 
@@ -55,6 +56,7 @@ class Options(Config):
 
     Attributes:
         source: ``"people"`` or ``"numbers"``.
+        lists: the section with the sizes of numbers.
         entities: of people, in the place of those of ``[people]``.
         pretrained: the model for people, in the place of that of ``[model]``.
         start: training options, over the first stage's, of the common beginning.
@@ -69,6 +71,7 @@ class Options(Config):
     """
 
     source: str = NUMBERS
+    lists: str = "number-lists"
     entities: int | None = None
     pretrained: str | None = None
     start: dict[str, Any] = field(default_factory=dict)
@@ -91,18 +94,19 @@ def check(preset: Preset, options: Options) -> None:
     Raises:
         UserError: if the source is not there.
     """
-    check_source(preset, options.source)
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def _source(ctx: Context, options: Options) -> Source:
     fractions = FOR_NUMBERS if options.source == NUMBERS else TWO_TAGS
-    return source_of(ctx, options.source, fractions, options.entities, options.pretrained)
+    own = (options.lists, options.entities, options.pretrained)
+    return source_of(ctx, options.source, TextRules(fractions), *own)
 
 
 def start_stage(ctx: Context, options: Options) -> Stage:
     """The model that both arms go on from, in the stage's folder."""
     source = _source(ctx, options)
-    chosen = changed(source.staged.first, options.start, "preset, [meta.start]")
+    chosen = source.training("first", options.start)
     wanted = {**source.settings, "train": settings_of(chosen)}
 
     def work(folder: Path) -> Result:
@@ -119,8 +123,8 @@ def start_stage(ctx: Context, options: Options) -> Stage:
 def arm_stage(ctx: Context, options: Options, arm: str) -> Stage:
     """An arm: the rest of the first stage, and the second, scored."""
     source, start = _source(ctx, options), start_stage(ctx, options)
-    first = changed(source.staged.first, options.arms, "preset, [meta.arms]")
-    staged = Staged(first, source.staged.second, options.stage2_seeds)
+    first = source.training("first", options.arms)
+    staged = Staged(first, source.training("second", {}), options.stage2_seeds)
     meta = arm == "meta"
     of_meta = {
         name: getattr(options, name) for name in ("inner_lr", "weight", "contexts", "queries")

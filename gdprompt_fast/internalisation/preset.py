@@ -12,7 +12,7 @@ from ..errors import UserError
 from .material.texts import ATTRIBUTION
 from .train import TrainOptions
 
-STAGES = ("first", "second", "joint")
+PEOPLE, TRIPLES, NUMBERS = SOURCES = ("people", "triples", "numbers")
 SEEDS = "seeds"  # of an experiment, in the place of the preset's
 
 C = TypeVar("C")
@@ -99,9 +99,11 @@ class AskOptions(Config):
 
 @dataclass(frozen=True)
 class RunOptions(Config):
-    """What the section of every experiment on a pretrained model may say.
+    """What the section of every experiment that is made of runs may say.
 
     Attributes:
+        source: of its texts: ``"people"``, ``"triples"``, or ``"numbers"``, from scratch.
+        lists: the section with the sizes of numbers, which has its own trainings.
         models: compared, in the place of that of ``[model]``.
         entities: in the place of those of ``[people]`` or ``[triples]``.
         stage2_seeds: runs of the second stage from every first one.
@@ -109,6 +111,8 @@ class RunOptions(Config):
         first, second, joint: training options over those of ``[stages.NAME]``.
     """
 
+    source: str = PEOPLE
+    lists: str = "number-lists"
     models: tuple[str, ...] = ()
     entities: int | None = None
     stage2_seeds: int = 1

@@ -9,8 +9,7 @@ from ..errors import UserError
 from ..report.write import write_report
 from . import EXPERIMENTS
 from .context import Context, fingerprint_of
-from .preset import Preset
-from .sources import NUMBERS
+from .preset import NUMBERS, Preset
 
 FROM_SCRATCH = "from scratch"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,46 +12,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import hash_of_file, read_json, write_whole
-from ..artifacts.stage import KeptResults, Result, Stage
-from ..loading import load_model
+from ..artifacts.files import read_json, write_whole
+from ..artifacts.stage import KeptResults, Result
 from .answers import scored
-from .context import Context, fingerprint_of
-from .material.people import Entity, read_people
 from .material.subsets import FIRST, Material, Question
-from .material.texts import TextRules, text_material
-from .material.triples import read_triples
-from .preset import AskOptions, RunOptions, settings_of
+from .preset import AskOptions, settings_of
 from .train import TrainOptions, to_block, train
 
 SCORES_FILE, WEIGHTS_FILE = "scores.json", "first.pt"
 NEVER_SEEN = "no_qd_baseline"
-PEOPLE, TRIPLES = "people", "triples"
 
 NewModel = Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
 MaterialOf = Callable[[int], Material]
 Adds = Callable[[nn.Module, PreTrainedTokenizerBase], Callable[[int], None]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run on a pretrained model follows from.
-
-    Attributes:
-        name: of its stage.
-        model: where it begins.
-        source: ``"people"`` or ``"triples"``.
-        rules: how entities become texts.
-        options: the experiment's section.
-        joint: whether both stages' texts are trained on at once.
-    """
-
-    name: str
-    model: str
-    source: str
-    rules: TextRules
-    options: RunOptions
-    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,64 +40,6 @@ class Staged:
         seeds = self.stage2_seeds if self.second else 0
         both = {"first": settings_of(self.first), "second": settings_of(self.second)}
         return both | {"stage2_seeds": seeds}
-
-
-def run_stage(ctx: Context, run: Run) -> Stage:
-    """A run, done or read: its result has the ``first`` and, for every second stage, ``second``
-    scores by test set, as :func:`gdprompt_fast.internalisation.answers.scored` gives them.
-    """
-    preset, table = ctx.preset, ctx.preset.table(run.source)
-    count = run.options.entities or table.entities
-    staged = trainings(ctx, run)
-    ask = replace(preset.ask, new_tokens=run.options.new_tokens or preset.ask.new_tokens)
-    revision = preset.model.revision if run.model == preset.model.name else None
-    wanted = {
-        "model": fingerprint_of(run.model, revision),
-        "source": run.source,
-        "file": hash_of_file(table.path(run.source)),
-        "entities": count,
-        "rules": asdict(run.rules),
-        "joint": run.joint,
-        "ask": settings_of(ask),
-        **staged.settings(),
-    }
-
-    def work(folder: Path) -> Result:
-        entities = entities_of(ctx, run.source, count)
-        return staged_work(
-            folder,
-            partial(
-                load_model, run.model, preset.model.dtype, ctx.device, revision, ctx.allow_missing
-            ),
-            lambda stage2_seed: text_material(entities, run.rules, ctx.seed, stage2_seed),
-            staged,
-            ask,
-            ctx.seed,
-            run.joint,
-        )
-
-    return ctx.stage(run.name, wanted, work)
-
-
-def trainings(ctx: Context, run: Run) -> Staged:
-    """The trainings that the preset says, with what the experiment says over it."""
-    options, preset = run.options, ctx.preset
-    if run.joint:
-        return Staged(preset.training("joint", **options.joint), None, 1)
-    first = preset.training("first", **options.first)
-    return Staged(first, preset.training("second", **options.second), options.stage2_seeds)
-
-
-def entities_of(ctx: Context, source: str, count: int | None) -> list[Entity]:
-    """The entities of a table.
-
-    Raises:
-        UserError: if the file is not there, or has too few.
-    """
-    table = ctx.preset.table(source)
-    path, wanted = table.path(source), count or table.entities
-    read = read_people if source == PEOPLE else read_triples
-    return read(path, wanted, table.encoding)
 
 
 def staged_work(

@@ -11,8 +11,9 @@ from .main import found, notes, tables
 from .material.subsets import WITH_THIRD_TAG
 from .material.texts import TextRules
 from .measured import PAPER, Scores, label, models_of
-from .preset import Preset, RunOptions
-from .stages import TRIPLES, Run, run_stage
+from .preset import TRIPLES, Preset, RunOptions
+from .runs import Run, run_stage
+from .sources import check_source
 
 TITLE = "Weak and strong internalisation: two stages of training on creative works"
 HELD_OUT = 0.25
@@ -22,15 +23,15 @@ HELD_OUT = 0.25
 class Options(RunOptions):
     """The section ``[trex]``."""
 
+    source: str = TRIPLES
+
 
 def check(preset: Preset, options: Options) -> None:
     """
     Raises:
         UserError: if there is no table of triples, or a stage of training is not said.
     """
-    preset.table(TRIPLES).path(TRIPLES)
-    for stage in ("first", "second"):
-        preset.training(stage, **getattr(options, stage))
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
@@ -38,7 +39,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     rules = TextRules(WITH_THIRD_TAG, held_out=HELD_OUT)
     rows = {}
     for model in models_of(repetitions[0].preset, options):
-        run = Run(f"trex/{label(model)}", model, TRIPLES, rules, options)
+        run = Run(f"trex/{label(model)}", rules, options, model)
         rows[label(model)] = Scores([run_stage(ctx, run) for ctx in repetitions])
     findings = [finding for head, scores in rows.items() for finding in found(head, scores)]
     about = "Exact match of greedy answers; a quarter of the questions of an entity is held out."

@@ -55,10 +55,12 @@ alphas = [0.5, 0.75]
 [word-order]
 orders = ["tve", "etv"]
 [batch-size]
+source = "numbers"
 batches = [64, 1000]
 epochs = [1, 1]
 [data-amount]
-amounts = [20, 32]
+source = "numbers"
+amounts = [20, 30]
 [number-lists]
 [number-lists.lists]
 variables = 20
