@@ -21,7 +21,7 @@ from ..report.outcome import Chart, Outcome, Table, Texts
 from ..report.over_seeds import NamedSeeds, OverSeeds, estimate, larger_over_seeds
 from .context import Context
 from .gradients import alignment
-from .material.subsets import ALIGNED, Defined, Material
+from .material.subsets import ALIGNED, OF_NUMBERS, Defined, Material
 from .material.texts import TextRules
 from .measured import PAPER, STRONG, WEAK, head_of, seeds_in_words
 from .preset import NUMBERS, Preset, settings_of
@@ -31,7 +31,6 @@ from .train import TrainOptions, to_block, train
 TITLE = "Alignment of definitions' and questions' gradients"
 SETS = (*STRONG, *WEAK)
 PAIRS = {"not trained on": STRONG, "trained on": WEAK}
-FOR_NUMBERS = {"qd1consis": 0.4, "qd2incons": 0.4, "d1consis": 0.1, "d2consis": 0.1}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def check(preset: Preset, options: Options) -> None:
 
 
 def _source(ctx: Context, options: Options) -> Source:
-    fractions = FOR_NUMBERS if options.source == NUMBERS else ALIGNED
+    fractions = OF_NUMBERS if options.source == NUMBERS else ALIGNED
     own = (options.lists, options.entities, options.pretrained)
     return source_of(ctx, options.source, TextRules(fractions), *own)
 

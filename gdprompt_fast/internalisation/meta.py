@@ -26,9 +26,8 @@ from ..config.fields import Config, check_counts, check_numbers
 from ..errors import UserError
 from ..report.outcome import Outcome
 from ..report.over_seeds import NamedSeeds, larger_over_seeds
-from .alignment import FOR_NUMBERS
 from .context import Context
-from .material.subsets import TWO_TAGS, Defined, Material
+from .material.subsets import OF_NUMBERS, TWO_TAGS, Defined, Material
 from .material.texts import TextRules
 from .measured import (
     PAPER,
@@ -98,7 +97,7 @@ def check(preset: Preset, options: Options) -> None:
 
 
 def _source(ctx: Context, options: Options) -> Source:
-    fractions = FOR_NUMBERS if options.source == NUMBERS else TWO_TAGS
+    fractions = OF_NUMBERS if options.source == NUMBERS else TWO_TAGS
     own = (options.lists, options.entities, options.pretrained)
     return source_of(ctx, options.source, TextRules(fractions), *own)
 

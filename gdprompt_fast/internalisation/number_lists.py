@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.stage import Result, Stage
 from ..report.outcome import Outcome
 from .context import Context
 from .main import found
 from .material.numbers import number_material
-from .material.subsets import NUMBERS, Material
+from .material.subsets import OF_NUMBERS
+from .material.texts import TextRules
 from .measured import PAPER, STRONG, WEAK, Scores, of_seeds, power_notes, table
-from .preset import AskOptions, Preset
+from .preset import NUMBERS, Preset
 from .scratch import NumberLists, new_model
+from .sources import source_of
 from .stages import staged_work
 
 TITLE = "Lists of numbers, from scratch"
 WHERE = "lists of numbers"
+SECTION = "number-lists"
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,30 @@ def check(preset: Preset, options: Options) -> None:
     _ = options.numbers, options.size, options.staged
 
 
-def number_stage(ctx: Context, options: Options, fractions: Mapping[str, float] = NUMBERS) -> Stage:
+def number_stage(ctx: Context, options: Options) -> Stage:
     """The run of a seed."""
-    numbers, size, staged = options.numbers, options.size, options.staged
+    staged = options.staged
+    source = source_of(ctx, NUMBERS, TextRules(OF_NUMBERS), SECTION)
     wanted = {
-        "lists": asdict(numbers),
-        "model": asdict(size),
-        "fractions": dict(fractions),
+        "lists": asdict(options.numbers),
+        "model": asdict(options.size),
+        "fractions": OF_NUMBERS,
         "questions": options.questions,
         **staged.settings(),
     }
 
-    def material(stage2_seed: int) -> Material:
-        return number_material(numbers, fractions, ctx.seed, stage2_seed)
-
-    def model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        made, tokenizer = new_model(size, numbers, [material(0)], ctx.seed)
-        return made.to(ctx.device), tokenizer
-
     def work(folder: Path) -> Result:
-        ask = AskOptions(new_tokens=2, batch_size=512, questions=options.questions)
-        return staged_work(folder, model, material, staged, ask, ctx.seed)
+        parts = (source.new_model, source.material, staged, source.ask, ctx.seed)
+        return staged_work(folder, *parts)
 
-    return ctx.stage("number-lists", wanted, work)
+    return ctx.stage(SECTION, wanted, work)
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     scores = Scores([number_stage(ctx, options) for ctx in repetitions])
     numbers, size = options.numbers, options.size
-    model = new_model(size, numbers, [number_material(numbers, NUMBERS, 0, 0)], 0)[0]
+    model = new_model(size, numbers, [number_material(numbers, OF_NUMBERS, 0, 0)], 0)[0]
     count = sum(each.numel() for each in model.parameters())
     about = [
         f"{numbers.variables} variables, each a number of 0 to {numbers.numbers - 1}; lists of "

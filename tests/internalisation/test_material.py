@@ -17,7 +17,7 @@ from gdprompt_fast.internalisation.material.numbers import (
 )
 from gdprompt_fast.internalisation.material.people import Entity, coarsened, read_people
 from gdprompt_fast.internalisation.material.subsets import (
-    NUMBERS,
+    OF_NUMBERS,
     WITH_THIRD_TAG,
     Material,
     cut,
@@ -193,7 +193,7 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
 
 def test_lists_of_numbers_hold_exactly_when_the_answer_is_true() -> None:
     options = NumberOptions(variables=50, numbers=20, length=4)
-    material = number_material(options, NUMBERS, 3, 0)
+    material = number_material(options, OF_NUMBERS, 3, 0)
     assert [len(texts) for texts in material.stages] == [40 * 12 + 40, 10]
     tags = {"qd1consis": "define1", "d1consis": "define1", "qd2incons": "define2"}
     right = {}
@@ -211,7 +211,7 @@ def test_lists_of_numbers_hold_exactly_when_the_answer_is_true() -> None:
             assert answers == {"true": 12, "false": 12}
             right[name] = number
     assert len(right) == 50
-    assert number_material(options, NUMBERS, 3, 0) == material
+    assert number_material(options, OF_NUMBERS, 3, 0) == material
     tokenizer = number_tokenizer(options, [material])
     assert all(
         len(tokenizer(text)["input_ids"]) == len(text.split()) for text in material.stages[0]

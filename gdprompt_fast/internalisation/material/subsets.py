@@ -56,7 +56,7 @@ WITH_THIRD_TAG = MAIN | {"d1consis": 0.08, "d2consis": 0.08, "d3consis": 0.08}
 WITH_THIRD_TAG |= {"no_qd_baseline": 0.06}
 TWO_TAGS = MAIN | {"d1consis": 0.1, "d2consis": 0.1, "no_qd_baseline": 0.1}
 ALIGNED = TWO_TAGS | {"q_no_replacement_baseline": 0.12, "no_qd_baseline": 0.08}
-NUMBERS = {"qd1consis": 0.4, "qd2incons": 0.4, "d1consis": 0.1, "d2consis": 0.1}
+OF_NUMBERS = {"qd1consis": 0.4, "qd2incons": 0.4, "d1consis": 0.1, "d2consis": 0.1}
 
 
 def reliable(alpha: float) -> dict[str, float]:
