@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import UserError
+from ..loading import find_model
 from ..report.write import write_report
 from . import EXPERIMENTS
 from .context import Context, fingerprint_of
@@ -14,10 +14,26 @@ from .preset import NUMBERS, Preset
 FROM_SCRATCH = "from scratch"
 
 
-def is_from_scratch(name: str, preset: Preset) -> bool:
-    """Whether an experiment begins with no pretrained model."""
-    options = preset.section(name, EXPERIMENTS[name].options)
-    return name in ("number-lists", "mnist") or getattr(options, "source", "") == NUMBERS
+def models_in(name: str, preset: Preset) -> dict[str, str | None]:
+    """The pretrained models of an experiment, each with its revision; none from scratch."""
+    options, own = preset.section(name, EXPERIMENTS[name].options), preset.model
+    if name in ("number-lists", "mnist") or getattr(options, "source", "") == NUMBERS:
+        return {}
+    one = getattr(options, "pretrained", None) or own.name
+    models = getattr(options, "models", ()) or (one,)
+    return {each: own.revision if each == own.name else None for each in models}
+
+
+def check_experiment(name: str, preset: Preset) -> None:
+    """
+    Raises:
+        UserError: before any work, if the preset does not do for it, or a model is not there.
+    """
+    experiment = EXPERIMENTS[name]
+    preset.seeds_of(name)
+    experiment.check(preset, preset.section(name, experiment.options))
+    for model, revision in models_in(name, preset).items():
+        find_model(model, revision)
 
 
 def run_experiment(name: str, repetitions: Mapping[int, Context]) -> Path:
@@ -31,25 +47,11 @@ def run_experiment(name: str, repetitions: Mapping[int, Context]) -> Path:
         The Markdown file.
     """
     preset = next(iter(repetitions.values())).preset
-    experiment, seeds = EXPERIMENTS[name], preset.seeds_of(name)
-    options = preset.section(name, experiment.options)
-    chosen = [repetitions[seed] for seed in seeds]
+    experiment = EXPERIMENTS[name]
+    chosen = [repetitions[seed] for seed in preset.seeds_of(name)]
     chosen[0].used.clear()  # of the experiment before it
-    outcome = experiment.run(chosen, options)
-    fingerprint, sections = None, dict(preset.sections)
-    if is_from_scratch(name, preset):
-        sections["model"] = sections["model"] | {"name": FROM_SCRATCH}
-    else:
-        one = getattr(options, "pretrained", None) or preset.model.name
-        models = getattr(options, "models", ()) or (one,)
-        sections["model"] = sections["model"] | {"name": ", ".join(models)}
-        fingerprint = _fingerprints(models, preset)
-    return write_report(name, outcome, chosen, sections, fingerprint)
-
-
-def _fingerprints(models: tuple[str, ...], preset: Preset) -> str:
-    own, revision = preset.model.name, preset.model.revision
-    try:
-        return ", ".join(fingerprint_of(each, revision if each == own else None) for each in models)
-    except UserError:  # the stages are there; the model may be gone
-        return "unknown"
+    outcome = experiment.run(chosen, preset.section(name, experiment.options))
+    models = models_in(name, preset)
+    named = preset.sections["model"] | {"name": ", ".join(models) or FROM_SCRATCH}
+    prints = ", ".join(fingerprint_of(*each) for each in models.items())
+    return write_report(name, outcome, chosen, {**preset.sections, "model": named}, prints or None)

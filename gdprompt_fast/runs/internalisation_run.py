@@ -13,7 +13,7 @@ from ..config.presets import load_preset
 from ..errors import UserError
 from ..internalisation import EXPERIMENTS, Preset, contexts
 from ..internalisation.preset import SEEDS
-from ..internalisation.run import run_experiment
+from ..internalisation.run import check_experiment, run_experiment
 from ..report.repetition import STAGES
 from ..report.write import is_experiment
 from .command import command, outputs_of
@@ -130,9 +130,7 @@ def internalisation(config: InternalisationConfig) -> Callable[[], Path]:
             if file.exists():
                 outputs.check_file(file.name, file, is_experiment)
     for name in names:
-        preset.seeds_of(name)
-        its = EXPERIMENTS[name]
-        its.check(preset, preset.section(name, its.options))
+        check_experiment(name, preset)
     repetitions = contexts(preset, output, config.torch_device, config.allow_missing)
     if foreign:
         write_folder(output, lambda folder: (folder / STAGES).mkdir())
