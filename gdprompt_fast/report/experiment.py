@@ -143,7 +143,7 @@ def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
     axes.set_xticks(range(len(heads)), heads, fontsize="small")
     unit = table.get("unit", PERCENT)
     if unit == PERCENT:
-        axes.set_ylim(0, 105)
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 105)  # a difference may be below zero
     axes.set_ylabel(unit)
     axes.set_title(table["title"], fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
