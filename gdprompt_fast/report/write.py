@@ -67,7 +67,7 @@ def _circumstances(repetitions: Sequence[Repetition]) -> dict[str, Any]:
     stages = {name: stage for name, stage in used if name.split("/")[0] in seeds}
     return {
         "seeds": [each.seed for each in repetitions],
-        "device": ", ".join(sorted({stage.versions["device"] for stage in stages.values()})),
+        "device": ", ".join(sorted({each.versions.get("device", "?") for each in stages.values()})),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(stage.seconds for stage in stages.values()),
