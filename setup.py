@@ -22,6 +22,8 @@ SUBPACKAGES = [
     "exactness",
     "experiments",
     "icl",
+    "internalisation",
+    "internalisation.material",
     "keep",
     "kernels",
     "kernels.attention",

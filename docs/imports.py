@@ -39,7 +39,7 @@ FLOORS = {
     "data and models from files": ("data", "loading", "teacher"),
     "measuring": ("evaluation", "report", "plan"),
     "training": ("training", "trainer"),
-    "experiments": ("experiments", "icl", "bundled"),
+    "experiments": ("experiments", "icl", "internalisation", "bundled"),
     "page": ("app",),
     "runs": ("runs",),
     "command line": ("cli", "__main__"),

@@ -10,10 +10,15 @@ from statistics import fmean, stdev
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard error."""
+    """A number with its standard error.
+
+    Attributes:
+        half_interval: half of its 95 % interval; None where the standard error is what is told.
+    """
 
     value: float
     se: float
+    half_interval: float | None = None
 
 
 @dataclass(frozen=True)

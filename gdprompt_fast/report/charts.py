@@ -8,18 +8,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .experiment import COLOURS
+from .experiment import COLOURS, spread
 
 
 def draw_charts(charts: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a chart: a line for each of its names, with standard errors."""
+    """A panel a chart: a line for each of its names, with error bars."""
     figure = Figure(figsize=(5.0 * len(charts), 4.0), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         for index, line in enumerate(chart["lines"]):
             axes.errorbar(
                 [point["x"] for point in line["points"]],
                 [point["value"] for point in line["points"]],
-                [point["se"] or 0.0 for point in line["points"]],
+                [spread(point) for point in line["points"]],
                 color=COLOURS[index % len(COLOURS)],
                 marker="o",
                 markersize=3,

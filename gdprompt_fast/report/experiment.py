@@ -47,7 +47,7 @@ def experiment_markdown(content: Content, figure: str) -> str:
 def table_rows(table: Content) -> list[list[str]]:
     """A table as texts, its heads first: a column of the paper's numbers follows where it has any.
 
-    A number is in the table's unit, ± its standard error.
+    A number is in the table's unit, ± its standard error or half of its interval.
     """
     digits = 1 if table.get("unit", PERCENT) == PERCENT else 3
     columns = range(len(table["columns"]))
@@ -72,8 +72,11 @@ def how_to_read(content: Content) -> str:
     """What the numbers of the tables are."""
     seeds = content["seeds"]
     over = "examples" if len(seeds) == 1 else "examples or over seeds, whichever is larger"
+    error = f"one standard error over {over}"
+    if content.get("over_seeds"):
+        error = "half of the 95 % interval over seeds, by Student's t (“?”: of a single seed)"
     return (
-        f"In % where nothing else is said, ± one standard error over {over}. "
+        f"In % where nothing else is said, ± {error}. "
         f"Seeds: {', '.join(map(str, seeds))}. "
         f"“{PAPER}”: {content['paper']['source']}; {content['paper']['model']}."
     )
@@ -128,7 +131,7 @@ def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
             [column + offset for column in range(len(table["columns"]))],
             [_drawn(cell, "mean") for cell in row["cells"]],
             width,
-            yerr=[_drawn(cell, "se") for cell in row["cells"]],
+            yerr=[math.nan if cell is None else spread(cell) for cell in row["cells"]],
             color=COLOURS[index % len(COLOURS)],
             capsize=2,
             label=row["head"],
@@ -143,7 +146,7 @@ def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
     axes.set_xticks(range(len(heads)), heads, fontsize="small")
     unit = table.get("unit", PERCENT)
     if unit == PERCENT:
-        axes.set_ylim(0, 105)
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 105)  # a difference may be below zero
     axes.set_ylabel(unit)
     axes.set_title(table["title"], fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
@@ -168,6 +171,12 @@ def _drawn(cell: Content | None, field: str) -> float:
     return math.nan if cell is None or cell[field] is None else float(cell[field])
 
 
+def spread(number: Content) -> float:
+    """Half an error bar: of the interval where there is one, else a standard error."""
+    half = number.get("half_interval", number["se"])
+    return math.nan if half is None else float(half)
+
+
 def _heads(column: str, has_paper: bool) -> list[str]:
     return [column, PAPER] if has_paper else [column]
 
@@ -175,8 +184,9 @@ def _heads(column: str, has_paper: bool) -> list[str]:
 def _measured(cell: Content | None, digits: int) -> str:
     if cell is None:
         return ""
-    mean, se = ("?" if cell[k] is None else f"{cell[k]:.{digits}f}" for k in ("mean", "se"))
-    return f"{mean} ± {se}"
+    numbers = (cell["mean"], cell.get("half_interval", cell["se"]))
+    mean, error = ("?" if each is None else f"{each:.{digits}f}" for each in numbers)
+    return f"{mean} ± {error}"
 
 
 def _paper(cell: Content | None) -> str:

@@ -69,7 +69,7 @@ class Table:
         scale = 100 if self.unit == PERCENT else 1
         return {
             "mean": _number(scale * cell.mean),
-            "se": _number(scale * cell.se),
+            **_spread(cell.estimate, scale),
             "examples": cell.examples,
             "per_seed": [_number(scale * mean) for mean in cell.per_seed],
             "paper": self.paper.get((row, column)),
@@ -107,9 +107,7 @@ class Chart:
         lines = [
             {
                 "head": head,
-                "points": [
-                    {"x": x, "value": _number(at.value), "se": _number(at.se)} for x, at in points
-                ],
+                "points": [{"x": x, "value": _number(at.value), **_spread(at)} for x, at in points],
             }
             for head, points in self.lines.items()
         ]
@@ -128,6 +126,8 @@ class Outcome:
         texts: tables of words.
         charts: the panels of its figure in the place of its tables, if there are any.
         paper: the one that it repeats.
+        over_seeds: every number is of the seeds, ± half of its 95 % interval, and cells are
+            :class:`~gdprompt_fast.report.over_seeds.OverSeeds`; else ± a standard error.
     """
 
     title: str
@@ -137,6 +137,7 @@ class Outcome:
     texts: Sequence[Texts] = ()
     charts: Sequence[Chart] = ()
     paper: Paper = PROMPTING
+    over_seeds: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The same as what ``json`` can write; there is no NaN in it."""
@@ -148,14 +149,21 @@ class Outcome:
             "texts": [asdict(texts) for texts in self.texts],
             "charts": [chart.to_json() for chart in self.charts],
             "paper": asdict(self.paper),
+            "over_seeds": self.over_seeds,
         }
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
-    differences = [
-        {"value": _number(each.value), "se": _number(each.se)} for each in finding.differences
-    ]
+    differences = [{"value": _number(each.value), **_spread(each)} for each in finding.differences]
     return {**asdict(finding), "differences": differences, "verdict": finding.verdict}
+
+
+def _spread(number: Estimate, scale: float = 1) -> dict[str, float | None]:
+    """The standard error, and half of the interval where that is told."""
+    of = {"se": _number(scale * number.se)}
+    if number.half_interval is None:
+        return of
+    return of | {"half_interval": _number(scale * number.half_interval)}
 
 
 def _number(value: float) -> float | None:

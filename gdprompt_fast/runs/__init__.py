@@ -14,6 +14,7 @@ from .evaluate_run import EvaluateConfig, evaluate
 from .experiment_run import ExperimentConfig, experiment
 from .file_run import RunConfig, run
 from .icl_run import IclConfig, icl
+from .internalisation_run import InternalisationConfig, internalisation
 from .learn_run import LearnConfig, learn
 from .plan_run import PlanConfig, plan
 from .prepare_run import PrepareConfig, prepare
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluateConfig",
     "ExperimentConfig",
     "IclConfig",
+    "InternalisationConfig",
     "LearnConfig",
     "PlanConfig",
     "PrepareConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "experiment",
     "icl",
+    "internalisation",
     "learn",
     "plan",
     "prepare",

@@ -13,6 +13,7 @@ from .demo_run import demo
 from .evaluate_run import evaluate
 from .experiment_run import experiment
 from .icl_run import icl
+from .internalisation_run import internalisation
 from .learn_run import learn
 from .plan_run import plan
 from .prepare_run import prepare
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Command[Any, Any]] = {
         plan,
         experiment,
         icl,
+        internalisation,
         report,
         app,
     )

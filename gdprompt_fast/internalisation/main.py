@@ -1,0 +1,114 @@
+"""The main experiment: two stages on people, by model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..report.findings import Finding
+from ..report.outcome import Outcome, Table
+from .context import Context
+from .material.subsets import TWO_TAGS, WITH_THIRD_TAG
+from .material.texts import TextRules
+from .measured import (
+    PAPER,
+    STRONG,
+    STRONG_CLAIM,
+    WEAK,
+    WEAK_CLAIM,
+    Scores,
+    label,
+    models_of,
+    more,
+    power_notes,
+    table,
+)
+from .preset import Preset, RunOptions
+from .runs import Run, run_stage
+from .sources import check_source
+
+TITLE = "Weak and strong internalisation: two stages of training on people"
+FIRST_TESTS = (*WEAK, "q", "q_no_replacement_baseline")
+SECOND_TESTS = (*STRONG, "d3consis", "no_qd_baseline", "d2incons")
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """The section ``[main]``.
+
+    Attributes:
+        third_tag: whether a tag that the first stage never had is among the second's.
+    """
+
+    third_tag: bool = True
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Of the subsets."""
+        return WITH_THIRD_TAG if self.third_tag else TWO_TAGS
+
+
+def check(preset: Preset, options: Options) -> None:
+    """
+    Raises:
+        UserError: if the source is not there, or a stage of training is not said.
+    """
+    check_source(preset, options.source, options.lists, "first", "second")
+
+
+def main_run(model: str, options: Options, name: str = "main") -> Run:
+    """The run of a model."""
+    return Run(f"{name}/{label(model)}", TextRules(options.fractions), options, model)
+
+
+def run(repetitions: Sequence[Context], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    models = models_of(repetitions[0].preset, options)
+    rows = {
+        label(model): Scores([run_stage(ctx, main_run(model, options)) for ctx in repetitions])
+        for model in models
+    }
+    findings = [finding for head, scores in rows.items() for finding in found(head, scores)]
+    return Outcome(
+        TITLE,
+        tables("", rows),
+        findings,
+        [
+            "Exact match of greedy answers. After the first stage a held-out question of each "
+            "entity is asked, after the second all questions of entities that had only a "
+            "definition; the level of chance is that of entities that are never seen.",
+            *notes(rows),
+        ],
+        paper=PAPER,
+        over_seeds=True,
+    )
+
+
+def tables(where: str, rows: dict[str, Scores]) -> list[Table]:
+    """After either stage."""
+    return [
+        table(f"Exact match after the first stage{where}", FIRST_TESTS, rows),
+        table(f"Exact match after the second stage{where}", SECOND_TESTS, rows),
+    ]
+
+
+def found(where: str, scores: Scores) -> list[Finding]:
+    """What the paper says of both stages, held against the scores."""
+    return [
+        *more(WEAK_CLAIM, where, scores, WEAK),
+        *more("a right definition with tag 1 helps", where, scores, (WEAK[0], "q")),
+        *more("a wrong definition with tag 2 hurts", where, scores, ("q", WEAK[1])),
+        *more(STRONG_CLAIM, where, scores, STRONG),
+    ]
+
+
+def notes(rows: dict[str, Scores]) -> list[str]:
+    """How many seeds would show what was found."""
+    pairs = {"weak": WEAK, "strong": STRONG}
+    return power_notes(
+        {
+            f"{kind} internalisation, {head}": scores.gap(pair)
+            for head, scores in rows.items()
+            for kind, pair in pairs.items()
+        }
+    )

@@ -1,0 +1,1 @@
+"""What is learnt and asked: subsets, people, triples, lists of numbers, digits, and their texts."""

@@ -1,0 +1,62 @@
+"""In which order must tag (t), variable (v) and entity (e) stand in a definition?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..report.findings import Finding
+from ..report.outcome import Outcome
+from .context import Context
+from .material.subsets import TWO_TAGS
+from .material.texts import ORDERS, TextRules
+from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
+from .preset import Preset, RunOptions
+from .runs import Run, run_stage
+from .sources import check_source
+from .varied import vanishes, varied
+
+TITLE = "The order of tag, variable and entity"
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """The section ``[word-order]``.
+
+    Attributes:
+        orders: those compared.
+    """
+
+    orders: tuple[str, ...] = ORDERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.orders or not set(self.orders) <= set(ORDERS):
+            raise UserError(f"orders: expected some of {ORDERS}, got {list(self.orders)}")
+
+
+def check(preset: Preset, options: Options) -> None:
+    """
+    Raises:
+        UserError: if the source is not there, or a stage of training is not said.
+    """
+    check_source(preset, options.source, options.lists, "first", "second")
+
+
+def run(repetitions: Sequence[Context], options: Options) -> Outcome:
+    """Measures and compares; every seed is a repetition."""
+    model = one_model(repetitions[0].preset, options)
+    rows, findings = {}, list[Finding]()
+    for order in options.orders:
+        its = Run(f"word-order/{order}", TextRules(TWO_TAGS, order), options, model)
+        scores = Scores([run_stage(ctx, its) for ctx in repetitions])
+        rows[order.upper()] = scores
+        where = f"{label(model)}, {order.upper()}"
+        if order.endswith("v"):  # what a variable stands for is never predicted after it
+            findings.append(vanishes("no strong internalisation, variable last", where, scores))
+        else:
+            findings += more(STRONG_CLAIM, where, scores, STRONG)
+    return varied(
+        TITLE, rows, findings, ["T: the tag, V: the variable, E: the entity of a definition."]
+    )
