@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.markdown import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Content = Mapping[str, Any]
 
@@ -91,6 +91,8 @@ def circumstances(content: Content) -> str:
 
 def draw_tables(tables: Sequence[Content], path: Path) -> None:
     """A panel a table: a group of bars for every column, the paper's numbers as diamonds."""
+    from matplotlib.figure import Figure  # half a second, which most commands do without
+
     across = min(PANELS_IN_A_ROW, len(tables))
     down = math.ceil(len(tables) / across)
     columns = max(len(table["columns"]) for table in tables)
