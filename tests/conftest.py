@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -27,10 +28,17 @@ if importlib.util.find_spec("triton") is not None:
 
     triton_interpreter.mend()
 
+gc.disable()  # until all tests are collected
 LOAD_CPP = backend.load_cpp
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays, half a million objects: no collection looks at them again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

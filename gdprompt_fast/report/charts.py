@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from .experiment import COLOURS, spread
 
 
 def draw_charts(charts: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a chart: a line for each of its names, with error bars."""
+    from matplotlib.figure import Figure  # half a second, which most commands do without
+
     figure = Figure(figsize=(5.0 * len(charts), 4.0), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         for index, line in enumerate(chart["lines"]):

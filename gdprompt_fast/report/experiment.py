@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import fill
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.markdown import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Content = Mapping[str, Any]
 
@@ -94,6 +93,8 @@ def circumstances(content: Content) -> str:
 
 def draw_tables(content: Content, path: Path) -> None:
     """A panel a table: a group of bars for every column, the paper's numbers as diamonds."""
+    from matplotlib.figure import Figure  # half a second, which most commands do without
+
     tables, in_paper = content["tables"], f"the paper, {content['paper']['model']}"
     across = min(PANELS_IN_A_ROW, len(tables))
     down = math.ceil(len(tables) / across)
@@ -156,6 +157,8 @@ def _colour_by_head(panels: Iterable[Axes]) -> None:
     """The bars of a head have one colour in all panels, whichever rows a panel has; with more heads
     than colours the next ones are hatched.
     """
+    from matplotlib.container import BarContainer
+
     numbers: dict[str, int] = {}
     for ax in panels:
         for bars in ax.containers:

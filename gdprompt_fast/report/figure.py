@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from ..evaluation import SETTINGS
 from ..evaluation.held_out import held_out_curves
 from .table import Summaries
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#b0b7c3", "#2f6db3", "#d9822b")
 SMOOTHED_STEPS = 20
@@ -27,6 +28,8 @@ def draw_figure(
         evaluations: the summaries by setting, by the name in the legend; empty for the curve alone.
         metrics: the rows of a metrics file.
     """
+    from matplotlib.figure import Figure  # half a second, which most commands do without
+
     held_out = held_out_curves(metrics)
     panels = (3 if evaluations else 1) + bool(held_out)
     figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")

@@ -1,17 +1,28 @@
 """Makes Triton's interpreter (3.6 to 3.9) right for bf16, ``tl.dot`` and fp32 → bf16 casts, lets
-3.6 loop to a run-time bound with numpy ≥ 2.4, and spares a third of the time.
+3.6 loop to a run-time bound with numpy ≥ 2.4, and spares most of the time.
 
 Elementwise arithmetic on bf16 stays wrong there, so kernels convert to fp32 right after every load.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from operator import index
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+
+def mend() -> None:
+    """Replaces operations of the interpreter, for the rest of the process."""
+    _mend_bf16()
+    _patch_the_language_once()
+    _remember_types()
+    _spare_what_changes_nothing()
 
 
 def _to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -24,23 +35,7 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-@cache
-def _builtins_of(package: Any) -> tuple[str, ...]:
-    return tuple(name for name in dir(package) if tl.core.is_builtin(getattr(package, name)))
-
-
-def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-    """As the interpreter's own, which looks at all members of the language again at every call of a
-    jitted function; at those inside another all is patched already.
-    """
-    names = _builtins_of(package)
-    if names and tl.core.is_builtin(getattr(package, names[0])):
-        for name in names:
-            interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
-
-
-def mend() -> None:
-    """Replaces operations of the interpreter."""
+def _mend_bf16() -> None:
     builder: Any = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -53,18 +48,80 @@ def mend() -> None:
         return dot(self, up(a), up(b), d, *rest)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            data = _to_bf16(source.data).reshape(source.data.shape)
-            return interpreter.TensorHandle(data, tl.bfloat16)
+        names, shape = (source.dtype.scalar.name, target.scalar.name), source.data.shape
+        if names == ("fp32", "bf16"):
+            return interpreter.TensorHandle(_to_bf16(source.data).reshape(shape), tl.bfloat16)
+        if names == ("bf16", "fp32"):
+            return interpreter.TensorHandle(_to_fp32(source.data).reshape(shape), tl.float32)
         return cast(self, source, target)
 
-    patch_tensor = interpreter._patch_lang_tensor
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.create_fp_trunc = lambda self, source, target: self.cast_impl(source, target)
+
+
+def _patch_the_language_once() -> None:
+    """At the first launch and for good; the interpreter does it at every call of a function."""
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    patched: list[Any] = []
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
-    interpreter._patch_lang_tensor = patch_tensor_and_index
-    interpreter._patch_builtin = _patch_builtin
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    builder.create_fp_trunc = lambda self, source, target: self.cast_impl(source, target)
+    def patch_once(_function: Any) -> Any:
+        if not patched:
+            everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+            patched.append(patch(everything))
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_tensor_and_index, patch_once
+
+
+def _remember_types() -> None:
+    """The type of a block, and what of a tensor follows from its type, are made once."""
+    core: Any = tl.core
+    make_block, np_dtype = core.block_type.__init__, interpreter._get_np_dtype
+    blocks: dict[Any, dict[str, Any]] = {}
+    sizes: dict[Any, tuple[Any, Any]] = {}
+    np_dtypes: dict[str, Any] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(map(index, shape))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in sizes:
+            numel = core.constexpr(math.prod(shape))
+            sizes[shape] = core.tuple([core.constexpr(size) for size in shape]), numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = sizes[shape]
+
+    def get_np_dtype(type: Any) -> Any:
+        name = type.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = np_dtype(type)
+        return np_dtypes[name]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = get_np_dtype
+
+
+def _spare_what_changes_nothing() -> None:
+    """Broadcasting to the shape that is there; sums that show an overflow, which nobody reads but
+    with ``debug``.
+    """
+    semantic: Any = TritonSemantic
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: Any, left: Any, right: Any) -> Any:
+        # the sizes of a shape are made once
+        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+    semantic.broadcast_impl_value = broadcast_impl_value
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )

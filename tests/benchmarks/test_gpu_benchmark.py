@@ -140,7 +140,7 @@ def test_the_summary_says_how_attention_grows() -> None:
 
 def a_run(path: Path, **options: Any) -> jobs.Run:
     def new_worker() -> isolate.Worker:
-        return isolate.Worker(isolate.start_method("cuda"))
+        return isolate.Worker(isolate.start_method("cpu"))
 
     options = {"end": time.time() + 600, "job_limit_s": 60, **options}
     return jobs.Run(path / "rows.jsonl", {"run": "r"}, new_worker, **options)

@@ -38,15 +38,16 @@ OPTIONS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first
 --disable-background-networking --disable-component-update --window-size=1380,1150"""
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """``gdprompt app`` as a user starts it; ended, it leaves nothing behind."""
-    temporary = tmp_path / "tmp"
+    place = tmp_path_factory.mktemp("app")
+    temporary = place / "tmp"
     temporary.mkdir()
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": path}
     command = [sys.executable, "-m", "gdprompt_fast", "app", "--port", "0", "--device", "cpu"]
-    log = tmp_path / "app.log"
+    log = place / "app.log"
     with log.open("w") as errors:
         app = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
@@ -113,22 +114,30 @@ class Visit:
         return {str(url.hostname) for url in urls if url.scheme in ("http", "https", "ws", "wss")}
 
 
-@pytest.fixture
-def visit(url: str, tmp_path: Path) -> Iterator[Visit]:
-    downloads = tmp_path / "downloads"
+@pytest.fixture(scope="module")
+def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+    """A browser that has been nowhere yet."""
+    place = tmp_path_factory.mktemp("browser")
+    downloads = place / "downloads"
     downloads.mkdir()
     options = webdriver.ChromeOptions()
     options.binary_location, driver = PROGRAMS
-    for each in [*OPTIONS.split(), f"--user-data-dir={tmp_path / 'profile'}"]:
+    for each in [*OPTIONS.split(), f"--user-data-dir={place / 'profile'}"]:
         options.add_argument(each)
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        browser.get(url)
         yield Visit(browser, downloads)
     finally:
         browser.quit()
+
+
+@pytest.fixture
+def visit(url: str, visitor: Visit) -> Visit:
+    """At a page as every visitor finds it."""
+    visitor.browser.get(url)
+    return visitor
 
 
 def test_a_visit(visit: Visit, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,39 +18,34 @@ from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.teacher import cache
 
 EXAMPLES, SHARD_EXAMPLES = 60, 2
-PROGRAM = f"""
-import sys
-from gdprompt_fast.cli.main import main
-from gdprompt_fast.ops import backend
-from gdprompt_fast.teacher import cache
-backend.load_cpp = lambda: False  # as in the tests' own process
-cache.SHARD_EXAMPLES = {SHARD_EXAMPLES}
-sys.exit(main(sys.argv[1:]))
-"""
 STEPS = ["--steps", "24", "--batch-size", "2", "--inner-lr", "0.1", "--checkpoint-every", "3"]
 GROUPS = ["--batch-size", "1", "--contexts-per-group", "2", "--queries-per-context", "2"]
 
 
 @pytest.fixture
-def command(model_folder: Path, tmp_path: Path) -> list[str]:
+def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Training of a tiny model, with little to do in a step."""
+    monkeypatch.setattr(cache, "SHARD_EXAMPLES", SHARD_EXAMPLES)
     data = tmp_path / "triples.jsonl"
     write_triples(make_people_data(1, EXAMPLES, seed=0).test.to_list(), data)
     return ["train", "--model", str(model_folder), "--data", str(data), "--device", "cpu"]
 
 
 def kill_when(ready: Callable[[], bool], command: list[str]) -> None:
-    """Runs a command in a process of its own and kills that as soon as ``ready``."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not ready():
+    """Runs a command in a process of its own, forked from this, and kills that when ``ready``."""
+    process = multiprocessing.get_context("fork").Process(target=silently, args=(command,))
+    process.start()
+    while process.is_alive() and not ready():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def silently(command: list[str]) -> None:
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        main(command)
 
 
 def rows(output: Path) -> int:
@@ -59,11 +54,8 @@ def rows(output: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def same_end(
-    command: list[str], killed: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def same_end(command: list[str], killed: Path, whole: Path) -> None:
     """Continues a killed run, repeats it without a kill, and compares what the two leave."""
-    monkeypatch.setattr(cache, "SHARD_EXAMPLES", SHARD_EXAMPLES)
     assert main([*command, "--output", str(killed), "--resume"]) == 0
     assert main([*command, "--output", str(whole)]) == 0
     files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
@@ -72,19 +64,15 @@ def same_end(
         assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_with_the_gold_objective(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_the_gold_objective(command: list[str], tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     command += ["--objective", "gold", *STEPS]
     kill_when(lambda: rows(killed) >= 5, [*command, "--output", str(killed)])
     assert not (killed / "model").exists()
-    same_end(command, killed, tmp_path / "whole", monkeypatch)
+    same_end(command, killed, tmp_path / "whole")
 
 
-def test_with_a_teacher_groups_and_joint_training(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_teacher_groups_and_joint_training(command: list[str], tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     command += ["--objective", "kl", "--answer-tokens", "3", "--teacher-batch-size", "1"]
     command += [*STEPS, *GROUPS, "--joint-data", str(tmp_path / "triples.jsonl")]
@@ -97,4 +85,4 @@ def test_with_a_teacher_groups_and_joint_training(
     resumed = [*command, "--output", str(killed), "--resume"]
     kill_when(lambda: rows(killed) >= 5, resumed)
     assert not (killed / "model").exists()
-    same_end(command, killed, tmp_path / "whole", monkeypatch)
+    same_end(command, killed, tmp_path / "whole")

@@ -4,7 +4,7 @@ batches, weights and numbers than were recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +13,10 @@ from torch import Tensor, nn
 
 from gdprompt_fast import LMBatch, MetaBatch, MetaStepOutput, TeacherTargets, fast_meta_step
 from gdprompt_fast.meta import capture
-from gdprompt_fast.meta.failures import found_on_the_device
 from helpers.captured import gold_step, gradients, recorded, same
-from helpers.tape import on_tapes
 
+pytestmark = pytest.mark.usefixtures("tapes")
 Build = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    on_tapes(monkeypatch.setattr)
-    with found_on_the_device():
-        yield
 
 
 def teacher_of(batch: MetaBatch, head: Tensor, seed: int) -> TeacherTargets:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from gdprompt_fast.meta import capture, compute
-from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.models.memory import PeakMemory
 from helpers.captured import gold_step, gradients, recorded, same
-from helpers.tape import Tape, on_tapes
+from helpers.tape import Tape
 
+pytestmark = pytest.mark.usefixtures("tapes")
 Build = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    on_tapes(monkeypatch.setattr)
-    with found_on_the_device():
-        yield
 
 
 def test_a_capture_that_fails_is_an_eager_step_with_a_reason(

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from gdprompt_fast import runs
 from gdprompt_fast.cli.main import main as cli
 from gdprompt_fast.runs.file_run import read_run_file
 from helpers.paths import ROOT
+from helpers.scripts import docs_script
 
 pytestmark = pytest.mark.quick
 
@@ -241,13 +241,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.fixture(scope="module")
 def imports() -> ModuleType:
-    """docs/imports.py as a module."""
-    spec = importlib.util.spec_from_file_location("docs_imports", ROOT / "docs" / "imports.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("imports")
 
 
 def test_lower_floors_never_import_higher_ones_and_no_file_is_too_long(imports: ModuleType) -> None:
