@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..keep.layers import is_transposed
 from ..models.architecture import backbone_and_head, causal_lm, check_deterministic
 from ..models.families import Family, family_of, type_name
 from ..models.inner_params import LINEAR_LAYERS
@@ -79,7 +80,8 @@ class KeysOrValues:
 
     @property
     def transposed(self) -> bool:
-        return type_name(self.layer) == LINEAR_LAYERS[1]
+        """Whether the weight is stored as [I, O]."""
+        return is_transposed(self.layer)
 
     def only_rows(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients of :attr:`parameters` without those of other rows: zero there."""

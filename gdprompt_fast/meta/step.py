@@ -64,8 +64,9 @@ def fast_meta_step(
         model: a transformers causal LM (Llama, Qwen2, Qwen3, Mistral, GPT-2, GPT-NeoX, XGLM), or
             a PEFT LoRA model around one. Its parameters with ``requires_grad`` are the outer ones;
             hooks of their gradients see the meta-gradient, not the inner one. It is left as it was,
-            also after an error. In DistributedDataParallel, or sharded by ``fully_shard``, the batches
-            of all processes are one batch, whose losses and ``.grad`` all get: docs/distributed.md.
+            also after an error. In DistributedDataParallel, or sharded by ``fully_shard``, the
+            batches of all processes are one batch, whose losses and ``.grad`` all get:
+            docs/distributed.md.
         batch: contexts, queries and groups.
         inner_lr: η: a number; a tensor [] or [G], for every group its own; or one of these tensors
             for each layer that the inner step moves, by the layer's name. Where a tensor requires

@@ -162,8 +162,8 @@ def check_deterministic(model: nn.Module) -> None:
     other models.
     """
     for name, module in modules_of(model):
-        for rate in _dropout_rates(module):
-            if module.training and isinstance(rate, float | int) and rate > 0:
+        for rate in _dropout_rates(module) if module.training else ():
+            if isinstance(rate, float | int) and rate > 0:
                 raise UserError(
                     f"model: expected no active dropout, got {rate} in "
                     f"{name or type(module).__name__}; "
@@ -175,7 +175,7 @@ def _dropout_rates(module: nn.Module) -> list[Any]:
     """Of a dropout layer, or of a module that calls the function."""
     if isinstance(module, _DropoutNd):
         return [module.p]
-    return [getattr(module, name, 0.0) for name in _RATES]
+    return [vars(module).get(name) for name in _RATES]
 
 
 def check_ids(name: str, ids: Tensor, model: nn.Module) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    XGLMConfig,
+)
 
 from gdprompt_fast.plan import PlannedStep
 from gdprompt_fast.plan.layers import Run, run_layers
@@ -41,6 +48,10 @@ CASES: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
     "llama, recomputed": (llama(5, tied=False), dict(recompute="block", optimizer="sgd")),
     "gpt2": (GPT2, {}),
     "gpt2, recomputed, lora": (GPT2, dict(recompute="block", outer="lora")),
+    "xglm in bf16": (
+        XGLMConfig(d_model=64, ffn_dim=160, num_layers=5, attention_heads=4, vocab_size=VOCABULARY),
+        {},
+    ),
     "gpt-neox": (GPTNeoXConfig(**{**SIZES, "num_hidden_layers": 5}), dict(dtype="fp32")),
     "qwen2, all layers sliding": (Qwen2Config(**SLIDING, max_window_layers=0), {}),
 }
