@@ -22,11 +22,11 @@ from ..evaluation.adapted import InnerStep, adapted_one_after_another
 from ..experiments.context import fingerprint_of
 from ..loading import find_model, load_tokenizer
 from .context import UNTRAINED, IclContext, load_once
+from .methods import RANDOM, randomise
 from .metrics import Answers, Observed, sim_am, sim_am_delta, sim_aou
 from .recording import record
 from .stages import numbers, tensor_of
 
-FT, RATE_0, RANDOM = "ft", "ft-rate-0", "random"
 SEEDS = 100_000  # of a repetition's random updates
 LIMITS = Limits(context_tokens=512, query_tokens=256, prompt_tokens=768)
 
@@ -133,7 +133,7 @@ def _after_step(
         before = [p.detach().clone() for p in model.parameters()] if kind == RANDOM else []
         with _stepped(model, example, lr):
             if kind == RANDOM:
-                _randomise(model, before, seed=SEEDS * ctx.seed + index)
+                randomise(list(model.parameters()), before, SEEDS * ctx.seed + index)
             yield _observe(model, example, example.query, ctx.device)
 
 
@@ -145,16 +145,6 @@ def _stepped(model: nn.Module, example: Example, lr: float) -> Iterator[None]:
         return
     with adapted_one_after_another(model, [example], InnerStep(lr)):
         yield
-
-
-@torch.no_grad()
-def _randomise(model: nn.Module, before: list[Tensor], seed: int) -> None:
-    """A random update in the place of each parameter's, as long."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter, old in zip(model.parameters(), before, strict=True):
-        length = (parameter - old).norm()
-        noise = torch.randn(old.shape, generator=generator).to(old)
-        parameter.copy_(old + noise * (length / noise.norm()))
 
 
 def _observe(model: nn.Module, example: Example, row: array[int], device: torch.device) -> Observed:

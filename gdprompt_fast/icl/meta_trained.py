@@ -21,7 +21,8 @@ from ..report.outcome import Outcome, Table
 from . import paper
 from .by_task import COSINE, UNDEFINED, above
 from .context import BASE, UNTRAINED, IclContext
-from .meta_stages import FT, RANDOM, RATE_0, Pair, Shown, folder_of, shown
+from .meta_stages import Pair, Shown, folder_of, shown
+from .methods import FT, RANDOM, RATE_0
 from .metrics import RATIOS, ratio_cell
 from .observing import POINTS
 from .similarities import METRICS, SIM_AM, SIM_AOU, WHAT

@@ -77,19 +77,22 @@ Tuned = AbstractContextManager[Any]
 
 @contextmanager
 def _random(model: nn.Module, texts: Texts, method: Method) -> Iterator[None]:
-    """A random update in the place of each parameter's by fine-tuning: as long, and 0 where that
-    is 0.
-    """
-    before = [p.detach().clone() for layer in _moved(model) for p in layer.parameters]
-    generator = torch.Generator().manual_seed(method.seed)
+    parameters = [parameter for layer in _moved(model) for parameter in layer.parameters]
+    before = [parameter.detach().clone() for parameter in parameters]
     with fine_tune(model, texts, method.lr):
-        after = [p for layer in _moved(model) for p in layer.parameters]
-        with torch.no_grad():
-            for parameter, old in zip(after, before, strict=True):
-                update = parameter - old
-                noise = torch.randn(update.shape, generator=generator).to(update) * (update != 0)
-                parameter.copy_(old + noise * (update.norm() / noise.norm()))
+        randomise(parameters, before, method.seed)
         yield
+
+
+@torch.no_grad()
+def randomise(parameters: Sequence[Tensor], before: Sequence[Tensor], seed: int) -> None:
+    """Puts a random update in the place of each parameter's: as long, and 0 where that is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter, old in zip(parameters, before, strict=True):
+        update = parameter - old
+        noise = torch.randn(update.shape, generator=generator).to(update) * (update != 0)
+        if noise.any():
+            parameter.copy_(old + noise * (update.norm() / noise.norm()))
 
 
 def _layer_causal(**options: Any) -> Callable[[nn.Module, Texts, Method], Tuned]:

@@ -124,6 +124,7 @@ def numbers(x: Tensor) -> Any:
     return [[value if math.isfinite(value) else None for value in row] for row in x.tolist()]
 
 
-def tensor_of(numbers: list[list[float | None]]) -> Tensor:
-    rows = [[math.nan if value is None else value for value in row] for row in numbers]
+def tensor_of(of_rows: list[list[float | None]]) -> Tensor:
+    """What :func:`numbers` was given; NaN for None."""
+    rows = [[math.nan if value is None else value for value in row] for row in of_rows]
     return torch.tensor(rows, dtype=torch.float64)

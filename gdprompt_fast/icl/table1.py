@@ -18,7 +18,7 @@ from .by_task import (
     Values,
     above,
     by_task,
-    in_the_prompt,
+    sizes,
 )
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, LAYER_CAUSAL
@@ -71,7 +71,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
                both, "Rec2FTP", "Jaccard"),
         *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
     ]  # fmt: skip
-    notes = [WHAT, in_the_prompt(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
+    notes = [WHAT, sizes(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
     return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
 
 

@@ -9,7 +9,7 @@ from ..config.fields import Config
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, in_the_prompt
+from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
 from .context import IclContext
 from .methods import FT, LAYER_CAUSAL
 from .similarities import (
@@ -66,7 +66,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         findings += above(claim, scores, "FT", CAUSAL)
     notes = [
         WHAT,
-        in_the_prompt(repetitions, options.tasks),
+        sizes(repetitions, options.tasks),
         UNDEFINED,
         CONTROLS_NOTE,
         "Layer-causal FT takes one step a demonstration on the sum of all layers' losses, as the "

@@ -9,7 +9,7 @@ from ..config.fields import Config, check_numbers
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, in_the_prompt
+from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
 from .context import IclContext
 from .methods import CLIPPED_L2, CLIPPED_MAX, IN_TURN, LAYER_CAUSAL
 from .similarities import SIM_AM, SIM_AOU, WHAT, Row, similarity_tables
@@ -65,7 +65,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "One layer after another, as the paper's text has it: a layer moves before its output "
         "goes on to the next; in all other rows all layers take one step at once.",
         WHAT,
-        in_the_prompt(repetitions, options.tasks),
+        sizes(repetitions, options.tasks),
         UNDEFINED,
         CONTROLS_NOTE,
     ]

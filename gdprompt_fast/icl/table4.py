@@ -9,7 +9,7 @@ from ..config.fields import Config
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, in_the_prompt
+from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
 from .context import IclContext
 from .methods import FT, LINEARISED
 from .similarities import SIM_AM, SIM_AOU, VECTOR, WHAT, Row, similarity_tables
@@ -52,7 +52,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Linearised: f(x; θ₀) + J(x)(θ − θ₀) for all that is recorded and for the logits that it "
         "learns from, the same loss, rate and order.",
         WHAT,
-        in_the_prompt(repetitions, options.tasks),
+        sizes(repetitions, options.tasks),
         UNDEFINED,
         CONTROLS_NOTE,
     ]

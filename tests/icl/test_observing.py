@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.icl.methods import CLIPPED_L2, FT, RANDOM, RATE_0, Method, recorder_after
+from gdprompt_fast.icl.methods import (
+    CLIPPED_L2,
+    FT,
+    RANDOM,
+    RATE_0,
+    Method,
+    randomise,
+    recorder_after,
+)
 from gdprompt_fast.icl.metrics import Observed, sim_am, sim_aou
 from gdprompt_fast.icl.observing import in_context, observe, recorded_rows, zero_shot
 from gdprompt_fast.icl.prompts import Prompts
@@ -134,3 +142,11 @@ def test_a_clip_of_nothing_leaves_the_model_where_it_is(prompts: Prompts) -> Non
 def test_a_prefix_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(UserError, match="prefix"):
         after_prefix(tiny("llama-tied"), torch.tensor([[10_000]]))
+
+
+def test_where_nothing_moved_nothing_is_made_random() -> None:
+    old = torch.ones(3)
+    still, moved = old.clone(), torch.tensor([1.0, 3.0, 1.0])
+    randomise([still, moved], [old, old], seed=0)
+    assert torch.equal(still, old)
+    assert torch.equal(moved[[0, 2]], old[[0, 2]]) and abs(float(moved[1]) - 1) == 2
