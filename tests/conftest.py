@@ -41,6 +41,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def auto_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, also where the C++ ops are built: a test of those asks for the fixture ``cpp``."""
