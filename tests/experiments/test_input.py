@@ -21,14 +21,15 @@ from gdprompt_fast.experiments import (
     tasks,
 )
 from gdprompt_fast.runs import ExperimentConfig, experiment
-from gdprompt_fast.runs.experiment_run import OWN_PRESETS, names_of, preset_sizes
+from gdprompt_fast.runs.experiment_run import OWN_PRESETS, preset_sizes
+from gdprompt_fast.runs.papers import chosen
 from helpers.model_folders import edit_weights, to_cache
 
 
 @pytest.mark.parametrize("name", OWN_PRESETS)
 def test_the_presets_of_the_package_do_for_their_experiments(name: str) -> None:
     preset = Preset.read(preset_sizes(name))
-    names = names_of("all", preset)
+    names = chosen("all", EXPERIMENTS, preset.sections)
     assert names == ["second-order"] or {"figure2", "table1"} <= set(names)
     for each in names:
         its = EXPERIMENTS[each]

@@ -19,7 +19,8 @@ from gdprompt_fast.internalisation.mnist import FRACTIONS, Options
 from gdprompt_fast.report import results_page
 from gdprompt_fast.runs import InternalisationConfig, internalisation
 from gdprompt_fast.runs.file_run import read_run_file
-from gdprompt_fast.runs.internalisation_run import OWN_PRESETS, names_of, preset_sizes
+from gdprompt_fast.runs.internalisation_run import OWN_PRESETS, preset_sizes
+from gdprompt_fast.runs.papers import chosen
 from helpers.experiments import content
 
 
@@ -142,7 +143,7 @@ def test_a_bad_section_is_refused(
 @pytest.mark.parametrize("name", OWN_PRESETS)
 def test_the_presets_of_the_package_have_all_experiments(name: str) -> None:
     preset = Preset.read(preset_sizes(name))
-    assert names_of("all", preset) == list(EXPERIMENTS)
+    assert chosen("all", EXPERIMENTS, preset.sections) == list(EXPERIMENTS)
     for each, its in EXPERIMENTS.items():
         preset.section(each, its.options)
         assert preset.seeds_of(each)
