@@ -25,7 +25,7 @@ from ..artifacts.stage import Result, Stage
 from ..config.fields import Config, check_counts, check_numbers
 from ..errors import UserError
 from ..report.outcome import Outcome
-from ..report.over_seeds import NamedSeeds, larger_over_seeds
+from ..report.over_seeds import NamedSeeds, OverSeeds, larger_over_seeds
 from .context import Context
 from .material.subsets import OF_NUMBERS, TWO_TAGS, Defined, Material
 from .material.texts import TextRules
@@ -272,6 +272,9 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         f"η = {options.inner_lr:g}. The second stage is the same for both."
     )
     power = {f"strong, {head}": scores.gap(STRONG) for head, scores in rows.items()}
+    power["larger with meta-training"] = OverSeeds(
+        tuple((value,) for value in large.differences(small))
+    )
     return Outcome(
         TITLE, tables, findings, [about, *power_notes(power)], paper=PAPER, over_seeds=True
     )
