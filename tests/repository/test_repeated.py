@@ -24,10 +24,12 @@ def test_equal_lines_are_found_whatever_stands_between_them(
     repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [f"a{i} = {i}" for i in range(7)]
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "one.py").write_text("\n".join(lines))
+    one, two, three = (tmp_path / "docs" / f"{name}.py" for name in ("one", "two", "three"))
+    one.parent.mkdir()
+    one.write_text("\n".join(lines))
     commented = "\n\n# why\n".join(f"{line}  # so" for line in lines).replace(" = ", "=")
-    (tmp_path / "docs" / "two.py").write_text(f"import ast\n{commented}\nb = 1\n")
-    (tmp_path / "docs" / "three.py").write_text("\n".join(lines[:5]))
+    two.write_text(f"import ast\n{commented}\nb = 1\n")
+    three.write_text("\n".join(lines[:5]))
     monkeypatch.setattr(repeated, "ROOT", tmp_path)
-    assert repeated.repeated() == [repeated.Pair(7, "docs/one.py:1", "docs/two.py:2")]
+    (pair,) = repeated.repeated()
+    assert pair == (7, f"docs/{one.name}:1", f"docs/{two.name}:2")
