@@ -164,7 +164,7 @@ class Preset:
         Raises:
             ValueError: naming the section and what is wrong in it.
         """
-        general = _read("model", _General, sections)
+        general = _read("model", ModelOptions, sections)
         for name in ("prepare", "train", "tasks"):
             if not isinstance(sections.get(name), dict) or not sections[name]:
                 raise UserError(f"preset: expected a section [{name}], got {sections.get(name)!r}")
@@ -297,8 +297,13 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class _General(Config):
-    """The section ``[model]``."""
+class ModelOptions(Config):
+    """The section ``[model]``.
+
+    Attributes:
+        name: a model folder, a name on the Hugging Face hub, or ``"bundled"``.
+        seeds: every seed is a repetition.
+    """
 
     name: str
     seeds: tuple[int, ...]

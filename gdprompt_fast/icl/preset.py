@@ -8,33 +8,25 @@ from typing import Any, TypeVar
 
 from ..config.fields import Config, check_counts, check_numbers, from_section
 from ..errors import UserError
-from ..loading import DTYPES
+from ..experiments import preset as experiments
 from .tasks import TASKS
 
 C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
-class ModelOptions(Config):
+class ModelOptions(experiments.ModelOptions):
     """The section ``[model]``.
 
     Attributes:
-        name: a model folder, a name on the Hugging Face hub, or ``"bundled"``.
         seeds: every seed is a repetition; it is added to the seed of each task, and is the number
             of the demonstrations' permutation.
     """
 
-    name: str
-    seeds: tuple[int, ...]
-    dtype: str = "float32"
-    revision: str | None = None
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds: expected different integers >= 0, got {list(self.seeds)}")
+        if min(self.seeds) < 0:
+            raise UserError(f"seeds: expected integers >= 0, got {list(self.seeds)}")
 
 
 @dataclass(frozen=True)

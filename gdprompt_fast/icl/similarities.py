@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..report.outcome import Table
-from .by_task import COSINE, PaperRows, Rows, Values, by_task
+from ..report.findings import Finding
+from ..report.outcome import Outcome, Table
+from . import paper
+from .by_task import (
+    CONTROLS_NOTE,
+    COSINE,
+    UNDEFINED,
+    PaperRows,
+    Rows,
+    Values,
+    by_task,
+    sizes,
+)
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, RANDOM, RATE_0, Method
 from .observing import POINTS
@@ -99,3 +110,17 @@ def _without_method(metric: str, point: int, which: str) -> Values:
         return [float(each) for each in its.at_points[metric][:, point]]
 
     return values
+
+
+def similarity_outcome(
+    title: str,
+    tables: Mapping[str, Mapping[str, Table]],
+    findings: Sequence[Finding],
+    notes: Sequence[str],
+    repetitions: Sequence[IclContext],
+    tasks: Sequence[str],
+) -> Outcome:
+    """What an experiment with these tables reports; the notes of its own come first."""
+    every = [table for of_point in tables.values() for table in of_point.values()]
+    common = [WHAT, sizes(repetitions, tasks), UNDEFINED, CONTROLS_NOTE]
+    return Outcome(title, every, findings, [*notes, *common], paper=paper.PAPER)

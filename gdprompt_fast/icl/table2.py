@@ -9,7 +9,7 @@ from ..config.fields import Config
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
+from .by_task import above
 from .context import IclContext
 from .methods import FT, LAYER_CAUSAL
 from .similarities import (
@@ -18,8 +18,8 @@ from .similarities import (
     UNTRAINED_FT,
     UPDATE,
     VECTOR,
-    WHAT,
     Row,
+    similarity_outcome,
     similarity_tables,
 )
 
@@ -65,12 +65,7 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         claim = f"{CAUSAL}'s SimAM is below FT's, at the {where}"
         findings += above(claim, scores, "FT", CAUSAL)
     notes = [
-        WHAT,
-        sizes(repetitions, options.tasks),
-        UNDEFINED,
-        CONTROLS_NOTE,
         "Layer-causal FT takes one step a demonstration on the sum of all layers' losses, as the "
         "paper's code does.",
     ]
-    every = [table for of_point in tables.values() for table in of_point.values()]
-    return Outcome(TITLE, every, findings, notes, paper=paper.PAPER)
+    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks)

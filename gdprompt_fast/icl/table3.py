@@ -9,10 +9,10 @@ from ..config.fields import Config, check_numbers
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
+from .by_task import above
 from .context import IclContext
 from .methods import CLIPPED_L2, CLIPPED_MAX, IN_TURN, LAYER_CAUSAL
-from .similarities import SIM_AM, SIM_AOU, WHAT, Row, similarity_tables
+from .similarities import SIM_AM, SIM_AOU, Row, similarity_outcome, similarity_tables
 
 TITLE = "ICL and fine-tuning, Table 3: layer-causal fine-tuning, clipped"
 CAUSAL, TURNS = "layer-causal FT", "one layer after another"
@@ -64,10 +64,5 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "numbers stand there.",
         "One layer after another, as the paper's text has it: a layer moves before its output "
         "goes on to the next; in all other rows all layers take one step at once.",
-        WHAT,
-        sizes(repetitions, options.tasks),
-        UNDEFINED,
-        CONTROLS_NOTE,
     ]
-    every = [table for of_point in tables.values() for table in of_point.values()]
-    return Outcome(TITLE, every, findings, notes, paper=paper.PAPER)
+    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks)

@@ -9,10 +9,10 @@ from ..config.fields import Config
 from ..report.findings import Finding
 from ..report.outcome import Outcome
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, above, sizes
+from .by_task import above
 from .context import IclContext
 from .methods import FT, LINEARISED
-from .similarities import SIM_AM, SIM_AOU, VECTOR, WHAT, Row, similarity_tables
+from .similarities import SIM_AM, SIM_AOU, VECTOR, Row, similarity_outcome, similarity_tables
 
 TITLE = "ICL and fine-tuning, Table 4: linearised fine-tuning"
 LINEAR = "linearised FT"
@@ -51,10 +51,5 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
     notes = [
         "Linearised: f(x; θ₀) + J(x)(θ − θ₀) for all that is recorded and for the logits that it "
         "learns from, the same loss, rate and order.",
-        WHAT,
-        sizes(repetitions, options.tasks),
-        UNDEFINED,
-        CONTROLS_NOTE,
     ]
-    every = [table for of_point in tables.values() for table in of_point.values()]
-    return Outcome(TITLE, every, findings, notes, paper=paper.PAPER)
+    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks)

@@ -24,6 +24,7 @@ from . import (
 )
 from .context import Context, contexts
 from .preset import Preset
+from .sources import check_two_stages
 
 __all__ = ["EXPERIMENTS", "Context", "Experiment", "Preset", "contexts"]
 
@@ -46,7 +47,9 @@ def _name(module: ModuleType) -> str:
 
 
 EXPERIMENTS = {
-    _name(module): Experiment(module.Options, module.run, module.check)
+    _name(module): Experiment(
+        module.Options, module.run, getattr(module, "check", check_two_stages)
+    )
     for module in (
         *(main, trex, joint, attribution, alpha, word_order, batch_size, data_amount),
         *(number_lists, mnist, alignment, meta),

@@ -12,9 +12,8 @@ from .context import Context
 from .material.subsets import reliable
 from .material.texts import SWAPPED, TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
-from .preset import Preset, RunOptions
+from .preset import RunOptions
 from .runs import Run, run_stage
-from .sources import check_source
 from .varied import grows, vanishes, varied
 
 TITLE = "The reliability α of the tags"
@@ -36,14 +35,6 @@ class Options(RunOptions):
         super().__post_init__()
         if not self.alphas or not all(0 <= each <= 1 for each in self.alphas):
             raise UserError(f"alphas: expected shares between 0 and 1, got {list(self.alphas)}")
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if the source is not there, or a stage of training is not said.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:

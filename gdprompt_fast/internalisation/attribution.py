@@ -23,7 +23,6 @@ from .measured import (
     power_notes,
     table,
 )
-from .preset import Preset
 from .runs import run_stage
 
 TITLE = "Entity attribution"
@@ -32,14 +31,6 @@ TITLE = "Entity attribution"
 @dataclass(frozen=True)
 class Options(main.Options):
     """The section ``[attribution]``; as that of ``[main]``, it asks the same models."""
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: as :func:`gdprompt_fast.internalisation.main.check`.
-    """
-    main.check(preset, options)
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:

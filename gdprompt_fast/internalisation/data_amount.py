@@ -12,9 +12,8 @@ from .context import Context
 from .material.subsets import TWO_TAGS
 from .material.texts import TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
-from .preset import Preset, RunOptions
+from .preset import RunOptions
 from .runs import Run, run_stage
-from .sources import check_source
 from .varied import grows, varied
 
 TITLE = "The number of entities"
@@ -34,14 +33,6 @@ class Options(RunOptions):
         super().__post_init__()
         if not self.amounts or min(self.amounts) < 1:
             raise UserError(f"amounts: expected integers >= 1, got {list(self.amounts)}")
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if the source is not there, or a stage of training is not said.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:

@@ -14,7 +14,7 @@ from .main import FIRST_TESTS, SECOND_TESTS, found, main_run, notes
 from .measured import PAPER, STRONG, Scores, label, models_of, table
 from .preset import Preset
 from .runs import Run, run_stage
-from .sources import check_source
+from .sources import check_source, check_two_stages
 
 TITLE = "All texts in one stage"
 
@@ -35,7 +35,7 @@ def check(preset: Preset, options: Options) -> None:
     Raises:
         UserError: if there is no table of people, or a stage of training is not said.
     """
-    main.check(preset, options)
+    check_two_stages(preset, options)
     check_source(preset, options.source, options.lists, "joint")
 
 

@@ -23,9 +23,8 @@ from .measured import (
     power_notes,
     table,
 )
-from .preset import Preset, RunOptions
+from .preset import RunOptions
 from .runs import Run, run_stage
-from .sources import check_source
 
 TITLE = "Weak and strong internalisation: two stages of training on people"
 FIRST_TESTS = (*WEAK, "q", "q_no_replacement_baseline")
@@ -46,14 +45,6 @@ class Options(RunOptions):
     def fractions(self) -> dict[str, float]:
         """Of the subsets."""
         return WITH_THIRD_TAG if self.third_tag else TWO_TAGS
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if the source is not there, or a stage of training is not said.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def main_run(model: str, options: Options, name: str = "main") -> Run:

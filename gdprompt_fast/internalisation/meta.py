@@ -39,8 +39,8 @@ from .measured import (
     more,
     power_notes,
 )
-from .preset import NUMBERS, Preset, settings_of
-from .sources import Source, check_source, source_of
+from .preset import NUMBERS, settings_of
+from .sources import Source, source_of
 from .stages import Staged, staged_work
 from .train import padding_of, to_block, train
 
@@ -86,14 +86,6 @@ class Options(Config):
         super().__post_init__()
         check_counts(self, "contexts", "queries", "stage2_seeds")
         check_numbers(self, "inner_lr", "weight", above_zero=True)
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if the source is not there.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def _source(ctx: Context, options: Options) -> Source:

@@ -1,11 +1,9 @@
-"""Where a run begins: people or works and a pretrained model, or numbers and one from scratch."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from ..artifacts.files import hash_of_file
 from ..errors import UserError
@@ -68,6 +66,18 @@ def source_of(
     return _entities(ctx, source, rules, entities, model or ctx.preset.model.name)
 
 
+class HasSource(Protocol):
+    """Options of an experiment that name a source of texts."""
+
+    @property
+    def source(self) -> str:
+        """As :func:`source_of` takes it."""
+
+    @property
+    def lists(self) -> str:
+        """The section with the sizes of numbers."""
+
+
 def check_source(preset: Preset, source: str, lists: str, *stages: str) -> None:
     """
     Args:
@@ -85,6 +95,15 @@ def check_source(preset: Preset, source: str, lists: str, *stages: str) -> None:
     preset.table(source).path(source)
     for stage in stages:
         preset.training(stage)
+
+
+def check_two_stages(preset: Preset, options: HasSource) -> None:
+    """What experiments of two stages ask of a preset.
+
+    Raises:
+        UserError: if the source is not there, or a stage of training is not said.
+    """
+    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def _entities(

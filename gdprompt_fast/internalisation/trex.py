@@ -11,9 +11,8 @@ from .main import found, notes, tables
 from .material.subsets import WITH_THIRD_TAG
 from .material.texts import TextRules
 from .measured import PAPER, Scores, label, models_of
-from .preset import TRIPLES, Preset, RunOptions
+from .preset import TRIPLES, RunOptions
 from .runs import Run, run_stage
-from .sources import check_source
 
 TITLE = "Weak and strong internalisation: two stages of training on creative works"
 HELD_OUT = 0.25
@@ -24,14 +23,6 @@ class Options(RunOptions):
     """The section ``[trex]``."""
 
     source: str = TRIPLES
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if there is no table of triples, or a stage of training is not said.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:

@@ -12,9 +12,8 @@ from .context import Context
 from .material.subsets import TWO_TAGS
 from .material.texts import ORDERS, TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
-from .preset import Preset, RunOptions
+from .preset import RunOptions
 from .runs import Run, run_stage
-from .sources import check_source
 from .varied import vanishes, varied
 
 TITLE = "The order of tag, variable and entity"
@@ -34,14 +33,6 @@ class Options(RunOptions):
         super().__post_init__()
         if not self.orders or not set(self.orders) <= set(ORDERS):
             raise UserError(f"orders: expected some of {ORDERS}, got {list(self.orders)}")
-
-
-def check(preset: Preset, options: Options) -> None:
-    """
-    Raises:
-        UserError: if the source is not there, or a stage of training is not said.
-    """
-    check_source(preset, options.source, options.lists, "first", "second")
 
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
