@@ -78,6 +78,8 @@ def preset_with(sections: dict[str, Any], candidate: Candidate, seeds: Sequence[
     changed = copy.deepcopy(sections)
     changed["train"].setdefault(candidate.family, {}).update(candidate.options)
     changed["tasks"][TASK]["test"] = TESTED
+    for name in changed["tasks"].keys() - {TASK}:
+        changed["tasks"][name].pop("options", None)  # of trainings of other lengths
     changed["model"]["seeds"] = list(seeds)
     return Preset.read(changed)
 

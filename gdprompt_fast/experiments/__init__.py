@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifacts.stage import StaleStage
+from ..report.outcome import Outcome
 from . import figure2, kept, second_order, table1, table2, table3, table4, table5
 from .context import ExperimentContext, experiment_contexts
 from .preset import Preset
-from .results import Outcome
 from .variants import Variant
 
 __all__ = [

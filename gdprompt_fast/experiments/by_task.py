@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .cells import Cell
-from .findings import Named
+from ..report.cells import Cell
+from ..report.findings import Named
+from ..report.outcome import Table
 from .paper import Numbers
 from .preset import METRICS, ExperimentTask
-from .results import Table
 
 Cells = Mapping[str, Cell]  # by kind
 

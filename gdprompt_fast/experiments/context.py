@@ -1,69 +1,40 @@
-"""Where an experiment takes place: a preset, a folder, a device, and a seed at a time."""
+"""Where an experiment takes place: a preset and a model, and a seed at a time."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..artifacts.stage import Result, Stage, run_stage
+from ..artifacts.stage import Stage
 from ..bundled import bundled_folder
 from ..errors import UserError
 from ..loading import find_model, load_config
+from ..report.repetition import Repetition
 from .preset import Preset
-from .versions import device_name, versions
 
-STAGES = "stages"
 BUNDLED = "bundled"
 READ_AT_ONCE = 1 << 24  # bytes
 
 
-@dataclass(frozen=True)
-class ExperimentContext:
-    """One repetition of an experiment.
+@dataclass(frozen=True, kw_only=True)
+class ExperimentContext(Repetition):
+    """One repetition of an experiment of this room.
 
     Attributes:
         preset: the sizes and rates.
-        output: the folder of results and stages.
-        device: where models run.
         model: the folder of the model that everything begins with.
         fingerprint: of that model's files.
-        seed: of the data, the training and the evaluation.
         allow_missing: as ``load_model`` takes it, for that model.
-        used: the stages that this experiment asked for, by name; shared by its repetitions.
     """
 
     preset: Preset
-    output: Path
-    device: torch.device
     model: Path
     fingerprint: str
-    seed: int
     allow_missing: bool = False
-    used: dict[str, Stage] = field(default_factory=dict)
-
-    def stage(
-        self, name: str, settings: Mapping[str, Any], work: Callable[[Path], Result]
-    ) -> Stage:
-        """The stage of this name and seed, done now if it is not there.
-
-        Raises:
-            StaleStage: if it was done with other settings.
-        """
-        full_name = f"seed-{self.seed}/{name}"
-        folder = self.output / STAGES / full_name
-        done_with = {**versions(), "device": device_name(self.device)}
-        stage = run_stage(
-            folder, {**settings, "seed": self.seed}, _announced(full_name, work), done_with
-        )
-        self.used[full_name] = stage
-        return stage
 
     @property
     def in_bfloat16(self) -> bool:
@@ -94,9 +65,20 @@ def experiment_contexts(
             "limits: expected prompt_tokens and answer_tokens within the model's "
             f"{room} positions, got {needed} together"
         )
-    fingerprint, used = _fingerprint(model), dict[str, Stage]()
-    common = (preset, output, device, model, fingerprint)
-    return [ExperimentContext(*common, seed, allow_missing, used) for seed in preset.seeds]
+    fingerprint, used = fingerprint_of(model), dict[str, Stage]()
+    return [
+        ExperimentContext(
+            output=output,
+            device=device,
+            seed=seed,
+            used=used,
+            preset=preset,
+            model=model,
+            fingerprint=fingerprint,
+            allow_missing=allow_missing,
+        )
+        for seed in preset.seeds
+    ]
 
 
 def base_model(name: str, revision: str | None) -> Path:
@@ -112,7 +94,7 @@ def base_model(name: str, revision: str | None) -> Path:
     return bundled_folder()
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
     """A hash of the model's files: another model under the same name makes stages stale."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):
@@ -122,14 +104,3 @@ def _fingerprint(folder: Path) -> str:
                 while block := file.read(READ_AT_ONCE):
                     digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _announced(name: str, work: Callable[[Path], Result]) -> Callable[[Path], Result]:
-    def announced(folder: Path) -> Result:
-        print(f"{name} …", flush=True)
-        start = time.monotonic()
-        result = work(folder)
-        print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
-        return result
-
-    return announced

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from ..config.fields import Config
 from ..evaluation import SETTINGS
+from ..report.cells import Cell
+from ..report.findings import Finding, Named, close, kept, larger
+from ..report.outcome import Outcome, PaperNumbers, Table
 from . import paper
-from .cells import Cell
 from .context import ExperimentContext
-from .findings import Finding, Named, close, kept, larger
 from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import METRICS, OBJECTIVES, Preset, check_choice
-from .results import Outcome, PaperNumbers, Table
 from .variants import Variant
 
 TITLE = "Figure 2: No Context, Prompt and Fine-Tuning before and after meta-training"

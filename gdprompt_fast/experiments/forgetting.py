@@ -10,10 +10,10 @@ from ..artifacts.stage import Result, Stage
 from ..data import Example
 from ..data.tokenise import Texts
 from ..evaluation import evaluate
-from .cells import Cell
+from ..report.cells import Cell
+from ..report.findings import Finding, Named, forgets_little
+from ..report.outcome import NATS, Table
 from .context import ExperimentContext
-from .findings import Finding, Named, forgets_little
-from .results import NATS, Table
 from .tasks import data_stage, running_text
 from .variants import Variant, load, train_stage
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from ..config.fields import Config, check_numbers
 from ..evaluation import SETTINGS
+from ..report.findings import Finding, Named, forgets_little, kept
+from ..report.outcome import Outcome, Table
 from .context import ExperimentContext
-from .findings import Finding, Named, forgets_little, kept
 from .forgetting import measure_text, text_tables
 from .measure import EvalSpec, measure
 from .preset import METRICS, OBJECTIVES, Preset, check_choice
-from .results import Outcome, Table
 from .variants import Variant
 
 TITLE = "What keeps the use of a prompt, and running text"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..artifacts.stage import Result, Stage
 from ..evaluation import evaluate, read_predictions, write_predictions
-from .cells import Cell
+from ..report.cells import Cell
 from .context import ExperimentContext
 from .tasks import data_stage, examples
 from .variants import Variant, load, train_stage

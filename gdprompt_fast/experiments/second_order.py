@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .cells import Cell, Estimate
+from ..report.cells import Cell, Estimate
+from ..report.findings import Finding, Named, close, larger
+from ..report.outcome import Chart, Outcome, Table, Texts
 from .context import ExperimentContext
-from .findings import Finding, Named, close, larger
 from .preset import Preset
-from .results import Chart, Outcome, Table, Texts
 from .second_order_stages import (
     BF16,
     EXACT,

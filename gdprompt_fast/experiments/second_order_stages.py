@@ -26,6 +26,7 @@ from ..exactness.precision import bf16_precision
 from ..exactness.weights import left_as_it_was
 from ..meta.capture import why_eager
 from ..meta.step import fast_meta_step
+from ..report.versions import device_name
 from ..teacher import Teacher
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from ..training.loop import meta_train
@@ -35,7 +36,6 @@ from .context import ExperimentContext
 from .preset import OBJECTIVES, check_choice
 from .tasks import data_stage, examples, prepare_stage, teacher_of, teacher_stage
 from .variants import Variant, load_base
-from .versions import device_name
 
 CURVE_FILE = "curve.json"
 WARM, TIMED = 3, 20  # steps of each way

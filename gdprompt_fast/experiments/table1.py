@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from ..config.fields import Config, check_counts
 from ..errors import UserError
+from ..report.findings import close, larger
+from ..report.outcome import Outcome
 from . import paper
 from .by_task import Cells, better_base, chosen, table_by_task
 from .context import ExperimentContext
-from .findings import close, larger
 from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import Preset
-from .results import Outcome
 from .variants import Variant
 
 TITLE = "Table 1: LoRA, accuracy after Fine-Tuning"

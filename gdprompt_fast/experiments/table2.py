@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from ..config.fields import Config, check_counts
 from ..errors import UserError
+from ..report.cells import Cell
+from ..report.findings import Finding, Named, larger
+from ..report.outcome import Outcome, PaperNumbers, Table
 from . import paper
-from .cells import Cell
 from .context import ExperimentContext
-from .findings import Finding, Named, larger
 from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import METRICS, OBJECTIVES, Preset, check_choice
-from .results import Outcome, PaperNumbers, Table
 from .variants import Variant
 
 TITLE = "Table 2: several contexts in one model, accuracy after Fine-Tuning"

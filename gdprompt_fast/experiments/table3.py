@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.fields import Config, check_counts
+from ..report.findings import larger
+from ..report.outcome import Outcome
 from . import paper
 from .by_task import Cells, better_base, chosen, table_by_task
 from .context import ExperimentContext
-from .findings import larger
 from .forgetting import text_tables
 from .measure import EvalSpec, measure, measure_at_best
 from .preset import Preset
-from .results import Outcome
 from .variants import Variant
 
 TITLE = "Table 3: transfer and retention, accuracy after Fine-Tuning"

@@ -18,13 +18,13 @@ from typing import Any
 
 from ..config.fields import Config, check_counts
 from ..errors import UserError
+from ..report.cells import Cell
+from ..report.outcome import Outcome, PaperNumbers, Table, Texts
 from . import paper
-from .cells import Cell
 from .context import ExperimentContext
 from .forgetting import text_tables
 from .measure import EvalSpec, Rows, predictions
 from .preset import OBJECTIVES, Preset, check_choice
-from .results import Outcome, PaperNumbers, Table, Texts
 from .variants import Variant
 
 TITLE = "Table 4: classes of examples by what the gradient step changes"

@@ -8,15 +8,15 @@ from statistics import fmean
 
 from ..config.fields import Config
 from ..errors import UserError
+from ..report.cells import Cell
+from ..report.findings import destroyed
+from ..report.outcome import Outcome
 from . import paper
 from .by_task import Cells, chosen, table_by_task
-from .cells import Cell
 from .context import ExperimentContext
-from .findings import destroyed
 from .forgetting import text_tables
 from .measure import EvalSpec, measure
 from .preset import Preset
-from .results import Outcome
 from .variants import Variant
 
 TITLE = "Table 5: the right context and an irrelevant one"

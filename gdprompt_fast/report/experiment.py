@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ Content = Mapping[str, Any]
 
 PAPER = "paper"
 PERCENT = "%"  # the unit of tables that say none
-PAPER_LEGEND = "the paper, Llama 3.2 1B"
 PANELS_IN_A_ROW = 3
 WIDEST_HEAD = 16  # characters in a line under a group of bars
 COLOURS = ("#b0b7c3", "#2f6db3", "#d9822b", "#5a9367", "#8c5fa8", "#c04f5d", "#7a6a58")
@@ -74,8 +73,7 @@ def how_to_read(content: Content) -> str:
     return (
         f"In % where nothing else is said, ± one standard error over {over}. "
         f"Seeds: {', '.join(map(str, seeds))}. "
-        "“paper”: Zhang, Choshen and Andreas, arXiv 2506.20989, Llama 3.2 1B, as summarised "
-        "publicly."
+        f"“{PAPER}”: {content['paper']['source']}; {content['paper']['model']}."
     )
 
 
@@ -89,10 +87,11 @@ def circumstances(content: Content) -> str:
     )
 
 
-def draw_tables(tables: Sequence[Content], path: Path) -> None:
+def draw_tables(content: Content, path: Path) -> None:
     """A panel a table: a group of bars for every column, the paper's numbers as diamonds."""
     from matplotlib.figure import Figure  # half a second, which most commands do without
 
+    tables, in_paper = content["tables"], f"the paper, {content['paper']['model']}"
     across = min(PANELS_IN_A_ROW, len(tables))
     down = math.ceil(len(tables) / across)
     columns = max(len(table["columns"]) for table in tables)
@@ -100,11 +99,11 @@ def draw_tables(tables: Sequence[Content], path: Path) -> None:
     axes = figure.subplots(down, across, squeeze=False).flatten()
     legend: dict[str, Any] = {}
     for ax, table in zip(axes, tables, strict=False):
-        _panel(ax, table)
+        _panel(ax, table, in_paper)
         handles, labels = ax.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    if PAPER_LEGEND in legend:
-        legend[PAPER_LEGEND] = legend.pop(PAPER_LEGEND)  # to the end
+    if in_paper in legend:
+        legend[in_paper] = legend.pop(in_paper)  # to the end
     for ax in axes[len(tables) :]:
         ax.set_axis_off()
     figure.legend(
@@ -118,7 +117,7 @@ def draw_tables(tables: Sequence[Content], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _panel(axes: Axes, table: Content) -> None:
+def _panel(axes: Axes, table: Content, paper_legend: str) -> None:
     width = 0.8 / len(table["rows"])
     places: list[float] = []
     in_paper: list[float] = []
@@ -138,7 +137,7 @@ def _panel(axes: Axes, table: Content) -> None:
                 places.append(column + offset)
                 in_paper.append(cell["paper"])
     if in_paper:
-        axes.plot(places, in_paper, "kD", markersize=4, label=PAPER_LEGEND)
+        axes.plot(places, in_paper, "kD", markersize=4, label=paper_legend)
     heads = [fill(head, WIDEST_HEAD) for head in table["columns"]]
     axes.set_xticks(range(len(heads)), heads, fontsize="small")
     unit = table.get("unit", PERCENT)

@@ -12,11 +12,12 @@ from ..config.fields import REQUIRED, WritingConfig, check_counts, option
 from ..config.presets import load_preset
 from ..errors import UserError
 from ..experiments import EXPERIMENTS, Preset, experiment_contexts
-from ..experiments.context import STAGES
 from ..experiments.cost import describe_cost
 from ..experiments.parallel import finished_one_by_one
 from ..experiments.preset import SEEDS
-from ..experiments.run import is_experiment, run_experiment
+from ..experiments.run import run_experiment
+from ..report.repetition import STAGES
+from ..report.write import is_experiment
 from .command import command, outputs_of
 from .groups import REPLACES_FOLDER, DeviceConfig, WeightsConfig, overwrite_field
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,18 @@ def greedy_answers(
     ids, mask = (tensor.to(device) for tensor in left_pad(prompts))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     answers = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
-    cache = None
+    kept: dict[str, Any] = {}
     for _ in range(max_tokens):
         output = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **kept,
         )
-        ids, cache = output.logits.argmax(-1), output.past_key_values
+        name = "cache" if "cache" in output else "past_key_values"  # its older name
+        ids, kept = output.logits.argmax(-1), {name: output[name]}
         answers = torch.cat([answers, ids], dim=1)
         if (answers == eos).any(1).all():
             break

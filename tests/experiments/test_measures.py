@@ -12,9 +12,13 @@ import pytest
 from gdprompt_fast.experiments import (
     measure,
 )
-from gdprompt_fast.experiments.cells import Cell, Estimate
 from gdprompt_fast.experiments.context import ExperimentContext
-from gdprompt_fast.experiments.findings import (
+from gdprompt_fast.experiments.measure import EvalSpec
+from gdprompt_fast.experiments.table4 import classify
+from gdprompt_fast.experiments.table5 import mean_of_draws
+from gdprompt_fast.experiments.variants import Variant
+from gdprompt_fast.report.cells import Cell, Estimate
+from gdprompt_fast.report.findings import (
     Named,
     close,
     destroyed,
@@ -22,10 +26,6 @@ from gdprompt_fast.experiments.findings import (
     kept,
     larger,
 )
-from gdprompt_fast.experiments.measure import EvalSpec
-from gdprompt_fast.experiments.table4 import classify
-from gdprompt_fast.experiments.table5 import mean_of_draws
-from gdprompt_fast.experiments.variants import Variant
 from helpers.experiments import contexts_of
 
 

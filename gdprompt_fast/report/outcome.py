@@ -12,6 +12,23 @@ from .findings import Finding
 
 PERCENT, NATS = "%", "nats a token"  # units of tables
 
+
+@dataclass(frozen=True)
+class Paper:
+    """Whose numbers stand beside ours.
+
+    Attributes:
+        source: authors and where to find it.
+        model: the model that its numbers are of.
+    """
+
+    source: str
+    model: str
+
+
+PROMPTING = Paper(
+    "Zhang, Choshen and Andreas, arXiv 2506.20989, as summarised publicly", "Llama 3.2 1B"
+)
 PaperNumbers = Mapping[tuple[str, str], float | None]
 
 
@@ -24,7 +41,7 @@ class Table:
         columns: the heads of the columns.
         rows: for every row's head its cells; None where there is nothing to measure.
         paper: the paper's own numbers in %, by the heads of row and column.
-        unit: ``PERCENT`` for shares and scores, ``NATS`` for an NLL.
+        unit: ``PERCENT`` for shares and scores, ``NATS`` for an NLL, or what else numbers are in.
     """
 
     title: str
@@ -110,6 +127,7 @@ class Outcome:
         notes: how to read them.
         texts: tables of words.
         charts: the panels of its figure in the place of its tables, if there are any.
+        paper: the one that it repeats.
     """
 
     title: str
@@ -118,6 +136,7 @@ class Outcome:
     notes: Sequence[str]
     texts: Sequence[Texts] = ()
     charts: Sequence[Chart] = ()
+    paper: Paper = PROMPTING
 
     def to_json(self) -> dict[str, Any]:
         """The same as what ``json`` can write; there is no NaN in it."""
@@ -128,6 +147,7 @@ class Outcome:
             "notes": list(self.notes),
             "texts": [asdict(texts) for texts in self.texts],
             "charts": [chart.to_json() for chart in self.charts],
+            "paper": asdict(self.paper),
         }
 
 
