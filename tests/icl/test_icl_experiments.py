@@ -155,7 +155,7 @@ def test_the_presets_of_the_package_do_for_their_experiments(name: str) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "seeds", [], r"\[model\]: seeds: expected different integers >= 0, got \[\]"),
+        ("model", "seeds", [], r"\[model\]: seeds: expected different integers, got \[\]"),
         ("model", "dtype", "int8", r"\[model\]: dtype: expected one of"),
         ("prompt", "demonstrations", 0, r"\[prompt\]: demonstrations: expected an integer >= 1"),
         ("prompt", "demonstrations", 13, r"demonstrations: expected at most 12, all there are"),
