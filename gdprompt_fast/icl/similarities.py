@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..report.outcome import Table
-from .by_task import COSINE, PaperRows, Rows, Values, by_task
+from .by_task import COSINE, Measure, PaperRows, Rows, by_task, mean_of
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, RANDOM, RATE_0, Method
 from .observing import POINTS
@@ -73,7 +73,7 @@ def similarity_tables(
 
 
 def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
-    before: dict[str, Values] = {}
+    before: dict[str, Measure] = {}
     if name == SIM_AOU:
         before = {VECTOR: _without_method("sim_aou", point, BASE)}
     elif name == SIM_AM:
@@ -85,17 +85,17 @@ def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
     return before | {head: _similarity(METRICS[name], point, row) for head, row in rows.items()}
 
 
-def _similarity(metric: str, point: int, row: Row) -> Values:
+def _similarity(metric: str, point: int, row: Row) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = compared(ctx, task, row.method(ctx, task), row.which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
 
 
-def _without_method(metric: str, point: int, which: str) -> Values:
+def _without_method(metric: str, point: int, which: str) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = before_method(ctx, task, which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
