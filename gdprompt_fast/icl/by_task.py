@@ -13,7 +13,8 @@ from .tasks import TASKS
 
 COSINE = "cosine"  # the unit of similarities
 Values = Callable[[IclContext, str], Sequence[float]]  # of a seed and a task: a number an example
-Rows = Mapping[str, Values]  # by head
+Measure = Callable[[Sequence[IclContext], str], Cell]  # of all seeds and a task
+Rows = Mapping[str, Measure]  # by head
 PaperRows = Mapping[str, Mapping[str, float]]  # by head, then task
 
 UNDEFINED = "“?” stands for 0/0: a similarity to an update of zero, a share of no changes."
@@ -25,9 +26,9 @@ CONTROLS_NOTE = (
 )
 
 
-def cell(repetitions: Sequence[IclContext], task: str, values: Values) -> Cell:
-    """The values of a task for every seed."""
-    return Cell(tuple(tuple(values(ctx, task)) for ctx in repetitions))
+def mean_of(values: Values) -> Measure:
+    """The mean over seeds and examples."""
+    return lambda repetitions, task: Cell(tuple(tuple(values(ctx, task)) for ctx in repetitions))
 
 
 def by_task(
@@ -39,7 +40,7 @@ def by_task(
     unit: str = PERCENT,
 ) -> Table:
     """A table; the paper's numbers are in its unit."""
-    cells = {head: [cell(repetitions, task, of) for task in tasks] for head, of in rows.items()}
+    cells = {head: [of(repetitions, task) for task in tasks] for head, of in rows.items()}
     numbers = {
         (head, TASKS[task].title): number
         for head, of_tasks in (paper or {}).items()

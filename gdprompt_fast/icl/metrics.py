@@ -7,7 +7,7 @@ with demonstrations in its prompt, ``ft`` after fine-tuning. What is 0/0 is NaN,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,15 +103,6 @@ class Ratio:
     part: Tensor
     whole: Tensor
 
-    @property
-    def values(self) -> tuple[float, ...]:
-        """A value per example, R + (part − R whole)/mean(whole): their mean is the ratio R, and
-        their standard error that of the delta method; NaN if nothing is counted.
-        """
-        part, whole = self.part.double(), self.whole.double()
-        ratio = part.sum() / whole.sum()
-        return tuple((ratio + (part - ratio * whole) / whole.mean()).tolist())
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -163,9 +154,21 @@ RATIOS: dict[str, Callable[[Answers], Ratio]] = {
 }
 
 
-def ratio_cell(ratios: list[Ratio]) -> Cell:
-    """A ratio for every seed."""
-    return Cell(tuple(ratio.values for ratio in ratios))
+def ratio_cell(ratios: Sequence[Ratio]) -> Cell:
+    """The ratio R of the counts of all seeds together; NaN if nothing is counted.
+
+    An example's value is R + (part − R whole)/mean(whole): where seeds have as many examples their
+    mean is R, and their standard errors, over examples and over seeds, are the delta method's.
+    """
+    parts, wholes = ([getattr(each, key).double() for each in ratios] for key in ("part", "whole"))
+    part, whole = torch.cat(parts), torch.cat(wholes)
+    ratio, mean = part.sum() / whole.sum(), whole.mean()
+    return Cell(
+        tuple(
+            tuple((ratio + (one - ratio * all_) / mean).tolist())
+            for one, all_ in zip(parts, wholes, strict=True)
+        )
+    )
 
 
 def kendall_tau(one: Tensor, other: Tensor) -> Tensor:

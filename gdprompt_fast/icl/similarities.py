@@ -12,10 +12,11 @@ from .by_task import (
     CONTROLS_NOTE,
     COSINE,
     UNDEFINED,
+    Measure,
     PaperRows,
     Rows,
-    Values,
     by_task,
+    mean_of,
     sizes,
 )
 from .context import BASE, UNTRAINED, IclContext
@@ -84,7 +85,7 @@ def similarity_tables(
 
 
 def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
-    before: dict[str, Values] = {}
+    before: dict[str, Measure] = {}
     if name == SIM_AOU:
         before = {VECTOR: _without_method("sim_aou", point, BASE)}
     elif name == SIM_AM:
@@ -96,20 +97,20 @@ def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
     return before | {head: _similarity(METRICS[name], point, row) for head, row in rows.items()}
 
 
-def _similarity(metric: str, point: int, row: Row) -> Values:
+def _similarity(metric: str, point: int, row: Row) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = compared(ctx, task, row.method(ctx, task), row.which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
 
 
-def _without_method(metric: str, point: int, which: str) -> Values:
+def _without_method(metric: str, point: int, which: str) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = before_method(ctx, task, which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
 
 
 def similarity_outcome(
