@@ -8,7 +8,7 @@ with demonstrations in its prompt, ``ft`` after fine-tuning. What is 0/0 is NaN,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -103,6 +103,10 @@ class Ratio:
     part: Tensor
     whole: Tensor
 
+    def first(self, count: int) -> Ratio:
+        """Of the first examples."""
+        return Ratio(self.part[:count], self.whole[:count])
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -154,7 +158,22 @@ RATIOS: dict[str, Callable[[Answers], Ratio]] = {
 }
 
 
-def ratio_cell(ratios: Sequence[Ratio]) -> Cell:
+@dataclass(frozen=True)
+class RatioCell(Cell):
+    """A ratio of the counts of all seeds together.
+
+    Attributes:
+        ratios: of every seed.
+    """
+
+    ratios: tuple[Ratio, ...] = field(default=(), compare=False)
+
+    def first(self, counts: Sequence[int]) -> Cell:
+        """The ratio of the counts of so many first examples of every seed."""
+        return ratio_cell([r.first(n) for r, n in zip(self.ratios, counts, strict=True)])
+
+
+def ratio_cell(ratios: Sequence[Ratio]) -> RatioCell:
     """The ratio R of the counts of all seeds together; NaN if nothing is counted.
 
     An example's value is R + (part − R whole)/mean(whole): where seeds have as many examples their
@@ -163,11 +182,12 @@ def ratio_cell(ratios: Sequence[Ratio]) -> Cell:
     parts, wholes = ([getattr(each, key).double() for each in ratios] for key in ("part", "whole"))
     part, whole = torch.cat(parts), torch.cat(wholes)
     ratio, mean = part.sum() / whole.sum(), whole.mean()
-    return Cell(
+    return RatioCell(
         tuple(
             tuple((ratio + (one - ratio * all_) / mean).tolist())
             for one, all_ in zip(parts, wholes, strict=True)
-        )
+        ),
+        ratios=tuple(ratios),
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..report.findings import Finding
 from ..report.outcome import Outcome, Table
 from . import paper
+from .blocks import blocks_of, known_family
 from .by_task import (
     CONTROLS_NOTE,
     COSINE,
@@ -15,6 +18,7 @@ from .by_task import (
     Measure,
     PaperRows,
     Rows,
+    beside_logs,
     by_task,
     mean_of,
     sizes,
@@ -120,8 +124,33 @@ def similarity_outcome(
     notes: Sequence[str],
     repetitions: Sequence[IclContext],
     tasks: Sequence[str],
+    logged: Mapping[str, PaperRows],
 ) -> Outcome:
-    """What an experiment with these tables reports; the notes of its own come first."""
+    """What an experiment with these tables reports; the notes of its own come first.
+
+    Args:
+        logged: numbers of the code's logs by metric, at the candidate's token.
+    """
     every = [table for of_point in tables.values() for table in of_point.values()]
     common = [WHAT, sizes(repetitions, tasks), UNDEFINED, CONTROLS_NOTE]
-    return Outcome(title, every, findings, [*notes, *common], paper=paper.PAPER)
+    common += rounding_note([repetitions[0].load(BASE)])
+    common += [paper.SST5_NOTE] if "sst5" in tasks else []
+    logs = beside_logs(tables[POINTS[0]], logged)
+    return Outcome(title, every, findings, [*notes, *common], logs, paper=paper.PAPER)
+
+
+def rounding_note(models: Sequence[nn.Module]) -> list[str]:
+    """Of those whose positions are rotary, if there are any."""
+    layers = sorted({len(blocks_of(each)) for each in models if known_family(each).rotary})
+    if not layers:
+        return []
+    return [
+        "Where positions are rotary, scores of the first layer follow from tokens and distances "
+        f"alone: there ICL's are ZSL's but for rounding. So of {_or(layers)} layers whose mean "
+        "SimAM and SimAM_Δ are, that one adds 1 to ZSL's sum in SimAM and the cosine with rounding "
+        "noise to SimAM_Δ's: read SimAM_Δ as no finer than 1/layers."
+    ]
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))

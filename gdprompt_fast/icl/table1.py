@@ -17,6 +17,7 @@ from .by_task import (
     PaperRows,
     Rows,
     above,
+    beside_logs,
     by_task,
     mean_of,
     sizes,
@@ -34,6 +35,12 @@ PUBLISHED = {
     "Jaccard": paper.TABLE1["jaccard"],
     "Jaccard – correct": paper.TABLE1["correct"],
     "Jaccard – incorrect": paper.TABLE1["incorrect"],
+}
+LOGGED = {
+    "Rec2FTP": {
+        "FT": paper.LOGGED_REC2FTP["ft"],
+        "layer-causal FT": paper.LOGGED_REC2FTP["layer_causal"],
+    }
 }
 WHAT = (
     "Jaccard: of the answers that ICL or FT changes from ZSL's, the share that both change to "
@@ -73,7 +80,8 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
     ]  # fmt: skip
     notes = [WHAT, sizes(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
-    return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
+    logs = beside_logs(tables, LOGGED)
+    return Outcome(TITLE, list(tables.values()), findings, notes, logs, paper=paper.PAPER)
 
 
 def _answers(ctx: IclContext, task: str, row: Row) -> Answers:
