@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from gdprompt_fast.artifacts.stage import StaleStage
 from gdprompt_fast.cli.main import main
+from gdprompt_fast.data import make_data
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.icl.preset import Preset
 from gdprompt_fast.icl.run import EXPERIMENTS, run_icl
@@ -137,6 +139,31 @@ def test_other_settings_make_stages_stale(done: Path) -> None:
     sizes["tasks"]["mr"]["lr"] = 0.25
     with pytest.raises(StaleStage, match=r"method.lr: expected 0.5 as in .*ft, got 0.25"):
         run_icl("table1", contexts_of(sizes, done / "results"))
+
+
+def test_other_triples_in_a_file_of_the_same_name_make_stages_stale(
+    done: Path, tmp_path: Path
+) -> None:
+    file, sizes = tmp_path / "triples.jsonl", sizes_of(done)
+    pair = sizes["meta-trained"]["pairs"]["bundled"] | {"file": str(file), "examples": 2}
+    sizes["meta-trained"] = {"pairs": {"bundled": pair}}
+    rows = [json.dumps(each) for each in make_data("people", 1, 3, 0).test.to_list()]
+    file.write_text("\n".join(rows[:2]))
+    run_icl("meta-trained", contexts_of(sizes, tmp_path / "results")[:1])
+    file.write_text("\n".join(rows[1:]))
+    with pytest.raises(StaleStage, match="content: expected"):
+        run_icl("meta-trained", contexts_of(sizes, tmp_path / "results")[:1])
+
+
+def test_another_prompt_makes_stages_stale(done: Path) -> None:
+    """A longer query may leave room for fewer demonstrations, by the number of queries alone."""
+    sizes = sizes_of(done)
+    contexts = contexts_of(sizes, done / "results")
+    prompts = contexts[0].prompts("mr")
+    shorter = replace(prompts, context=prompts.context[:9], spans=prompts.spans[:1])
+    assert shorter.fingerprint != prompts.fingerprint
+    assert replace(prompts, queries=[]).fingerprint == prompts.fingerprint
+    assert contexts[0].task_settings("mr")["rows"] == prompts.fingerprint
 
 
 def test_the_page_of_results_has_them(done: Path) -> None:
