@@ -26,7 +26,7 @@ from .measured import (
     table,
     with_zero,
 )
-from .runs import run_stage
+from .runs import run_stages
 
 TITLE = "Entity attribution"
 
@@ -40,7 +40,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     preset = repetitions[0].preset
     rows = {
-        label(model): Scores([run_stage(ctx, main_run(model, options)) for ctx in repetitions])
+        label(model): Scores(run_stages(repetitions, main_run(model, options), model))
         for model in models_of(preset, options)
     }
     wrong, findings, tables = WEAK[1] + SWAPPED, list[Finding](), []

@@ -28,7 +28,7 @@ from .measured import (
     with_zero,
 )
 from .preset import RunOptions
-from .runs import Run, run_stage
+from .runs import Run, run_stages
 from .stages import NEVER_SEEN
 
 TITLE = "Weak and strong internalisation: two stages of training on people"
@@ -61,7 +61,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     models = models_of(repetitions[0].preset, options)
     rows = {
-        label(model): Scores([run_stage(ctx, main_run(model, options)) for ctx in repetitions])
+        label(model): Scores(run_stages(repetitions, main_run(model, options), model))
         for model in models
     }
     findings = [

@@ -70,6 +70,11 @@ def test_what_the_paper_says_is_judged_and_nothing_else(made: Path) -> None:
     assert len(whole) == 1  # of numbers, which are not attributed
 
 
+def test_an_order_may_have_fewer_seeds(made: Path) -> None:
+    of = {"seed-0/word-order/tve", "seed-1/word-order/tve", "seed-0/word-order/etv"}
+    assert set(content(made / "out", "word-order")["stages"]) == of
+
+
 def test_mnist_grows_with_its_pairs_and_is_judged_from_fifty_on() -> None:
     def of(high: str, low: str) -> Scores:
         result = {"first": {"d1consis": high, "d2consis": low, "qd1consis": "1", "qd2incons": "0"}}
