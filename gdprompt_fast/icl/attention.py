@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..report.findings import Finding
 from ..report.outcome import PERCENT, Outcome, Table
 from . import paper
-from .by_task import CONTROLS_NOTE, UNDEFINED, Values, above, by_task
+from .by_task import CONTROLS_NOTE, UNDEFINED, Measure, above, by_task, mean_of
 from .context import IclContext
 from .methods import FT, recorder_after
 from .metrics import kendall_tau, recall_of_top
@@ -93,14 +93,14 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
     return Outcome(TITLE, tables, findings, notes, paper=paper.PAPER)
 
 
-def _values(options: Options, head: str, measure: str, point: int) -> Values:
+def _values(options: Options, head: str, measure: str, point: int) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         row = METHODS.get(head, METHODS["FT"])
         stage = _stage(ctx, task, row, options)
         numbers = stage.result["random" if head == VECTOR else "method"][measure]
         return [each[point] for each in numbers]
 
-    return values
+    return mean_of(values)
 
 
 def _stage(ctx: IclContext, task: str, row: Row, options: Options) -> Stage:

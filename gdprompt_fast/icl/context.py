@@ -58,11 +58,15 @@ class IclContext(Repetition):
         return min([len(self.prompts(task).queries), *(each for each in most if each is not None)])
 
     def task_settings(self, task: str) -> dict[str, Any]:
-        """What everything of a task follows from."""
+        """What everything of a task follows from; how many demonstrations fit into the prompt, and
+        so the prompt, follows from the longest query too.
+        """
         its = self.preset.tasks[task]
         files = [hash_of_file(Path(file)) for file in (its.file, its.test_file) if file]
         general = asdict(self.preset.prompt) | {"dtype": self.preset.model.dtype}
-        return {"model": self.fingerprint, "draw": its.seed, "content": files, **general}
+        prompt = self.prompts(task).fingerprint
+        of_task = {"draw": its.seed, "content": files, "rows": prompt}
+        return {"model": self.fingerprint, **of_task, **general}
 
 
 def icl_contexts(preset: Preset, output: Path, device: torch.device) -> list[IclContext]:

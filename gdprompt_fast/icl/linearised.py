@@ -34,12 +34,14 @@ class FactoredChange:
 
     Attributes:
         of: the layer.
+        lr: η.
         x_NI: its inputs at all N tokens learnt from; keys and values of a block have it together.
-        e_NR: −η times the cotangents there of the R outputs that are keys or values.
+        e_NR: the cotangents there of the R outputs that are keys or values; η is not in them, so
+            that no rounding of η e is.
     """
 
-    def __init__(self, of: KeysOrValues) -> None:
-        self.of = of
+    def __init__(self, of: KeysOrValues, lr: float) -> None:
+        self.of, self.lr = of, lr
         self.x_NI: Tensor | None = None
         self.e_NR: Tensor | None = None
 
@@ -54,10 +56,10 @@ class FactoredChange:
         change = (x @ self.x_NI.mT) @ self.e_NR
         if self.of.layer.bias is not None:
             change += self.e_NR.sum(0)
-        return self.of.among_all(change)
+        return self.of.among_all(change.mul_(-self.lr))
 
-    def formed(self) -> list[Tensor]:
-        """Of :attr:`KeysOrValues.parameters`, in full: for one that is to be looked at."""
+    def gradients(self) -> list[Tensor]:
+        """Δθ/−η of :attr:`KeysOrValues.parameters`, in full: for one that is to be looked at."""
         if self.x_NI is None or self.e_NR is None:
             return [torch.zeros_like(parameter) for parameter in self.of.parameters]
         e_NO = self.of.among_all(self.e_NR)
@@ -106,22 +108,22 @@ def linearised_fine_tune(
         model, demonstrations, lr: as there.
 
     Returns:
-        The expansion after the last text. Its first update is, to the bit, the first of
-        ``fine_tune``; both differ in order η² after that.
+        The expansion after the last text. The gradient of its first update is, to the bit, that
+        of ``fine_tune``'s; both differ in order η² after that.
 
     Raises:
         UserError: what ``fine_tune`` raises.
     """
     check_tuning(model, demonstrations, lr)
     trained = [each for of_block in keys_and_values(model) for each in of_block]
-    linearised = LinearisedModel(model, [FactoredChange(each) for each in trained])
+    linearised = LinearisedModel(model, [FactoredChange(each, lr) for each in trained])
     with trains_only(model, trained):
         for ids in demonstrations:
-            _learn(linearised, ids, lr)
+            _learn(linearised, ids)
     return linearised
 
 
-def _learn(linearised: LinearisedModel, ids: Tensor, lr: float) -> None:
+def _learn(linearised: LinearisedModel, ids: Tensor) -> None:
     """Δθ ← Δθ − η Jᵀ ∂L/∂logits, the loss's gradient taken at f_lin."""
     with torch.no_grad(), _tangents(linearised.changes):
         output = linearised.model(ids[None], use_cache=False)
@@ -145,7 +147,7 @@ def _learn(linearised: LinearisedModel, ids: Tensor, lr: float) -> None:
         if id(x_1TI) not in all_inputs:  # what keys and values both read is kept once
             all_inputs[id(x_1TI)] = _after(change.x_NI, x_1TI[0].detach())
         e_TO = e_1TO[0] if change.of.rows is None else e_1TO[0][:, change.of.rows]
-        change.add(all_inputs[id(x_1TI)], -lr * e_TO)
+        change.add(all_inputs[id(x_1TI)], e_TO)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..artifacts.files import hash_of_file
 from ..artifacts.stage import Result, Stage
 from ..bundled import bundled_folder, meta_trained_folder
 from ..data import Example, Limits, make_data, read_triples, tokenise_triples
@@ -91,6 +92,8 @@ def _stage(ctx: IclContext, pair: Pair, kind: str, lr: float) -> Stage:
 
     wanted = {
         **asdict(pair),
+        "content": hash_of_file(Path(pair.file)) if pair.file else None,
+        "limits": asdict(LIMITS),
         "weights": fingerprint_of(folder),
         "dtype": ctx.preset.model.dtype,
         "kind": kind,

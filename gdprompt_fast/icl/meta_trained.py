@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..config.fields import Config, check_counts, check_numbers, from_section
 from ..data import SOURCES
 from ..errors import UserError
@@ -20,12 +22,12 @@ from ..report.findings import Finding
 from ..report.outcome import Outcome, Table
 from . import paper
 from .by_task import COSINE, UNDEFINED, above
-from .context import BASE, UNTRAINED, IclContext
+from .context import BASE, UNTRAINED, IclContext, load_once
 from .meta_stages import Pair, Shown, folder_of, shown
 from .methods import FT, RANDOM, RATE_0
 from .metrics import RATIOS, ratio_cell
 from .observing import POINTS
-from .similarities import METRICS, SIM_AM, SIM_AOU, WHAT
+from .similarities import METRICS, SIM_AM, SIM_AOU, WHAT, rounding_note
 
 TITLE = "ICL and fine-tuning of meta-trained models"
 POINT_NAMES = ("first token of the answer", POINTS[1])
@@ -126,9 +128,15 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Controls, on the base model: rate 0; a random update, in every weight as long as the "
         "step's at the trained rate; an untrained model of the same configuration with fresh "
         "weights.",
+        "Controls are of the first of the triples.",
         "The paper has no such models: no numbers of its stand here.",
+        *rounding_note([_base_model(repetitions[0], options.pair(n)) for n in options.pairs]),
     ]
     return Outcome(TITLE, tables, findings, notes, paper=paper.PAPER)
+
+
+def _base_model(ctx: IclContext, its: PairOptions) -> nn.Module:
+    return load_once(folder_of(its.base), ctx.preset.model.dtype, ctx.device, None)
 
 
 @dataclass(frozen=True)

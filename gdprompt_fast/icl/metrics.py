@@ -7,8 +7,8 @@ with demonstrations in its prompt, ``ft`` after fine-tuning. What is 0/0 is NaN,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -103,14 +103,9 @@ class Ratio:
     part: Tensor
     whole: Tensor
 
-    @property
-    def values(self) -> tuple[float, ...]:
-        """A value per example, R + (part − R whole)/mean(whole): their mean is the ratio R, and
-        their standard error that of the delta method; NaN if nothing is counted.
-        """
-        part, whole = self.part.double(), self.whole.double()
-        ratio = part.sum() / whole.sum()
-        return tuple((ratio + (part - ratio * whole) / whole.mean()).tolist())
+    def first(self, count: int) -> Ratio:
+        """Of the first examples."""
+        return Ratio(self.part[:count], self.whole[:count])
 
 
 @dataclass(frozen=True)
@@ -163,9 +158,37 @@ RATIOS: dict[str, Callable[[Answers], Ratio]] = {
 }
 
 
-def ratio_cell(ratios: list[Ratio]) -> Cell:
-    """A ratio for every seed."""
-    return Cell(tuple(ratio.values for ratio in ratios))
+@dataclass(frozen=True)
+class RatioCell(Cell):
+    """A ratio of the counts of all seeds together.
+
+    Attributes:
+        ratios: of every seed.
+    """
+
+    ratios: tuple[Ratio, ...] = field(default=(), compare=False)
+
+    def first(self, counts: Sequence[int]) -> Cell:
+        """The ratio of the counts of so many first examples of every seed."""
+        return ratio_cell([r.first(n) for r, n in zip(self.ratios, counts, strict=True)])
+
+
+def ratio_cell(ratios: Sequence[Ratio]) -> RatioCell:
+    """The ratio R of the counts of all seeds together; NaN if nothing is counted.
+
+    An example's value is R + (part − R whole)/mean(whole): where seeds have as many examples their
+    mean is R, and their standard errors, over examples and over seeds, are the delta method's.
+    """
+    parts, wholes = ([getattr(each, key).double() for each in ratios] for key in ("part", "whole"))
+    part, whole = torch.cat(parts), torch.cat(wholes)
+    ratio, mean = part.sum() / whole.sum(), whole.mean()
+    return RatioCell(
+        tuple(
+            tuple((ratio + (one - ratio * all_) / mean).tolist())
+            for one, all_ in zip(parts, wholes, strict=True)
+        ),
+        ratios=tuple(ratios),
+    )
 
 
 def kendall_tau(one: Tensor, other: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ a text       BOS, input, answer: what one step of fine-tuning is on, without EOS
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +42,12 @@ class Prompts:
     gold: list[int]
     options: list[int]
     bos: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of all but the queries."""
+        content = [self.texts, self.context, self.spans, self.options, self.bos]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def demonstrations(items: Sequence[Item], count: int, seed: int, permutation: int) -> list[Item]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..report.findings import Finding
 from ..report.outcome import Outcome, Table
 from . import paper
+from .blocks import blocks_of, known_family
 from .by_task import (
     CONTROLS_NOTE,
     COSINE,
     UNDEFINED,
+    Measure,
     PaperRows,
     Rows,
-    Values,
+    beside_logs,
     by_task,
+    mean_of,
     sizes,
 )
 from .context import BASE, UNTRAINED, IclContext
@@ -84,7 +89,7 @@ def similarity_tables(
 
 
 def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
-    before: dict[str, Values] = {}
+    before: dict[str, Measure] = {}
     if name == SIM_AOU:
         before = {VECTOR: _without_method("sim_aou", point, BASE)}
     elif name == SIM_AM:
@@ -96,20 +101,20 @@ def _rows(name: str, point: int, methods: Mapping[str, Row]) -> Rows:
     return before | {head: _similarity(METRICS[name], point, row) for head, row in rows.items()}
 
 
-def _similarity(metric: str, point: int, row: Row) -> Values:
+def _similarity(metric: str, point: int, row: Row) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = compared(ctx, task, row.method(ctx, task), row.which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
 
 
-def _without_method(metric: str, point: int, which: str) -> Values:
+def _without_method(metric: str, point: int, which: str) -> Measure:
     def values(ctx: IclContext, task: str) -> list[float]:
         its = before_method(ctx, task, which)
         return [float(each) for each in its.at_points[metric][:, point]]
 
-    return values
+    return mean_of(values)
 
 
 def similarity_outcome(
@@ -119,8 +124,33 @@ def similarity_outcome(
     notes: Sequence[str],
     repetitions: Sequence[IclContext],
     tasks: Sequence[str],
+    logged: Mapping[str, PaperRows],
 ) -> Outcome:
-    """What an experiment with these tables reports; the notes of its own come first."""
+    """What an experiment with these tables reports; the notes of its own come first.
+
+    Args:
+        logged: numbers of the code's logs by metric, at the candidate's token.
+    """
     every = [table for of_point in tables.values() for table in of_point.values()]
     common = [WHAT, sizes(repetitions, tasks), UNDEFINED, CONTROLS_NOTE]
-    return Outcome(title, every, findings, [*notes, *common], paper=paper.PAPER)
+    common += rounding_note([repetitions[0].load(BASE)])
+    common += [paper.SST5_NOTE] if "sst5" in tasks else []
+    logs = beside_logs(tables[POINTS[0]], logged)
+    return Outcome(title, every, findings, [*notes, *common], logs, paper=paper.PAPER)
+
+
+def rounding_note(models: Sequence[nn.Module]) -> list[str]:
+    """Of those whose positions are rotary, if there are any."""
+    layers = sorted({len(blocks_of(each)) for each in models if known_family(each).rotary})
+    if not layers:
+        return []
+    return [
+        "Where positions are rotary, scores of the first layer follow from tokens and distances "
+        f"alone: there ICL's are ZSL's but for rounding. So of {_or(layers)} layers whose mean "
+        "SimAM and SimAM_Δ are, that one adds 1 to ZSL's sum in SimAM and the cosine with rounding "
+        "noise to SimAM_Δ's: read SimAM_Δ as no finer than 1/layers."
+    ]
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))

@@ -13,16 +13,18 @@ from . import paper
 from .by_task import (
     CONTROLS_NOTE,
     UNDEFINED,
+    Measure,
     PaperRows,
     Rows,
-    Values,
     above,
+    beside_logs,
     by_task,
+    mean_of,
     sizes,
 )
 from .context import BASE, UNTRAINED, IclContext
 from .methods import FT, LAYER_CAUSAL
-from .metrics import RATIOS, Answers
+from .metrics import RATIOS, Answers, ratio_cell
 from .similarities import CONTROLS, UPDATE, Row
 from .stages import before_method, compared
 
@@ -34,11 +36,17 @@ PUBLISHED = {
     "Jaccard – correct": paper.TABLE1["correct"],
     "Jaccard – incorrect": paper.TABLE1["incorrect"],
 }
+LOGGED = {
+    "Rec2FTP": {
+        "FT": paper.LOGGED_REC2FTP["ft"],
+        "layer-causal FT": paper.LOGGED_REC2FTP["layer_causal"],
+    }
+}
 WHAT = (
     "Jaccard: of the answers that ICL or FT changes from ZSL's, the share that both change to "
     "the same one; correct: changes from wrong to right; incorrect: those that end wrong. "
-    "Rec2FTP: of the answers that FT sets right, the share that ICL answers right. Their standard "
-    "errors over examples are those of the delta method."
+    "Rec2FTP: of the answers that FT sets right, the share that ICL answers right. These are "
+    "of the counts of all seeds together, their standard errors the delta method's."
 )
 
 
@@ -72,7 +80,8 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         *above("FT's Jaccard is above a random update's", jaccard, "FT", UPDATE),
     ]  # fmt: skip
     notes = [WHAT, sizes(repetitions, options.tasks), UNDEFINED, CONTROLS_NOTE]
-    return Outcome(TITLE, list(tables.values()), findings, notes, paper=paper.PAPER)
+    logs = beside_logs(tables, LOGGED)
+    return Outcome(TITLE, list(tables.values()), findings, notes, logs, paper=paper.PAPER)
 
 
 def _answers(ctx: IclContext, task: str, row: Row) -> Answers:
@@ -80,8 +89,10 @@ def _answers(ctx: IclContext, task: str, row: Row) -> Answers:
 
 
 def _ratios(name: str) -> Rows:
-    def of(row: Row) -> Values:
-        return lambda ctx, task: RATIOS[name](_answers(ctx, task, row)).values
+    def of(row: Row) -> Measure:
+        return lambda repetitions, task: ratio_cell(
+            [RATIOS[name](_answers(ctx, task, row)) for ctx in repetitions]
+        )
 
     return {head: of(row) for head, row in METHODS.items()}
 
@@ -93,19 +104,19 @@ def _rows(count: Callable[[Answers, Tensor], Tensor], zsl: bool = True) -> Rows:
         zsl: whether ZSL has rows.
     """
 
-    def reference(which: str, name: str) -> Values:
+    def reference(which: str, name: str) -> Measure:
         def values(ctx: IclContext, task: str) -> list[float]:
             its = before_method(ctx, task, which).answers
             return [float(each) for each in count(its, getattr(its, name))]
 
-        return values
+        return mean_of(values)
 
-    def method(row: Row) -> Values:
+    def method(row: Row) -> Measure:
         def values(ctx: IclContext, task: str) -> list[float]:
             its = _answers(ctx, task, row)
             return [float(each) for each in count(its, its.ft)]
 
-        return values
+        return mean_of(values)
 
     names = ("zsl", "icl") if zsl else ("icl",)
     before = {name.upper(): reference(BASE, name) for name in names}

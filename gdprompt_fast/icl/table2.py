@@ -14,6 +14,7 @@ from .context import IclContext
 from .methods import FT, LAYER_CAUSAL
 from .similarities import (
     SIM_AM,
+    SIM_AM_DELTA,
     SIM_AOU,
     UNTRAINED_FT,
     UPDATE,
@@ -35,6 +36,15 @@ PUBLISHED = {
         "ZSL": paper.SIM_AM["zsl"],
         "FT": paper.SIM_AM["ft"],
         CAUSAL: paper.SIM_AM["layer_causal"],
+    },
+}
+
+LOGGED = {
+    SIM_AOU: {UNTRAINED_FT: paper.LOGGED_UNTRAINED_SIM_AOU},
+    SIM_AM_DELTA: {
+        "FT": paper.LOGGED_SIM_AM_DELTA["ft"],
+        CAUSAL: paper.LOGGED_SIM_AM_DELTA["layer_causal"],
+        UNTRAINED_FT: paper.LOGGED_UNTRAINED_SIM_AM_DELTA,
     },
 }
 
@@ -68,4 +78,4 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Layer-causal FT takes one step a demonstration on the sum of all layers' losses, as the "
         "paper's code does.",
     ]
-    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks)
+    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks, LOGGED)

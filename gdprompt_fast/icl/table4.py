@@ -12,7 +12,15 @@ from . import paper
 from .by_task import above
 from .context import IclContext
 from .methods import FT, LINEARISED
-from .similarities import SIM_AM, SIM_AOU, VECTOR, Row, similarity_outcome, similarity_tables
+from .similarities import (
+    SIM_AM,
+    SIM_AM_DELTA,
+    SIM_AOU,
+    VECTOR,
+    Row,
+    similarity_outcome,
+    similarity_tables,
+)
 
 TITLE = "ICL and fine-tuning, Table 4: linearised fine-tuning"
 LINEAR = "linearised FT"
@@ -28,6 +36,8 @@ PUBLISHED = {
         LINEAR: paper.LINEARISED_SIM_AM,
     },
 }
+
+LOGGED = {SIM_AM_DELTA: {"FT": paper.LOGGED_SIM_AM_DELTA["ft"]}}
 
 
 @dataclass(frozen=True)
@@ -52,4 +62,4 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Linearised: f(x; θ₀) + J(x)(θ − θ₀) for all that is recorded and for the logits that it "
         "learns from, the same loss, rate and order.",
     ]
-    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks)
+    return similarity_outcome(TITLE, tables, findings, notes, repetitions, options.tasks, LOGGED)

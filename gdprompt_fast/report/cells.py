@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 
@@ -66,6 +66,11 @@ class Cell:
     def estimate(self) -> Estimate:
         """The mean and its standard error."""
         return Estimate(self.mean, self.se)
+
+    def first(self, counts: Sequence[int]) -> Cell:
+        """The same of so many first examples of every seed."""
+        of_seeds = zip(self.values, counts, strict=True)
+        return replace(self, values=tuple(values[:count] for values, count in of_seeds))
 
     def minus(self, other: Cell) -> Estimate:
         """The difference of two means, with the standard error of the difference.

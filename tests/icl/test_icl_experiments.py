@@ -127,7 +127,8 @@ def test_the_same_command_goes_on_where_it_stopped(
     ours, theirs = (json.loads((f / "icl-table1.json").read_text())["tables"] for f in (
         tmp_path, done / "results"))  # fmt: skip
     for one, other in zip(ours, theirs, strict=True):
-        for a, b in zip(one["rows"], other["rows"], strict=True):
+        shares = one["title"].startswith(("Accuracy", "Answers"))  # others are of all seeds
+        for a, b in zip(one["rows"], other["rows"], strict=True) if shares else ():
             assert [c["per_seed"][0] for c in a["cells"]] == [c["per_seed"][0] for c in b["cells"]]
 
 

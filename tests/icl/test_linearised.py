@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import XGLMConfig, XGLMForCausalLM
 
 from gdprompt_fast.icl.blocks import keys_and_values
 from gdprompt_fast.icl.fine_tune import fine_tune, mean_nll
-from gdprompt_fast.icl.linearised import LinearisedModel, linearised_fine_tune
+from gdprompt_fast.icl.linearised import FactoredChange, LinearisedModel, linearised_fine_tune
 from gdprompt_fast.icl.recording import Recorded, record
 from gdprompt_fast.models.memory import PeakMemory
 from helpers.icl import FAMILIES_OF_ICL, demonstrations, tiny
@@ -35,8 +36,8 @@ def formed(linearised: LinearisedModel) -> Parameters:
     names = {id(p): name for name, p in linearised.model.named_parameters()}
     dense = {n: torch.zeros_like(p) for n, p in parameters_of(linearised.model).items()}
     for change in linearised.changes:
-        for parameter, own in zip(change.of.parameters, change.formed(), strict=True):
-            dense[names[id(parameter)]] = own
+        for parameter, own in zip(change.of.parameters, change.gradients(), strict=True):
+            dense[names[id(parameter)]] = -change.lr * own
     return dense
 
 
@@ -122,14 +123,17 @@ def test_all_that_is_recorded_is_value_plus_tangent(family: str) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES_OF_ICL)
-def test_the_first_update_is_the_ordinary_one_to_the_bit(family: str) -> None:
+@pytest.mark.parametrize("lr", [0.5, 0.003])
+def test_the_first_update_is_the_ordinary_one_to_the_bit(family: str, lr: float) -> None:
     model, texts = tiny(family), demonstrations()[:1]
-    delta = formed(linearised_fine_tune(model, texts, 0.5))  # a power of two: η e has no rounding
-    before = {name: parameter.clone() for name, parameter in parameters_of(model).items()}
-    with fine_tune(model, texts, 0.5):
-        for name, parameter in parameters_of(model).items():
-            assert torch.equal(parameter, before[name] + delta[name]), name
-    assert any(each.any() for each in delta.values())
+    changes = linearised_fine_tune(model, texts, lr).changes
+    before = [[p.detach().clone() for p in change.of.parameters] for change in changes]
+    assert all(any(own.any() for own in change.gradients()) for change in changes)
+    with fine_tune(model, texts, lr), torch.no_grad():
+        for change, of_layer in zip(changes, before, strict=True):
+            one_step = zip(change.of.parameters, of_layer, change.gradients(), strict=True)
+            for parameter, old, gradient in one_step:
+                assert torch.equal(parameter, old.add(gradient, alpha=-lr))
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "xglm"])
@@ -204,6 +208,44 @@ def test_the_factors_are_all_that_grows_with_the_texts() -> None:
     a_token = 2 * 4 * (128 + 2 * 64)  # two blocks, fp32; two heads of four share keys
     grown = peak(12) - peak(4)
     assert grown <= 1.25 * 8 * 8 * a_token
+
+
+def factor_bytes(changes: Sequence[FactoredChange]) -> int:
+    """Of the tensors that are there; an input that two changes share is one."""
+    own = {
+        id(x): x.nbytes for change in changes for x in (change.x_NI, change.e_NR) if x is not None
+    }
+    return sum(own.values())
+
+
+def test_the_factors_of_32_long_texts_are_what_their_shapes_say() -> None:
+    model = tiny("xglm").float()
+    texts = [torch.randint(VOCABULARY, (24,)) for _ in range(32)]
+    linearised = linearised_fine_tune(model, texts, 1e-3)
+    config = model.config
+    assert factor_bytes(linearised.changes) == config.num_layers * 3 * config.d_model * 32 * 24 * 4
+
+
+def test_agnews_and_cb_fit_at_the_papers_sizes() -> None:
+    """The same objects in the shapes of its 1.3 B model and of 32 texts of 100 tokens, by 4 bytes;
+    AGNews and CB are where a tangent of all parameters did not fit the paper's GPU.
+    """
+    config = XGLMConfig(
+        vocab_size=50257, d_model=2048, ffn_dim=8192, num_layers=24, attention_heads=32
+    )
+    with torch.device("meta"):
+        model = XGLMForCausalLM(config)
+    changes = [
+        FactoredChange(each, 0.2) for of_block in keys_and_values(model) for each in of_block
+    ]
+    tokens = 32 * 100
+    for keys, values in zip(changes[::2], changes[1::2], strict=True):
+        shared = torch.empty(tokens, 2048, device="meta")
+        for change in (keys, values):
+            change.add(shared, torch.empty(tokens, 2048, device="meta"))
+    assert factor_bytes(changes) == 24 * 3 * 2048 * tokens * 4
+    assert factor_bytes(changes) == pytest.approx(1.76 * 2**30, rel=0.01)
+    assert bytes_of(model) == pytest.approx(4.9 * 2**30, rel=0.01)
 
 
 def test_recorded_of_the_expansion_has_the_same_shapes() -> None:

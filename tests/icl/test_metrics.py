@@ -182,6 +182,13 @@ def test_a_ratios_values_have_its_mean_and_the_delta_methods_error() -> None:
     assert math.isclose(cell.se, math.sqrt(variance))
 
 
+def test_a_ratio_is_of_the_counts_of_all_seeds_also_where_one_has_none() -> None:
+    none, some = torch.zeros(4, dtype=torch.int64), torch.tensor([1, 1, 0, 1])
+    cell = ratio_cell([Ratio(none, none), Ratio(torch.tensor([1, 0, 0, 1]), some)])
+    assert math.isclose(cell.mean, 2 / 3) and math.isfinite(cell.se)
+    assert math.isnan(ratio_cell([Ratio(none, none)]).mean)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kendalls_tau_and_recall_against_plain_counting(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
