@@ -87,10 +87,19 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "before fine-tuning; where positions are rotary, query vectors have them.",
         "The paper has no numbers of these; its parent, Dai et al. (arXiv 2212.10559), has some "
         "of other settings.",
+        _chance(repetitions, options),
         UNDEFINED,
         CONTROLS_NOTE,
     ]
     return Outcome(TITLE, tables, findings, notes, paper=paper.PAPER)
+
+
+def _chance(repetitions: Sequence[IclContext], options: Options) -> str:
+    """A note: with few demonstrations much of the top is shared by chance."""
+    fit = {len(ctx.prompts(task).spans) for ctx in repetitions for task in options.tasks}
+    top = options.demonstrations
+    shares = [f"{top / n:.1%} where a prompt has {n}" for n in sorted(fit)]
+    return f"By chance the recall of the top {top} demonstrations is {', '.join(shares)}."
 
 
 def _values(options: Options, head: str, measure: str, point: int) -> Measure:
