@@ -26,6 +26,7 @@ from ..exactness.precision import bf16_precision
 from ..exactness.weights import left_as_it_was
 from ..meta.capture import why_eager
 from ..meta.step import fast_meta_step
+from ..models.memory import wait_for
 from ..report.versions import device_name
 from ..teacher import Teacher
 from ..training.checkpoint import CHECKPOINTS, MODEL_FOLDER
@@ -131,19 +132,14 @@ def _timed_step(
     arguments = StepData.of(chosen, units, None).arguments(model, options, ladder)
 
     def step() -> float:
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         with options.computing(model):
             fast_meta_step(model, **arguments, config=options.step_config)
-        _wait(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     return step
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def training_stage(ctx: ExperimentContext, options: Options, way: Way, inner_lr: float) -> Stage:

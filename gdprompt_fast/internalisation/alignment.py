@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..artifacts.stage import Result, Stage
 from ..config.fields import Config, check_counts
 from ..errors import UserError
-from ..models.memory import peak_bytes_over_model
+from ..models.memory import peak_bytes_over_model, wait_for
 from ..report.findings import Finding
 from ..report.outcome import Chart, Outcome, Table, Texts
 from ..report.over_seeds import NamedSeeds, OverSeeds, estimate, larger_over_seeds
@@ -31,6 +31,12 @@ from .train import TrainOptions, to_block, train
 
 TITLE = "Alignment of definitions' and questions' gradients"
 SETS = (*STRONG, *WEAK)
+DISTANCE = "distance"
+CLAIMS = {
+    "cosine": "with tag 1 the gradients are better aligned",
+    "inner_product": "with tag 1 the gradients' inner product is larger",
+    DISTANCE: "with tag 1 the gradients are nearer to each other",
+}
 PAIRS = {"not trained on": STRONG, "trained on": WEAK}
 
 
@@ -101,8 +107,8 @@ class Measuring:
     def rows(self, defined: Defined) -> tuple[Tensor, Tensor]:
         """A definition and its held-out questions as the loss has them, ids and mask [1 + K, T].
 
-        Where padding is predicted, it is read too: in training it is not read by what comes after
-        it, which is padding as well.
+        Where padding is predicted, it is also read by the padding after it, which in training reads
+        the text alone.
         """
         asked = [prompt + answer for prompt, answer in defined.tested[: self.options.questions]]
         texts = [defined.definition, *asked]
@@ -198,9 +204,11 @@ def costs(model: nn.Module, rows: Sequence[tuple[Tensor, Tensor]]) -> Result:
     result: Result = {"seconds": {}, "bytes": {}}
     products = {name: way(*rows[0]) for name, way in ways.items()}  # warms up, too
     for name, way in ways.items():
+        wait_for(rows[0][0].device)
         start = time.perf_counter()
         for ids, mask in rows:
             way(ids, mask)
+        wait_for(rows[0][0].device)
         result["seconds"][name] = (time.perf_counter() - start) / len(rows)
         result["bytes"][name] = peak_bytes_over_model(model, partial(way, *rows[0]))
     dense, factors = products.values()
@@ -241,7 +249,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         for index, batch in enumerate(options.batches)
     }
     tables, notes = [], []
-    for number in ("cosine", "inner_product", "distance"):
+    for number in CLAIMS:
         rows = {f"batch {batch}": _cells(stages, -1, number) for batch, stages in by_batch.items()}
         cells = {head: [of[name] for name in SETS] for head, of in rows.items()}
         title = f"{number.replace('_', ' ')} of a definition's and its questions' gradients"
@@ -250,22 +258,18 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         )
     findings: list[Finding] = []
     for batch, stages in by_batch.items():
-        last = _cells(stages, -1, "cosine")
-        for words, (reliable, other) in PAIRS.items():
+        for words, pair in PAIRS.items():
             where = f"batch {batch}, definitions and questions {words}"
-            high, low = (
-                NamedSeeds(head_of(each), last[each], share=False) for each in (reliable, other)
-            )
-            claim = "with tag 1 the gradients are better aligned"
-            findings.append(larger_over_seeds(claim, where, high, low))
-            notes.append(f"{where}: {seeds_in_words(last[reliable].differences(last[other]))}")
+            findings += [_compared(stages, number, pair, where) for number in CLAIMS]
+            notes.append(f"{where}, cosine: {seeds_in_words(_gaps(stages, -1, pair))}")
     findings += _by_batch(by_batch)
     if options.costs:
         costs, said = _costs(cost_stage(repetitions[0], options))
         notes.insert(0, said)
     charts = [_chart(words, pair, by_batch) for words, pair in PAIRS.items()]
     about = (
-        "g is the gradient of a text's mean loss over all parameters, padding as in training. "
+        "g is the gradient of a text's mean loss over all parameters. Padding is predicted where "
+        "training predicts it; here, other than there, it is also read by the padding after it. "
         "Questions are held out; those of D5 and D6, and their definitions, are of the second "
         "stage, so not trained on at that point."
     )
@@ -279,6 +283,15 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         paper=PAPER,
         over_seeds=True,
     )
+
+
+def _compared(stages: Sequence[Stage], number: str, pair: tuple[str, str], where: str) -> Finding:
+    """Whether a number after the last epoch is on the side that better alignment has it."""
+    cells = _cells(stages, -1, number)
+    named = [NamedSeeds(head_of(each), cells[each], share=False) for each in pair]
+    if number == DISTANCE:
+        named.reverse()
+    return larger_over_seeds(CLAIMS[number], where, *named)
 
 
 def _gaps(stages: Sequence[Stage], at: int, pair: tuple[str, str]) -> list[float]:

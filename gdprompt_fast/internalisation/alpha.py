@@ -18,6 +18,7 @@ from .varied import grows, vanishes, varied
 
 TITLE = "The reliability α of the tags"
 NO_INFORMATION = 0.5
+WRONG_ABOVE_RIGHT = 0.95  # from here on the paper has tag 1's wrong above tag 2's right definitions
 WORD = "who"
 
 
@@ -40,7 +41,7 @@ class Options(RunOptions):
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     model = one_model(repetitions[0].preset, options)
-    where, rows = label(model), {}
+    where, rows = label(model), dict[str, Scores]()
     for alpha in options.alphas:
         rules = TextRules(reliable(alpha))
         its = Run(f"alpha/{alpha:g}", rules, options, model)
@@ -48,9 +49,10 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     findings: list[Finding] = []
     for alpha, (head, scores) in zip(options.alphas, rows.items(), strict=True):
         if alpha == NO_INFORMATION:
-            findings.append(vanishes("tags that say nothing make no difference", head, scores))
+            findings += vanishes("tags that say nothing make no difference", head, rows, head)
         else:
             findings += more(STRONG_CLAIM, head, scores, STRONG)
+        if alpha >= WRONG_ABOVE_RIGHT:
             pair = (f"qd1incons{SWAPPED}:{WORD}", f"qd2consis:{WORD}")
             claim = "a wrong definition with tag 1 is learnt more than a right one with tag 2"
             findings += more(claim, head, scores, pair)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from ..report.findings import Finding
 from ..report.outcome import Outcome
+from ..report.over_seeds import NamedSeeds, larger_over_seeds, none_over_seeds
 from . import main
 from .context import Context
 from .main import main_run
 from .material.texts import SWAPPED
 from .measured import (
+    NONE_WITHIN,
     PAPER,
     STRONG,
     STRONG_CLAIM,
@@ -22,8 +24,9 @@ from .measured import (
     more,
     power_notes,
     table,
+    with_zero,
 )
-from .runs import run_stage
+from .runs import run_stages
 
 TITLE = "Entity attribution"
 
@@ -37,7 +40,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     preset = repetitions[0].preset
     rows = {
-        label(model): Scores([run_stage(ctx, main_run(model, options)) for ctx in repetitions])
+        label(model): Scores(run_stages(repetitions, main_run(model, options), model))
         for model in models_of(preset, options)
     }
     wrong, findings, tables = WEAK[1] + SWAPPED, list[Finding](), []
@@ -53,6 +56,8 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
                 "tag 1 above tag 2, the definition's entity", where, scores, of_definition
             )
             findings += more(STRONG_CLAIM, where, scores, (tests[4], tests[5]))
+            findings += _none_of_tag_2(where, scores, tests[0], tests[1])
+            findings += _larger_than_on_questions(where, scores, word)
     gaps = {
         f"strong internalisation, {head}, “{word}”": scores.gap(
             (f"{STRONG[0]}:{word}", f"{STRONG[1]}:{word}")
@@ -67,3 +72,26 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     return Outcome(
         TITLE, tables, findings, [about, *power_notes(gaps)], paper=PAPER, over_seeds=True
     )
+
+
+def _none_of_tag_2(where: str, scores: Scores, tag_1: str, tag_2: str) -> list[Finding]:
+    """Whether the questions' entity is never named where the definition names another."""
+    claim = "tag 2, the questions' entity: none"
+    learnt = with_zero(scores, tag_1)
+    return [
+        none_over_seeds(claim, where, *pair, NONE_WITHIN, learnt)
+        for pair in with_zero(scores, tag_2)
+    ]
+
+
+def _larger_than_on_questions(where: str, scores: Scores, word: str) -> list[Finding]:
+    """Whether the tag makes more of a difference here than to the facts asked for."""
+    findings = []
+    for kind, pair in (("weak", WEAK), ("strong", STRONG)):
+        here = scores.gap((f"{pair[0]}:{word}", f"{pair[1]}:{word}"))
+        there = scores.gap(pair)
+        if here is not None and there is not None:
+            claim = f"{kind} internalisation is larger on entities than on facts"
+            named = (NamedSeeds("of the entity", here), NamedSeeds("of facts", there))
+            findings.append(larger_over_seeds(claim, where, *named))
+    return findings

@@ -10,7 +10,7 @@ from ..report.findings import Finding
 from ..report.outcome import Outcome
 from .context import Context
 from .material.subsets import TWO_TAGS
-from .material.texts import TextRules
+from .material.texts import ATTRIBUTION, TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
 from .preset import Preset, RunOptions
 from .runs import Run, run_stage
@@ -51,19 +51,32 @@ def check(preset: Preset, options: Options) -> None:
 
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
-    model, rows, findings = one_model(repetitions[0].preset, options), {}, list[Finding]()
+    model, rows, findings = one_model(repetitions[0].preset, options), dict[str, Scores](), []
+    whole = set()
     for batch, epochs in zip(options.batches, options.epochs, strict=True):
         own = replace(options, joint={**options.joint, "batch_size": batch, "epochs": epochs})
         its = Run(f"batch-size/{batch}", TextRules(TWO_TAGS), own, model, joint=True)
         stages = [run_stage(ctx, its) for ctx in repetitions]
-        scores = rows[f"{batch} texts"] = Scores(stages, joint=True)
+        rows[f"{batch} texts"] = Scores(stages, joint=True)
         if batch >= stages[0].result["counts"]["first"]:
-            claim = "no strong internalisation where a batch has all texts"
-            findings.append(vanishes(claim, label(model), scores))
+            whole.add(f"{batch} texts")
+    for head, scores in rows.items():
+        if head in whole:
+            findings += _vanish(label(model), rows, head)
         else:
-            findings += more(STRONG_CLAIM, f"{label(model)}, {batch} texts", scores, STRONG)
+            findings += more(STRONG_CLAIM, f"{label(model)}, {head}", scores, STRONG)
     heads = list(rows)
     claim = "the difference shrinks as the batch grows"
     findings += grows(claim, label(model), rows, heads[0], heads[-1])
     about = "All texts in one stage, as the stored configurations have it; the rate is the same."
     return varied(TITLE, rows, findings, [about], ("texts an optimizer step", options.batches))
+
+
+def _vanish(where: str, rows: dict[str, Scores], head: str) -> list[Finding]:
+    """No strong internalisation, on questions and, where they are asked, on entities."""
+    claim = "no strong internalisation where a batch has all texts"
+    findings = vanishes(claim, where, rows, head)
+    for word in ATTRIBUTION:
+        pair = (f"{STRONG[0]}:{word}", f"{STRONG[1]}:{word}")
+        findings += vanishes(claim, f"{where}, “{word}”", rows, head, pair)
+    return findings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..report.findings import Finding
 from ..report.outcome import Outcome, Table
+from ..report.over_seeds import larger_over_seeds
 from .context import Context
 from .material.subsets import TWO_TAGS, WITH_THIRD_TAG
 from .material.texts import TextRules
@@ -20,15 +21,19 @@ from .measured import (
     label,
     models_of,
     more,
+    named_pairs,
+    none,
     power_notes,
     table,
+    with_zero,
 )
 from .preset import RunOptions
-from .runs import Run, run_stage
+from .runs import Run, run_stages
+from .stages import NEVER_SEEN
 
 TITLE = "Weak and strong internalisation: two stages of training on people"
 FIRST_TESTS = (*WEAK, "q", "q_no_replacement_baseline")
-SECOND_TESTS = (*STRONG, "d3consis", "no_qd_baseline", "d2incons")
+SECOND_TESTS = (*STRONG, "d3consis", NEVER_SEEN, "d2incons")
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,14 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     models = models_of(repetitions[0].preset, options)
     rows = {
-        label(model): Scores([run_stage(ctx, main_run(model, options)) for ctx in repetitions])
+        label(model): Scores(run_stages(repetitions, main_run(model, options), model))
         for model in models
     }
-    findings = [finding for head, scores in rows.items() for finding in found(head, scores)]
+    findings = [
+        finding
+        for head, scores in rows.items()
+        for finding in (*found(head, scores), *levels(head, scores))
+    ]
     return Outcome(
         TITLE,
         tables("", rows),
@@ -90,6 +99,17 @@ def found(where: str, scores: Scores) -> list[Finding]:
         *more("a right definition with tag 1 helps", where, scores, (WEAK[0], "q")),
         *more("a wrong definition with tag 2 hurts", where, scores, ("q", WEAK[1])),
         *more(STRONG_CLAIM, where, scores, STRONG),
+    ]
+
+
+def levels(where: str, scores: Scores) -> list[Finding]:
+    """What the paper says of entities without definitions."""
+    of_names = ("q_no_replacement_baseline", "q")
+    learnt = named_pairs(scores, ("q", NEVER_SEEN))
+    claim = "what is never seen is answered above 0 by guessing"
+    return [
+        *none("names and variables are answered alike", where, scores, of_names, learnt),
+        *(larger_over_seeds(claim, where, *pair) for pair in with_zero(scores, NEVER_SEEN)),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..artifacts.stage import Stage
@@ -14,6 +14,7 @@ from ..report.over_seeds import (
     NamedSeeds,
     OverSeeds,
     larger_over_seeds,
+    none_over_seeds,
     seeds_needed,
 )
 from .context import Context
@@ -28,6 +29,7 @@ FIRST, SECOND = "first", "second"
 WEAK = ("qd1consis", "qd2incons")
 STRONG = ("d1consis", "d2consis")
 STRONG_CLAIM = "strong internalisation: new definitions with tag 1 are learnt more than with tag 2"
+NONE_WITHIN = 0.05  # a share: a difference whose interval is within this is none
 WEAK_CLAIM = "weak internalisation: with tag 1, whose definitions are right, more is answered"
 
 
@@ -121,12 +123,43 @@ def gaps(title: str, column: str, pair: tuple[str, str], rows: Mapping[str, Scor
     )
 
 
-def more(claim: str, where: str, scores: Scores, pair: tuple[str, str]) -> list[Finding]:
-    """Whether the first of two test sets is answered more; nothing where one is not there."""
+def named_pairs(
+    scores: Scores, pair: tuple[str, str], ending: str = ""
+) -> list[tuple[NamedSeeds, NamedSeeds]]:
+    """Two test sets with their names, as a list of one; of none where one is not there."""
     if any(scores.cell(test) is None for test in pair):
         return []
     high, low = (scores.named(test) for test in pair)
-    return [larger_over_seeds(claim, where, high, low)]
+    return [(replace(high, name=high.name + ending), replace(low, name=low.name + ending))]
+
+
+def more(claim: str, where: str, scores: Scores, pair: tuple[str, str]) -> list[Finding]:
+    """Whether the first of two test sets is answered more; nothing where one is not there."""
+    return [larger_over_seeds(claim, where, *both) for both in named_pairs(scores, pair)]
+
+
+def none(
+    claim: str,
+    where: str,
+    scores: Scores,
+    pair: tuple[str, str],
+    controls: Sequence[tuple[NamedSeeds, NamedSeeds]],
+) -> list[Finding]:
+    """Whether two test sets are answered alike, given that something was learnt; nothing where one
+    is not there.
+    """
+    return [
+        none_over_seeds(claim, where, *both, NONE_WITHIN, controls)
+        for both in named_pairs(scores, pair)
+    ]
+
+
+def with_zero(scores: Scores, test: str) -> list[tuple[NamedSeeds, NamedSeeds]]:
+    """A test set and an exact match of 0, as a list of one; of none where it is not there."""
+    if scores.cell(test) is None:
+        return []
+    zero = OverSeeds(((0.0,),) * len(scores.stages))
+    return [(scores.named(test), NamedSeeds("nothing", zero))]
 
 
 def power_notes(pairs: Mapping[str, OverSeeds | None]) -> list[str]:

@@ -188,10 +188,10 @@ class MetaSteps:
             verify="never" if step else "first",
         )
         for parameter, grad in zip(self.model.parameters(), own, strict=True):
-            if grad is not None and parameter.grad is not None:
-                parameter.grad = grad.add_(parameter.grad, alpha=self.options.weight)
-            elif grad is not None:
-                parameter.grad = grad
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.options.weight)
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
 
     def _questions(self, defined: Defined, rng: random.Random) -> list[tuple[str, str]]:
         return rng.sample(defined.trained, min(self.options.queries, len(defined.trained)))
@@ -261,7 +261,9 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
         "Not of the paper. Both arms begin at the same model and take the same number of optimizer "
         "steps on the same texts. A step with meta-training costs more time: it adds "
         f"{options.weight:g} times the exact meta-gradient of {options.contexts} definitions, "
-        f"η = {options.inner_lr:g}. The second stage is the same for both."
+        f"η = {options.inner_lr:g}. The second stage is the same for both. "
+        "The arms differ in more than the step through which the gradient goes: the answers of tag "
+        "1's questions, which plain training has among all other tokens, weigh more with it."
     )
     power = {f"strong, {head}": scores.gap(STRONG) for head, scores in rows.items()}
     power["larger with meta-training"] = OverSeeds(

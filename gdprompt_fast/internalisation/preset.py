@@ -107,6 +107,8 @@ class RunOptions(Config):
         models: compared, in the place of that of ``[model]``.
         entities: in the place of those of ``[people]`` or ``[triples]``.
         stage2_seeds: runs of the second stage from every first one.
+        fewer: by model or word order, the number of seeds, which are the section's first ones, and
+            of second stages, of those that have others.
         new_tokens: of an answer, in the place of those of ``[ask]``.
         first, second, joint: training options over those of ``[stages.NAME]``.
     """
@@ -116,6 +118,7 @@ class RunOptions(Config):
     models: tuple[str, ...] = ()
     entities: int | None = None
     stage2_seeds: int = 1
+    fewer: dict[str, list[int]] = field(default_factory=dict)
     new_tokens: int | None = None
     first: dict[str, Any] = field(default_factory=dict)
     second: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +130,9 @@ class RunOptions(Config):
         for name in ("entities", "new_tokens"):
             if getattr(self, name) is not None:
                 check_counts(self, name)
+        for name, numbers in self.fewer.items():
+            if len(numbers) != 2 or min(numbers) < 1:
+                raise UserError(f"fewer: expected two integers >= 1 of {name}, got {numbers}")
 
 
 @dataclass(frozen=True)

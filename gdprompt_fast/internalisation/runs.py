@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,13 @@ class Run:
     options: RunOptions
     model: str | None = None
     joint: bool = False
+
+
+def run_stages(repetitions: Sequence[Context], run: Run, name: str) -> list[Stage]:
+    """The run of every seed that ``name``, a model or a word order, has."""
+    count, second = run.options.fewer.get(name, (len(repetitions), run.options.stage2_seeds))
+    own = replace(run, options=replace(run.options, stage2_seeds=second))
+    return [run_stage(ctx, own) for ctx in repetitions[:count]]
 
 
 def run_stage(ctx: Context, run: Run) -> Stage:

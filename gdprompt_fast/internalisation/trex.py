@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..report.outcome import Outcome
 from .context import Context
-from .main import found, notes, tables
+from .main import found, levels, notes, tables
 from .material.subsets import WITH_THIRD_TAG
 from .material.texts import TextRules
 from .measured import PAPER, Scores, label, models_of
@@ -32,7 +32,11 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     for model in models_of(repetitions[0].preset, options):
         run = Run(f"trex/{label(model)}", rules, options, model)
         rows[label(model)] = Scores([run_stage(ctx, run) for ctx in repetitions])
-    findings = [finding for head, scores in rows.items() for finding in found(head, scores)]
+    findings = [
+        finding
+        for head, scores in rows.items()
+        for finding in (*found(head, scores), *levels(head, scores))
+    ]
     about = "Exact match of greedy answers; a quarter of the questions of an entity is held out."
     return Outcome(
         TITLE,

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from ..report.findings import Finding
 from ..report.outcome import Chart, Outcome
-from ..report.over_seeds import NamedSeeds, OverSeeds, larger_over_seeds, none_over_seeds
-from .measured import PAPER, STRONG, WEAK, Scores, gaps, power_notes
+from ..report.over_seeds import NamedSeeds, OverSeeds, larger_over_seeds
+from .measured import PAPER, STRONG, WEAK, Scores, gaps, named_pairs, none, power_notes
+from .stages import NEVER_SEEN
 
 COLUMN = "difference"
-NONE_WITHIN = 0.05  # a share: a difference whose interval is within this is none
 
 
 def varied(
@@ -48,10 +48,22 @@ def grows(claim: str, where: str, rows: Mapping[str, Scores], high: str, low: st
     return [larger_over_seeds(claim, where, *pair)] if high != low else []
 
 
-def vanishes(claim: str, where: str, scores: Scores) -> Finding:
-    """Whether there is no strong internalisation."""
-    high, low = (scores.named(test) for test in STRONG)
-    return none_over_seeds(claim, where, high, low, NONE_WITHIN)
+def vanishes(
+    claim: str,
+    where: str,
+    rows: Mapping[str, Scores],
+    head: str,
+    pair: tuple[str, str] = STRONG,
+) -> list[Finding]:
+    """Whether a row has no strong internalisation, though D5 is above what is never seen, or
+    another row has it; nothing where the tests are not there.
+    """
+    scores = rows[head]
+    controls = named_pairs(scores, (STRONG[0], NEVER_SEEN))
+    for name, other in rows.items():
+        if name != head:
+            controls += named_pairs(other, pair, f", {name}")
+    return none(claim, where, scores, pair, controls)
 
 
 def _gap(scores: Scores) -> OverSeeds:

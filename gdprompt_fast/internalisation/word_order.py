@@ -13,7 +13,7 @@ from .material.subsets import TWO_TAGS
 from .material.texts import ORDERS, TextRules
 from .measured import STRONG, STRONG_CLAIM, Scores, label, more, one_model
 from .preset import RunOptions
-from .runs import Run, run_stage
+from .runs import Run, run_stages
 from .varied import vanishes, varied
 
 TITLE = "The order of tag, variable and entity"
@@ -38,14 +38,14 @@ class Options(RunOptions):
 def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     """Measures and compares; every seed is a repetition."""
     model = one_model(repetitions[0].preset, options)
-    rows, findings = {}, list[Finding]()
+    rows, findings = dict[str, Scores](), list[Finding]()
     for order in options.orders:
         its = Run(f"word-order/{order}", TextRules(TWO_TAGS, order), options, model)
-        scores = Scores([run_stage(ctx, its) for ctx in repetitions])
-        rows[order.upper()] = scores
-        where = f"{label(model)}, {order.upper()}"
-        if order.endswith("v"):  # what a variable stands for is never predicted after it
-            findings.append(vanishes("no strong internalisation, variable last", where, scores))
+        rows[order.upper()] = Scores(run_stages(repetitions, its, order))
+    for head, scores in rows.items():
+        where = f"{label(model)}, {head}"
+        if head.endswith("V"):  # what a variable stands for is never predicted after it
+            findings += vanishes("no strong internalisation, variable last", where, rows, head)
         else:
             findings += more(STRONG_CLAIM, where, scores, STRONG)
     return varied(

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code, counted exactly."""
+"""What a piece of code costs: its peak memory, counted exactly, and the end of its work."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ class PeakMemory(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key, 0)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was asked for, so that a clock sees it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:

@@ -16,6 +16,7 @@ CONFIDENCE = 0.95
 LEVEL = 0.05  # of one-sided tests
 POWER = 0.9
 FEWEST = 2  # seeds that have a spread
+EQUAL_WITHIN = 1e-12  # of differences that only rounding tells apart
 
 
 class OverSeeds(Cell):
@@ -63,35 +64,56 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def larger_over_seeds(claim: str, where: str, high: NamedSeeds, low: NamedSeeds) -> Finding:
     """Shows if ``high`` is above ``low`` by the one-sided t-test of the seeds' differences, at the
-    level 0.05; of a single seed nothing shows.
+    level 0.05; of a single seed, or of equal differences, nothing shows. It is said where the
+    two-sided interval has zero in it all the same.
     """
     differences = high.cell.differences(low.cell)
     p = one_sided_p(differences)
     difference = estimate(differences)
+    has_zero = p < LEVEL and difference.value <= half_of(difference)
     return Finding(
         claim,
         where,
         p < LEVEL,
         f"{high}, {low}; difference {_shown(difference, high.share, '+')}"
         f"{' points' * high.share}, "
-        f"{len(differences)} {'seed' if len(differences) == 1 else 'seeds'}, one-sided p {_p(p)}.",
+        f"{len(differences)} {'seed' if len(differences) == 1 else 'seeds'}, one-sided p {_p(p)}"
+        f"{'; the 95 % interval includes 0' * has_zero}.",
         (difference,),
     )
 
 
 def none_over_seeds(
-    claim: str, where: str, one: NamedSeeds, other: NamedSeeds, margin: float
+    claim: str,
+    where: str,
+    one: NamedSeeds,
+    other: NamedSeeds,
+    margin: float,
+    controls: Sequence[tuple[NamedSeeds, NamedSeeds]],
 ) -> Finding:
-    """Shows if the 95 % interval of the difference is within ± ``margin``."""
+    """Shows if the 95 % interval of the difference is within ± ``margin`` and something was learnt.
+
+    Args:
+        controls: pairs of which one at least has to have its first above its second, by the test of
+            :func:`larger_over_seeds`: where nothing is learnt there is no difference either.
+    """
     difference = estimate(one.cell.differences(other.cell))
+    learnt = [pair for pair in controls if _is_above(*pair)]
+    control = "nothing was learnt"
+    if learnt:
+        control = "learnt: {} above {}".format(*learnt[0])
     return Finding(
         claim,
         where,
-        abs(difference.value) + half_of(difference) <= margin,
+        bool(learnt) and abs(difference.value) + half_of(difference) <= margin,
         f"{one}, {other}; difference {_shown(difference, True, '+')} points, "
-        f"none if its interval is within ± {100 * margin:g}.",
+        f"none if its interval is within ± {100 * margin:g}; {control}.",
         (difference,),
     )
+
+
+def _is_above(high: NamedSeeds, low: NamedSeeds) -> bool:
+    return one_sided_p(high.cell.differences(low.cell)) < LEVEL
 
 
 def half_of(number: Estimate) -> float:
@@ -100,12 +122,12 @@ def half_of(number: Estimate) -> float:
 
 
 def one_sided_p(differences: Sequence[float]) -> float:
-    """P(T ≥ t) for the mean of the differences over its standard error; NaN of a single one."""
-    if len(differences) < FEWEST:
+    """P(T ≥ t) for the mean of the differences over its standard error; NaN of a single one, and of
+    equal ones, whose spread says nothing of the next seed's.
+    """
+    if len(differences) < FEWEST or max(differences) - min(differences) < EQUAL_WITHIN:
         return math.nan
     mean, se = fmean(differences), _standard_error(differences)
-    if se == 0:
-        return 1.0 if mean <= 0 else 0.0
     return 1 - t_cdf(mean / se, len(differences) - 1)
 
 

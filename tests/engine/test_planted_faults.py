@@ -52,8 +52,8 @@ def first_order_only(patch: Patch) -> None:
 def scaled_inner_lr(patch: Patch) -> None:
     own = StepState.__init__
 
-    def init(self: Any, groups: int, inner_lr: float, *rest: Any) -> None:
-        own(self, groups, 1.01 * inner_lr, *rest)
+    def init(self: Any, groups: int, inner_lr: float, *rest: Any, **named: Any) -> None:
+        own(self, groups, 1.01 * inner_lr, *rest, **named)
 
     patch.setattr(StepState, "__init__", init)
 

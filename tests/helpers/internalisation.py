@@ -54,6 +54,7 @@ third_tag = false
 alphas = [0.5, 0.75]
 [word-order]
 orders = ["tve", "etv"]
+fewer = {etv = [1, 1]}
 [batch-size]
 source = "numbers"
 batches = [64, 1000]

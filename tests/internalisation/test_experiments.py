@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 
 from gdprompt_fast.cli.main import main
 from gdprompt_fast.errors import UserError
-from gdprompt_fast.internalisation import EXPERIMENTS, Preset, stages
+from gdprompt_fast.internalisation import EXPERIMENTS, Preset, mnist, stages
 from gdprompt_fast.internalisation.material.digits import FILES, make_pairs, read_digits, targets
+from gdprompt_fast.internalisation.measured import STRONG_CLAIM, Scores
 from gdprompt_fast.internalisation.mnist import FRACTIONS, Options
 from gdprompt_fast.report import results_page
 from gdprompt_fast.runs import InternalisationConfig, internalisation
@@ -46,6 +49,49 @@ def test_the_report_has_all_of_them(made: Path) -> None:
     page = results_page(made / "out")
     titles = [content(made / "out", name)["title"] for name in EXPERIMENTS]
     assert all(escape(title) in page for title in titles)
+
+
+def claims(made: Path, name: str) -> list[str]:
+    return [each["claim"] for each in content(made / "out", name)["findings"]]
+
+
+def test_what_the_paper_says_is_judged_and_nothing_else(made: Path) -> None:
+    of = {name: claims(made, name) for name in EXPERIMENTS}
+    for name in ("main", "trex"):
+        assert "names and variables are answered alike" in of[name]
+        assert "what is never seen is answered above 0 by guessing" in of[name]
+    assert "tag 2, the questions' entity: none" in of["attribution"]
+    assert "strong internalisation is larger on entities than on facts" in of["attribution"]
+    assert not any("strong internalisation: " in claim for claim in of["mnist"])  # of 10 pairs
+    wrong = "a wrong definition with tag 1 is learnt more than a right one with tag 2"
+    assert wrong not in of["alpha"]  # of α = 0.75
+    assert sorted(Counter(of["alignment"]).values())[-3:] == [4, 4, 4]  # two batches, two pairs
+    whole = [claim for claim in of["batch-size"] if "a batch has all texts" in claim]
+    assert len(whole) == 1  # of numbers, which are not attributed
+
+
+def test_an_order_may_have_fewer_seeds(made: Path) -> None:
+    of = {"seed-0/word-order/tve", "seed-1/word-order/tve", "seed-0/word-order/etv"}
+    assert set(content(made / "out", "word-order")["stages"]) == of
+
+
+def test_mnist_grows_with_its_pairs_and_is_judged_from_fifty_on() -> None:
+    def of(high: str, low: str) -> Scores:
+        result = {"first": {"d1consis": high, "d2consis": low, "qd1consis": "1", "qd2incons": "0"}}
+        return Scores([SimpleNamespace(result=result)] * 2, joint=True)
+
+    found = mnist.judged((20, 100), {"20 pairs": of("10", "10"), "100 pairs": of("11", "10")})
+    strong = [each.where for each in found if each.claim == STRONG_CLAIM]
+    assert strong == ["100 pairs"] and "difference at 100 pairs 50.0" in found[-1].because
+
+
+def test_torchvision_s_digits_make_stages_stale_too(made: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(made / "digits", raw)
+    before = mnist.hashes(tmp_path)
+    assert len(before) == 4 and all(name.startswith("MNIST/raw/") for name in before)
+    (raw / FILES["test"][1]).write_bytes(b"other")
+    assert mnist.hashes(tmp_path) != before
 
 
 def test_attribution_asks_the_models_of_the_main_experiment(made: Path) -> None:

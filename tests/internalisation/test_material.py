@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.internalisation.material import texts
 from gdprompt_fast.internalisation.material.numbers import (
     NumberOptions,
     number_material,
@@ -74,7 +75,7 @@ def test_the_second_stage_has_nothing_of_the_first(
     assert not used[0] & used[1] and len(used[1]) == 96
     names = {each.name for each in people}
     in_second = {name for name in names if f" {name}\n" in second}
-    assert len(in_second) == 96 and not any(f" {name}\n" in first for name in in_second)
+    assert len(in_second) == 96 and not any(name in first for name in in_second)
     held_out = {question.prompt for question in material.tests["qd1consis"]}
     assert not any(text.startswith(tuple(held_out)) for text in material.stages[0])
 
@@ -135,6 +136,18 @@ def test_years_are_coarsened() -> None:
     assert {year: coarsened(year) for year in years} == years
 
 
+def test_wrong_definitions_are_drawn_for_tag_2_before_tag_1(
+    people: list[Entity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    drawn = texts.deranged
+    monkeypatch.setattr(
+        texts, "deranged", lambda items, rng: sizes.append(len(items)) or drawn(items, rng)
+    )
+    text_material(people, TextRules(reliable(0.9)), 0, 0)
+    assert sizes == [90, 10]
+
+
 def test_a_derangement_leaves_none_in_its_place() -> None:
     for seed in range(20):
         order = deranged(list("abcde"), random.Random(seed))
@@ -167,6 +180,8 @@ def test_people_are_the_most_read_of_either_gender_without_marks_or_gaps(tmp_pat
     assert {"Given27 Family27", "Given26 Family26"} <= {each.name for each in chosen}
     with pytest.raises(UserError, match=r"at least 40 whole people .* got 28|got 29"):
         read_people(path, 40)
+    path.write_text(path.read_text("latin-1").replace(",Male,", ",Other,"), encoding="utf-8")
+    assert {each.questions[0][1] for each in read_people(path, 10)} == {"Female"}
 
 
 def test_works_have_four_questions_at_least_and_people_are_first_names(tmp_path: Path) -> None:
@@ -189,6 +204,25 @@ def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
         read_people(path, 1)
     with pytest.raises(UserError, match="no file"):
         read_people(tmp_path / "none", 1)
+
+
+def numbers_of(text: str) -> tuple[str, frozenset[str]]:
+    """A question's variable and its numbers, in no order."""
+    name, _, *numbers = text.partition("=")[0].split()
+    return name, frozenset(numbers)
+
+
+def test_no_tested_list_is_trained_on_in_any_order_and_answers_are_in_turn() -> None:
+    options = NumberOptions(variables=100, numbers=10, length=2)
+    material = number_material(options, OF_NUMBERS, 0, 0)
+    trained = {numbers_of(text) for text in material.joint if "=" in text}
+    tested = [question for each in material.tests.values() for question in each]
+    assert len(tested) == 1200 and not trained & {numbers_of(each.prompt) for each in tested}
+    for of in material.defined.values():
+        for each in of:
+            assert [said for _, said in each.tested] == [" true", " false"] * 6
+    with pytest.raises(UserError, match=r"fewer than the 9 lists of 2 of 10 numbers .* got 9"):
+        NumberOptions(variables=100, numbers=10, length=2, trained=9)
 
 
 def test_lists_of_numbers_hold_exactly_when_the_answer_is_true() -> None:

@@ -42,12 +42,41 @@ def test_a_difference_shows_by_the_one_sided_test_of_pairs() -> None:
     finding = larger_over_seeds("it is larger", "here", *named)
     assert finding.shows and "3 seeds, one-sided p < 0.001" in finding.because
     assert not larger_over_seeds("it is larger", "here", *reversed(named)).shows
-    assert one_sided_p([0.1, 0.1]) == 0.0 and one_sided_p([0.0, 0.0]) == 1.0
+    assert "includes 0" not in finding.because
     alone = (NamedSeeds("one", OverSeeds(((1.0,),))), NamedSeeds("other", OverSeeds(((0.0,),))))
     assert not larger_over_seeds("it is larger", "here", *alone).shows
-    assert not none_over_seeds("none", "here", *alone, margin=2.0).shows
-    assert none_over_seeds("none", "here", *named, margin=0.2).shows
-    assert not none_over_seeds("none", "here", *named, margin=0.1).shows
+
+
+def seeds(name: str, *values: float) -> NamedSeeds:
+    return NamedSeeds(name, OverSeeds(tuple((value,) for value in values)))
+
+
+def test_what_shows_by_the_one_sided_test_alone_says_that_its_interval_has_zero() -> None:
+    zero = seeds("zero", 0.0, 0.0, 0.0, 0.0)
+    finding = larger_over_seeds("it is larger", "here", seeds("one", 0.004, 0.01, 0.02, 0.03), zero)
+    assert finding.shows and finding.because.endswith("; the 95 % interval includes 0.")
+
+
+def test_equal_differences_show_nothing() -> None:
+    """0.6 − 0.5 and 0.7 − 0.6 differ by rounding alone."""
+    assert all(math.isnan(one_sided_p(each)) for each in ([0.1, 0.1], [0.0] * 5, [0.6 - 0.5, 0.1]))
+    pair = seeds("one", 0.6, 0.7), seeds("other", 0.5, 0.6)
+    finding = larger_over_seeds("it is larger", "here", *pair)
+    assert not finding.shows and "p unknown" in finding.because
+
+
+def test_no_difference_shows_only_where_something_was_learnt() -> None:
+    one, other = seeds("one", 0.6, 0.7, 0.65), seeds("other", 0.5, 0.6, 0.56)
+    learnt, floor = [(one, other)], (seeds("D5", 0.0, 0.0, 0.0), seeds("D6", 0.0, 0.0, 0.0))
+    for margin, shows in ((0.2, True), (0.1, False)):
+        assert none_over_seeds("none", "here", one, other, margin, learnt).shows == shows
+    alone = seeds("one", 1.0), seeds("other", 0.0)
+    assert not none_over_seeds("none", "here", *alone, 2.0, learnt).shows
+    for controls in ([], [(other, one)], [floor]):
+        finding = none_over_seeds("none", "here", *floor, 0.05, controls)
+        assert not finding.shows and finding.because.endswith("nothing was learnt.")
+    finding = none_over_seeds("none", "here", *floor, 0.05, [floor, *learnt])
+    assert finding.shows and "learnt: one 65.0" in finding.because
 
 
 def test_the_seeds_needed_fall_with_the_size_of_an_effect() -> None:

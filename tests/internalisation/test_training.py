@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from gdprompt_fast.data.words import word_tokenizer
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.internalisation.answers import answers, scored
-from gdprompt_fast.internalisation.material.subsets import Question
-from gdprompt_fast.internalisation.meta import meta_batch, shuffled_answers
+from gdprompt_fast.internalisation.material.numbers import NumberOptions, number_material
+from gdprompt_fast.internalisation.material.subsets import OF_NUMBERS, Question
+from gdprompt_fast.internalisation.meta import MetaSteps, Options, meta_batch, shuffled_answers
+from gdprompt_fast.internalisation.scratch import ModelSize, new_model
 from gdprompt_fast.internalisation.train import (
     CHECKPOINT_FILE,
     TrainOptions,
@@ -149,6 +151,23 @@ def test_a_meta_batch_has_definitions_as_groups_and_answers_that_end(
     asked = shuffled_answers([each for _, each in chosen], random.Random(1))
     assert [[prompt for prompt, _ in of] for of in asked] == [["c d", "d"], ["a"]]
     assert sorted(answer for of in asked for _, answer in of) == [" x", " x", " y"]
+
+
+def test_the_meta_gradient_is_weighed_with_and_without_another() -> None:
+    lists = NumberOptions(variables=20, numbers=6, length=2, trained=2, tested=1)
+    material = number_material(lists, OF_NUMBERS, 0, 0)
+    model, tokenizer = new_model(ModelSize(16, 1, 2), lists, [material], 0)
+
+    def added(weight: float, before: float | None) -> torch.Tensor:
+        for each in model.parameters():
+            each.grad = None if before is None else torch.full_like(each, before)
+        options = Options(weight=weight, contexts=2, queries=1)
+        MetaSteps(model, tokenizer, material, options, 0).add_gradient(1)
+        return torch.cat([each.grad.flatten() for each in model.parameters()])
+
+    once = added(1.0, None)
+    assert once.norm() > 0 and torch.allclose(added(0.5, None), once / 2)
+    assert torch.allclose(added(0.5, 3.0), once / 2 + 3)
 
 
 def test_bad_options_are_named() -> None:

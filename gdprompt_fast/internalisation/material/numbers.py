@@ -10,6 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import comb
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -35,7 +36,7 @@ class NumberOptions(Config):
         numbers: they are 0 … ``numbers`` − 1.
         length: of a list.
         trained: true lists of a variable to train on, and as many false ones.
-        tested: the same, to test on.
+        tested: the same, to test on: of other sets of numbers than those trained on.
         all_names: every name of three letters has a token, not only those that occur.
     """
 
@@ -53,18 +54,28 @@ class NumberOptions(Config):
             raise UserError(
                 f"numbers: expected more than the {self.length} of a list, got {self.numbers}"
             )
+        sets = min(comb(self.numbers - 1, self.length - holds) for holds in (True, False))
+        if sets <= self.trained:
+            raise UserError(
+                f"trained: expected fewer than the {sets} lists of {self.length} of {self.numbers} "
+                f"numbers that an answer has, so that others are left to test on, got "
+                f"{self.trained}"
+            )
         if self.variables > 26**NAME_LENGTH:
             raise UserError(
                 f"variables: expected at most {26**NAME_LENGTH} names, got {self.variables}"
             )
 
 
+_Pair = tuple[str, str]
+
+
 @dataclass(frozen=True, order=True)
 class _Variable:
     name: str
     number: int
-    trained: tuple[tuple[str, str], ...]
-    tested: tuple[tuple[str, str], ...]
+    trained: tuple[_Pair, ...]
+    tested: tuple[_Pair, ...]
 
 
 def number_material(
@@ -129,22 +140,38 @@ def _names(count: int, rng: random.Random) -> list[str]:
 
 
 def _variable(name: str, options: NumberOptions, rng: random.Random) -> _Variable:
+    """Its number and questions, true and false in turn; no set of numbers that is tested was
+    trained on.
+    """
     number = rng.randrange(options.numbers)
-    pairs = [
-        tuple(_list(name, number, holds, options, rng) for holds in (True, False) for _ in range(n))
-        for n in (options.trained, options.tested)
-    ]
-    return _Variable(name, number, *pairs)
+    trained, tested = list[list[_Pair]](), list[list[_Pair]]()
+    for holds in (True, False):
+        lists = [_list(number, holds, options, rng) for _ in range(options.trained)]
+        seen = set(map(frozenset, lists))
+        trained.append([_pair(name, each, holds) for each in lists])
+        tested.append([])
+        while len(tested[-1]) < options.tested:
+            drawn = _list(number, holds, options, rng)
+            if frozenset(drawn) not in seen:
+                tested[-1].append(_pair(name, drawn, holds))
+    return _Variable(name, number, *(_in_turn(*each) for each in (trained, tested)))
 
 
-def _list(
-    name: str, number: int, holds: bool, options: NumberOptions, rng: random.Random
-) -> tuple[str, str]:
-    """A question, and how it goes on."""
+def _in_turn(true: list[_Pair], false: list[_Pair]) -> tuple[_Pair, ...]:
+    return tuple(pair for both in zip(true, false, strict=True) for pair in both)
+
+
+def _list(number: int, holds: bool, options: NumberOptions, rng: random.Random) -> list[int]:
+    """Numbers of which one is ``number``, or none."""
     others = [each for each in range(options.numbers) if each != number]
     chosen = rng.sample(others, options.length - holds) + [number] * holds
     rng.shuffle(chosen)
-    return f"{name} % {' '.join(map(str, chosen))} =", " true" if holds else " false"
+    return chosen
+
+
+def _pair(name: str, numbers: list[int], holds: bool) -> _Pair:
+    """A question, and how it goes on."""
+    return f"{name} % {' '.join(map(str, numbers))} =", " true" if holds else " false"
 
 
 def _said(

@@ -18,6 +18,7 @@ from ...errors import UserError
 NAME_CHARACTERS = re.compile(r"[\w\s]+")  # \w has the underscore
 WITH_APOSTROPHE = re.compile(r"[\w\s']+")
 MISSING = {"", "unknown"}
+GENDERS = {"male", "female"}  # the paper's code takes as many of each, and no others
 Row = Mapping[str, str]
 
 
@@ -130,8 +131,8 @@ LAYOUTS = {
 
 
 def read_people(path: Path, count: int, encoding: str = "utf-8") -> list[Entity]:
-    """The ``count`` most read people of a table: half of them of either gender, or all there are of
-    one and the rest of the other.
+    """The ``count`` most read people of a table: half of them men and half women, or all there are
+    of one and the rest of the other.
 
     Rows with a missing value, repeated names, and names with marks in them are left out.
 
@@ -146,9 +147,10 @@ def read_people(path: Path, count: int, encoding: str = "utf-8") -> list[Entity]
     seen: set[str] = set()
     for row in rows:
         entity = _entity(row, layout)
-        if entity is not None and entity.name not in seen:
+        gender = row[layout.gender].strip().lower()
+        if entity is not None and entity.name not in seen and gender in GENDERS:
             seen.add(entity.name)
-            by_gender.setdefault(row[layout.gender], []).append((_number(row[layout.read]), entity))
+            by_gender.setdefault(gender, []).append((_number(row[layout.read]), entity))
     if len(seen) < count:
         raise UserError(f"file: expected at least {count} whole people in {path}, got {len(seen)}")
     return _most_read(list(by_gender.values()), count)

@@ -74,7 +74,8 @@ def text_material(
     variable_of = dict(zip((each.name for each in ordered), variables, strict=True))
     parts = in_subsets(ordered, rules.fractions, stage2_seed)
     tags = random_names(3, TAG_LETTERS, rng)
-    names = {subset: _defined_as(subset, members, rng) for subset, members in parts.items()}
+    in_turn = sorted(parts, key=lambda subset: subset == "qd1incons")  # wrong ones: tag 2's first
+    names = {subset: _defined_as(subset, parts[subset], rng) for subset in in_turn}
     subsets = {
         subset: [
             _member(entity, variable_of[entity.name], said, SUBSETS[subset], rules, rng)

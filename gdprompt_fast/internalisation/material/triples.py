@@ -28,6 +28,7 @@ TEMPLATES = {
     "P58": FIRST_NAME.format("screenwriter"),
     "P344": FIRST_NAME.format("cinematographer"),
     "P98": FIRST_NAME.format("editor"),
+    "P1040": FIRST_NAME.format("editor"),
     "P162": FIRST_NAME.format("producer"),
     "P86": FIRST_NAME.format("composer"),
     "P31": "What is the type of {}?",
