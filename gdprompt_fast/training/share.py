@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,21 @@ from .options import StepOptions
 Unit = list[int]
 
 
-def check_alike(trained: Sequence[nn.Parameter], start: int) -> None:
-    """That all processes begin at the same step with the same weights.
+def check_alike(trained: Sequence[nn.Parameter], start: int, read: Iterable[Any]) -> None:
+    """That all processes begin at the same step with the same weights, examples and options.
+
+    Args:
+        read: the examples and options, each with a ``repr`` that tells it from any other.
 
     Raises:
         UserError: naming the process that does not.
     """
     if world_size() > 1:
         check_same("output: the step of its checkpoint", start)
+        digest = hashlib.sha256()
+        for each in read:
+            digest.update(repr(each).encode())
+        check_same("data: the hash of examples and options", digest.hexdigest()[:16])
     if world_size() > 1 and not isinstance(trained[0], DTensor):  # which were alike when divided
         sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
         check_same("model: the sum of its weights", float(torch.stack(sums).sum()))

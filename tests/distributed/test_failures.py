@@ -63,7 +63,9 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
     return weights(output)
 
 
-@pytest.mark.parametrize(("lost", "sharding"), [(1, "none"), (0, "full"), (2, "full")])
+@pytest.mark.parametrize(
+    ("lost", "sharding"), [(1, "none"), (0, "optimizer"), (0, "full"), (2, "full")]
+)
 def test_a_run_of_which_a_process_was_killed_goes_on(
     lost: int, sharding: str, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

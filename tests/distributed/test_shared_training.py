@@ -130,13 +130,17 @@ def test_an_evaluation_is_shared_and_an_error_in_it_is_everybodys(examples: list
                     assert found[setting][name] == value, (setting, name)
 
 
-def test_processes_with_other_weights_do_not_train(examples: list[Example], tmp_path: Path) -> None:
-    def work() -> str:
+def test_processes_with_other_weights_or_examples_do_not_train(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    def work() -> tuple[str, str]:
         with launched():
-            model = tiny_llama(seed=rank())
-            with pytest.raises(ValueError, match="sum of its weights") as caught:
-                meta_train(model, TOKENIZER, examples, GOLD, tmp_path)
-            return str(caught.value)
+            with pytest.raises(ValueError, match="sum of its weights") as weights:
+                meta_train(tiny_llama(seed=rank()), TOKENIZER, examples, GOLD, tmp_path)
+            own = examples if rank() == 0 else examples[::-1]
+            with pytest.raises(ValueError, match="hash of examples") as data:
+                meta_train(tiny_llama(), TOKENIZER, own, GOLD, tmp_path)
+            return str(weights.value), str(data.value)
 
     first, second = in_processes(2, work, init=False)
-    assert first == second and first.endswith("in process 1")
+    assert first == second and all(error.endswith("in process 1") for error in first)
