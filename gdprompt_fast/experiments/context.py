@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..artifacts.stage import Stage
 from ..bundled import bundled_folder
 from ..errors import UserError
-from ..loading import find_model, load_config
+from ..loading import find_model, fingerprint_of, load_config
 from ..report.repetition import Repetition
 from .preset import Preset
 
 BUNDLED = "bundled"
-READ_AT_ONCE = 1 << 24  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +62,15 @@ def experiment_contexts(
             "limits: expected prompt_tokens and answer_tokens within the model's "
             f"{room} positions, got {needed} together"
         )
-    fingerprint, used = fingerprint_of(model), dict[str, Stage]()
-    return [
-        ExperimentContext(
-            output=output,
-            device=device,
-            seed=seed,
-            used=used,
-            preset=preset,
-            model=model,
-            fingerprint=fingerprint,
-            allow_missing=allow_missing,
-        )
-        for seed in preset.seeds
-    ]
+    return ExperimentContext.of_seeds(
+        preset.seeds,
+        output=output,
+        device=device,
+        preset=preset,
+        model=model,
+        fingerprint=fingerprint_of(model),
+        allow_missing=allow_missing,
+    )
 
 
 def base_model(name: str, revision: str | None) -> Path:
@@ -92,15 +84,3 @@ def base_model(name: str, revision: str | None) -> Path:
     if revision is not None:
         raise UserError(f"revision: expected none of the bundled model, got {revision!r}")
     return bundled_folder()
-
-
-def fingerprint_of(folder: Path) -> str:
-    """A hash of the model's files: another model under the same name makes stages stale."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(READ_AT_ONCE):
-                    digest.update(block)
-    return digest.hexdigest()[:16]

@@ -12,9 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..artifacts.files import hash_of_file
-from ..artifacts.stage import Stage
-from ..experiments.context import base_model, fingerprint_of
-from ..loading import DTYPES, load_config, load_model, load_tokenizer
+from ..experiments.context import base_model
+from ..loading import DTYPES, fingerprint_of, load_config, load_model, load_tokenizer
 from ..report.repetition import Repetition
 from .blocks import check_plain
 from .preset import Preset, PromptOptions, TaskOptions
@@ -76,19 +75,14 @@ def icl_contexts(preset: Preset, output: Path, device: torch.device) -> list[Icl
         UserError: if the model is not there, or a file.
     """
     model = base_model(preset.model.name, preset.model.revision)
-    fingerprint, used = fingerprint_of(model), dict[str, Stage]()
-    return [
-        IclContext(
-            output=output,
-            device=device,
-            seed=seed,
-            used=used,
-            preset=preset,
-            model=model,
-            fingerprint=fingerprint,
-        )
-        for seed in preset.model.seeds
-    ]
+    return IclContext.of_seeds(
+        preset.model.seeds,
+        output=output,
+        device=device,
+        preset=preset,
+        model=model,
+        fingerprint=fingerprint_of(model),
+    )
 
 
 @lru_cache(maxsize=2)

@@ -20,8 +20,7 @@ from ..bundled import bundled_folder, meta_trained_folder
 from ..data import Example, Limits, make_data, read_triples, tokenise_triples
 from ..errors import UserError
 from ..evaluation.adapted import InnerStep, adapted_one_after_another
-from ..experiments.context import fingerprint_of
-from ..loading import find_model, load_tokenizer
+from ..loading import find_model, fingerprint_of, load_tokenizer
 from .context import UNTRAINED, IclContext, load_once
 from .methods import RANDOM, randomise
 from .metrics import Answers, Observed, sim_am, sim_am_delta, sim_aou

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.stage import Result, Stage
-from ..config.fields import Config, check_counts
+from ..config.fields import check_counts
 from ..errors import UserError
 from ..models.memory import peak_bytes_over_model, wait_for
 from ..report.findings import Finding
@@ -25,7 +25,7 @@ from .gradients import alignment
 from .material.subsets import ALIGNED, OF_NUMBERS, Defined, Material
 from .material.texts import TextRules
 from .measured import PAPER, STRONG, WEAK, head_of, seeds_in_words
-from .preset import NUMBERS, Preset, settings_of
+from .preset import NUMBERS, Preset, SourceOptions, settings_of
 from .sources import Source, check_source, source_of
 from .train import TrainOptions, to_block, train
 
@@ -41,14 +41,10 @@ PAIRS = {"not trained on": STRONG, "trained on": WEAK}
 
 
 @dataclass(frozen=True)
-class Options(Config):
+class Options(SourceOptions):
     """The section ``[alignment]``.
 
     Attributes:
-        source: ``"people"`` or ``"numbers"``.
-        lists: the section with the sizes of numbers.
-        entities: of people, in the place of those of ``[people]``.
-        pretrained: the model for people, in the place of that of ``[model]``.
         batches: texts an optimizer step, from few to many.
         epochs: of the first stage, of every one of them.
         every: epochs between measurements.
@@ -57,10 +53,6 @@ class Options(Config):
         costs: definitions that time and memory are measured on; 0: they are not.
     """
 
-    source: str = NUMBERS
-    lists: str = "number-lists"
-    entities: int | None = None
-    pretrained: str | None = None
     batches: tuple[int, ...] = (256, 1024, 4096, 16384)
     epochs: tuple[int, ...] = (20, 20, 50, 151)
     every: tuple[int, ...] = (2, 2, 5, 15)

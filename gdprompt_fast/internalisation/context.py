@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..artifacts.files import hash_of_file
-from ..artifacts.stage import Stage
-from ..loading import find_model
 from ..report.repetition import Repetition
 from .preset import Preset
 
@@ -34,32 +30,10 @@ def contexts(
     preset: Preset, output: Path, device: torch.device, allow_missing: bool = False
 ) -> dict[int, Context]:
     """A repetition for every seed that an experiment of the preset has, by seed."""
-    used: dict[str, Stage] = {}
     named = [preset.seeds_of(name) for name in preset.sections]
-    return {
-        seed: Context(
-            output=output,
-            device=device,
-            seed=seed,
-            used=used,
-            preset=preset,
-            allow_missing=allow_missing,
-        )
-        for seed in sorted({seed for seeds in named for seed in seeds})
-    }
-
-
-def fingerprint_of(name: str, revision: str | None) -> str:
-    """A hash of a model's files: another model under the same name makes stages stale.
-
-    Raises:
-        UserError: if there is no such model.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(find_model(name, revision).folder.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model"):
-            digest.update(f"{path.name} {hash_of_file(path)}".encode())
-    return digest.hexdigest()[:16]
+    seeds = sorted({seed for seeds in named for seed in seeds})
+    common = dict(output=output, device=device, preset=preset, allow_missing=allow_missing)
+    return {each.seed: each for each in Context.of_seeds(seeds, **common)}
 
 
 @contextmanager

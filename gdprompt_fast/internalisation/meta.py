@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import MetaBatch, fast_meta_step
 from ..artifacts.files import write_whole
 from ..artifacts.stage import Result, Stage
-from ..config.fields import Config, check_counts, check_numbers
+from ..config.fields import check_counts, check_numbers
 from ..errors import UserError
 from ..report.outcome import Outcome
 from ..report.over_seeds import NamedSeeds, OverSeeds, larger_over_seeds
@@ -39,7 +39,7 @@ from .measured import (
     more,
     power_notes,
 )
-from .preset import NUMBERS, settings_of
+from .preset import NUMBERS, SourceOptions, settings_of
 from .sources import Source, source_of
 from .stages import Staged, staged_work
 from .train import padding_of, to_block, train
@@ -50,14 +50,10 @@ ARMS = {"plain": "plain training", "meta": "with meta-training"}
 
 
 @dataclass(frozen=True)
-class Options(Config):
+class Options(SourceOptions):
     """The section ``[meta]``.
 
     Attributes:
-        source: ``"people"`` or ``"numbers"``.
-        lists: the section with the sizes of numbers.
-        entities: of people, in the place of those of ``[people]``.
-        pretrained: the model for people, in the place of that of ``[model]``.
         start: training options, over the first stage's, of the common beginning.
         arms: of both arms, over the first stage's.
         inner_lr: η of the step on a definition.
@@ -69,10 +65,6 @@ class Options(Config):
         stage2_seeds: runs of the second stage from either arm.
     """
 
-    source: str = NUMBERS
-    lists: str = "number-lists"
-    entities: int | None = None
-    pretrained: str | None = None
     start: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
     inner_lr: float = 0.1

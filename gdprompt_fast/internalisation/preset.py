@@ -98,6 +98,23 @@ class AskOptions(Config):
 
 
 @dataclass(frozen=True)
+class SourceOptions(Config):
+    """What an experiment on one source's texts may say of it.
+
+    Attributes:
+        source: ``"people"`` or ``"numbers"``.
+        lists: the section with the sizes of numbers.
+        entities: of people, in the place of those of ``[people]``.
+        pretrained: the model for people, in the place of that of ``[model]``.
+    """
+
+    source: str = NUMBERS
+    lists: str = "number-lists"
+    entities: int | None = None
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
 class RunOptions(Config):
     """What the section of every experiment that is made of runs may say.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..loading import find_model
+from ..loading import find_model, fingerprint_of
 from ..report.write import write_report
 from . import EXPERIMENTS
-from .context import Context, fingerprint_of
+from .context import Context
 from .preset import NUMBERS, Preset
 
 FROM_SCRATCH = "from scratch"
@@ -53,5 +53,5 @@ def run_experiment(name: str, repetitions: Mapping[int, Context]) -> Path:
     outcome = experiment.run(chosen, preset.section(name, experiment.options))
     models = models_in(name, preset)
     named = preset.sections["model"] | {"name": ", ".join(models) or FROM_SCRATCH}
-    prints = ", ".join(fingerprint_of(*each) for each in models.items())
+    prints = ", ".join(fingerprint_of(find_model(*each).folder) for each in models.items())
     return write_report(name, outcome, chosen, {**preset.sections, "model": named}, prints or None)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from ..artifacts.files import hash_of_file
 from ..errors import UserError
-from ..loading import load_model
-from .context import Context, fingerprint_of
+from ..loading import find_model, fingerprint_of, load_model
+from .context import Context
 from .material.numbers import number_material
 from .material.people import read_people
 from .material.subsets import Material
@@ -122,7 +122,7 @@ def _entities(
 
     load = partial(load_model, name, general.dtype, ctx.device, revision, ctx.allow_missing)
     settings = {
-        "model": fingerprint_of(name, revision),
+        "model": fingerprint_of(find_model(name, revision).folder),
         "source": source,
         "file": hash_of_file(path),
         "entities": count,

@@ -2,7 +2,7 @@
 
 from .adapters import add_lora, base_on_disk, load_adapter_weights
 from .causes import one_line_errors
-from .find import FoundModel, find_model
+from .find import FoundModel, find_model, fingerprint_of
 from .fit import (
     check_same_tokens,
     check_same_vocabulary,
@@ -25,6 +25,7 @@ __all__ = [
     "check_vocabulary",
     "choose_device",
     "find_model",
+    "fingerprint_of",
     "load_adapter_weights",
     "load_base",
     "load_config",

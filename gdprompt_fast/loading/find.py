@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SETTINGS_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 PICKLED_WEIGHTS = ["pytorch_model*.bin", "adapter_model.bin"]
+WEIGHTS_AND_SETTINGS = {".json", ".safetensors", ".bin", ".model", ".gguf"}
+READ_AT_ONCE = 1 << 24  # bytes
 OTHER_COPIES = ["*/*", "consolidated*"]  # of the weights, in other formats
 
 
@@ -76,6 +79,18 @@ def find_config(name: str, revision: str | None = None) -> Path:
         return _snapshot(name, revision, CONFIG_FILE)
     except Exception as error:
         raise _not_found(name, revision, error) from error
+
+
+def fingerprint_of(folder: Path) -> str:
+    """A hash of a model's files, to know another model under the same name."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in WEIGHTS_AND_SETTINGS:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(READ_AT_ONCE):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def holds_model(folder: Path) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -31,6 +31,12 @@ class Repetition:
     device: torch.device
     seed: int
     used: dict[str, Stage] = field(default_factory=dict)
+
+    @classmethod
+    def of_seeds(cls, seeds: Iterable[int], **common: Any) -> list[Self]:
+        """One for every seed, alike in all else, which share ``used``."""
+        used: dict[str, Stage] = {}
+        return [cls(seed=seed, used=used, **common) for seed in seeds]
 
     def stage(
         self, name: str, settings: Mapping[str, Any], work: Callable[[Path], Result]

@@ -18,7 +18,7 @@ from gdprompt_fast.data.people import people_tokenizer
 from gdprompt_fast.data.words import word_tokenizer
 from gdprompt_fast.errors import UserError
 from gdprompt_fast.experiments.context import base_model
-from gdprompt_fast.loading import load_config, load_model, print_notes
+from gdprompt_fast.loading import fingerprint_of, load_config, load_model, print_notes
 from helpers.model_folders import COMMIT, POINTER, Edit, edit_json, edit_weights, renamed, to_cache
 
 Build = Callable[..., Any]
@@ -107,6 +107,19 @@ def test_a_model_that_is_nowhere_is_one_line_with_all_that_was_tried(
         for part in ("got org/tiny at revision 'v2'", str(tmp_path / "org"), str(hub_cache)):
             assert part in str(caught.value)
         assert "HF_HUB_OFFLINE" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.gguf"])
+def test_another_model_under_the_same_name_has_another_fingerprint(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(b"one")
+    (tmp_path / "README.md").write_text("of no weight")
+    first = fingerprint_of(tmp_path)
+    (tmp_path / "README.md").write_text("read again")
+    assert fingerprint_of(tmp_path) == first
+    (tmp_path / name).write_bytes(b"two")
+    assert fingerprint_of(tmp_path) != first
 
 
 def test_a_folder_has_no_revisions(model_folder: Path) -> None:
