@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdprompt_fast import MetaBatch
 from gdprompt_fast.models.inner_params import select_inner
@@ -22,29 +21,10 @@ from gdprompt_fast.rows import GroupedRows
 from gdprompt_fast.update.adapted_layer import StepState
 from gdprompt_fast.update.attach import AdaptedModel
 from helpers.models import MODELS
+from helpers.tape import NoReads
 
 Build = Callable[..., Any]
 pytestmark = pytest.mark.transformers
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "item"}
-SHAPES_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "bincount"}
-
-
-class NoReads(TorchDispatchMode):
-    """Fails on an op that waits for a value of a tensor."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        mask = name.startswith("index") and any(
-            isinstance(each, Tensor) and each.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, list | tuple)
-            for each in arg
-        )
-        repeats = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
-        assert name not in READS | SHAPES_FROM_VALUES and not mask and not repeats, func
-        return func(*args, **(kwargs or {}))
 
 
 class Step:

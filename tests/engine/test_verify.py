@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from gdprompt_fast import MetaBatch, TeacherTargets, fast_meta_step, inner_step
 from gdprompt_fast.errors import UserError
@@ -139,27 +141,31 @@ def test_a_verified_model_is_not_kept_alive(tiny_model: Build, make_batch: Build
     assert reference() is None
 
 
-def test_the_look_takes_less_than_a_twentieth_of_a_step() -> None:
+class Work(TorchDispatchMode):
+    """Counts floating-point operations of products, and numbers written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.numbers = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if count := flop_registry.get(op._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        self.numbers += sum(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def test_the_look_is_less_than_a_twentieth_of_a_steps_work() -> None:
     model = wide_llama(128)
     ids = torch.randint(1024, (24, 64))
     real = torch.ones_like(ids, dtype=torch.bool)
     response = real & (torch.arange(64) >= 48)
     batch = MetaBatch(ids, real, ids, real, response)
     teacher = TeacherTargets.from_model(model, ids, real, response)
-
-    def seconds(**options: Any) -> float:
-        began = time.process_time()
-        fast_meta_step(model, batch, teacher=teacher, **options)
-        return time.process_time() - began
-
-    def look() -> float:
-        began = time.process_time()
-        inner = dict(model.named_parameters())
-        verify._verified.clear()
-        verify.verify_model(model, ids, real, inner, "torch")
-        return time.process_time() - began
-
-    seconds(verify="never")
-    look()
-    whole = min(seconds(verify="never") for _ in range(3))
-    assert min(look() for _ in range(3)) < 0.05 * whole
+    with Work() as whole:
+        fast_meta_step(model, batch, teacher=teacher, verify="never")
+    with Work() as look:
+        verify.verify_model(model, ids, real, dict(model.named_parameters()), "torch")
+    assert 0 < look.flops < 0.05 * whole.flops
+    assert 0 < look.numbers < 0.05 * whole.numbers

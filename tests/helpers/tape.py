@@ -13,27 +13,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Ops that give the host a number, or tensors whose sizes hang on values.
-READS = (
-    "_local_scalar_dense",
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "item"}
+SHAPES_FROM_VALUES = {
     "nonzero",
+    "masked_select",
     "bincount",
     "unique",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "repeat_interleave.Tensor",
-)
+    "_unique",
+    "_unique2",
+    "unique_dim",
+}
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses ops that read values back, and indexing by a mask."""
+    """Fails on an op that waits for a value of a tensor, and on indexing by a mask."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(read in str(op) for read in READS):
-            raise AssertionError(f"{op} reads values back")
-        if "index.Tensor" in str(op) or "index_put" in str(op):
-            masks = [t for t in args[1] if isinstance(t, Tensor) and t.dtype == torch.bool]
-            assert not masks, f"{op} by a mask reads values back"
+        name = op.overloadpacket.__name__
+        indices = tree_leaves([arg for arg in args if isinstance(arg, list | tuple)])
+        mask = name.startswith(("index", "_index")) and any(
+            isinstance(each, Tensor) and each.dtype == torch.bool for each in indices
+        )
+        repeats = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        assert name not in READS | SHAPES_FROM_VALUES and not mask and not repeats, (
+            f"{op} reads values back"
+        )
         return op(*args, **(kwargs or {}))
 
 
