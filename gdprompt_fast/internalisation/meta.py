@@ -1,9 +1,10 @@
 """Beyond the paper: meta-training on what internalisation is, against plain training.
 
-Both arms go on from the same model with the same texts in equal steps. The meta arm adds the
+All arms go on from the same model with the same texts in equal steps. The meta arm adds the
 gradient of what the questions of tag 1's entities cost after one gradient step on the definition,
-through that step (:func:`gdprompt_fast.fast_meta_step`). Then both learn the second stage's
-definitions in the same ordinary way, and it is asked how much more of tag 1's is internalised.
+through that step (:func:`gdprompt_fast.fast_meta_step`); a control adds the same questions'
+gradient without the step. Then all learn the second stage's definitions in the same ordinary way,
+and it is asked how much more of tag 1's is internalised.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..artifacts.files import write_whole
 from ..artifacts.stage import Result, Stage
 from ..config.fields import check_counts, check_numbers
 from ..errors import UserError
+from ..report.findings import Finding
 from ..report.outcome import Outcome
 from ..report.over_seeds import NamedSeeds, OverSeeds, larger_over_seeds
 from .context import Context
@@ -46,7 +48,11 @@ from .train import padding_of, to_block, train
 
 TITLE = "Meta-training for strong internalisation"
 WEIGHTS_FILE = "start.pt"
-ARMS = {"plain": "plain training", "meta": "with meta-training"}
+ARMS = {
+    "plain": "plain training",
+    "answers": "with the questions, no step",
+    "meta": "with meta-training",
+}
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,14 @@ class Options(SourceOptions):
 
     Attributes:
         start: training options, over the first stage's, of the common beginning.
-        arms: of both arms, over the first stage's.
-        inner_lr: η of the step on a definition.
+        arms: of every arm, over the first stage's.
+        inner_lr: η of the step on a definition; the arm without the step has 0.
         weight: of the meta-gradient beside the texts'.
         contexts: definitions in a step.
         queries: questions of each, at most.
         second_tag: whether as many definitions with tag 2 are contexts as well, their questions
             with answers of one another's, so that nothing is to be had of them.
-        stage2_seeds: runs of the second stage from either arm.
+        stage2_seeds: runs of the second stage from every arm.
     """
 
     start: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +93,7 @@ def _source(ctx: Context, options: Options) -> Source:
 
 
 def start_stage(ctx: Context, options: Options) -> Stage:
-    """The model that both arms go on from, in the stage's folder."""
+    """The model that all arms go on from, in the stage's folder."""
     source = _source(ctx, options)
     chosen = source.training("first", options.start)
     wanted = {**source.settings, "train": settings_of(chosen)}
@@ -108,15 +114,11 @@ def arm_stage(ctx: Context, options: Options, arm: str) -> Stage:
     source, start = _source(ctx, options), start_stage(ctx, options)
     first = source.training("first", options.arms)
     staged = Staged(first, source.training("second", {}), options.stage2_seeds)
-    meta = arm == "meta"
-    of_meta = {
-        name: getattr(options, name) for name in ("inner_lr", "weight", "contexts", "queries")
-    }
-    wanted = {
-        "start": start.key,
-        **staged.settings(),
-        "meta": of_meta | {"second_tag": options.second_tag} if meta else None,
-    }
+    inner_lr = options.inner_lr if arm == "meta" else 0.0
+    own = ("weight", "contexts", "queries", "second_tag")
+    of_meta = {"inner_lr": inner_lr, **{name: getattr(options, name) for name in own}}
+    plain = arm == "plain"
+    wanted = {"start": start.key, **staged.settings(), "meta": None if plain else of_meta}
 
     def new_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
         model, tokenizer = source.new_model()
@@ -124,7 +126,7 @@ def arm_stage(ctx: Context, options: Options, arm: str) -> Stage:
         return model, tokenizer
 
     def adds(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Callable[[int], None]:
-        steps = MetaSteps(model, tokenizer, source.material(0), options, ctx.seed)
+        steps = MetaSteps(model, tokenizer, source.material(0), options, inner_lr, ctx.seed)
         return steps.add_gradient
 
     def work(folder: Path) -> Result:
@@ -135,7 +137,7 @@ def arm_stage(ctx: Context, options: Options, arm: str) -> Stage:
             staged,
             source.ask,
             ctx.seed,
-            adds=adds if meta else None,
+            adds=None if plain else adds,
         )
 
     return ctx.stage(f"meta/{options.source}-{arm}", wanted, work)
@@ -150,9 +152,11 @@ class MetaSteps:
         tokenizer: PreTrainedTokenizerBase,
         material: Material,
         options: Options,
+        inner_lr: float,
         seed: int,
     ) -> None:
-        self.model, self.tokenizer, self.options, self.seed = model, tokenizer, options, seed
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.inner_lr, self.seed = inner_lr, seed
         self.of_tag = [material.defined[name] for name in WEAK[: 1 + options.second_tag]]
         if not all(self.of_tag):
             raise UserError(
@@ -174,7 +178,7 @@ class MetaSteps:
         fast_meta_step(
             self.model,
             meta_batch(chosen, self.tokenizer, next(self.model.parameters()).device),
-            inner_lr=self.options.inner_lr,
+            inner_lr=self.inner_lr,
             objective="gold",
             outer_reduction="mean",
             verify="never" if step else "first",
@@ -234,33 +238,41 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     findings = [
         finding for head, each in rows.items() for finding in more(STRONG_CLAIM, head, each, STRONG)
     ]
-    plain, meta = (rows[head] for head in ARMS.values())
-    large, small = meta.gap(STRONG), plain.gap(STRONG)
-    assert large is not None and small is not None
-    claim = "meta-training makes strong internalisation larger in equal steps"
-    named = (NamedSeeds("with it", large), NamedSeeds("without", small))
-    findings.append(larger_over_seeds(claim, "difference of D5 and D6", *named))
-    claim = "meta-training makes new definitions with tag 1 be learnt more"
-    pair = [
-        NamedSeeds(head, rows[head].named(STRONG[0]).cell) for head in (ARMS["meta"], ARMS["plain"])
-    ]
-    findings.append(larger_over_seeds(claim, "D5, with and without it", *pair))
+    power = {f"strong, {head}": scores.gap(STRONG) for head, scores in rows.items()}
+    meta = rows[ARMS["meta"]]
+    for head in (ARMS["plain"], ARMS["answers"]):
+        against, differences = compared(meta, head, rows[head])
+        findings += against
+        power[f"larger with meta-training than {head}"] = differences
     tables = [
         gaps("Exact match, weak internalisation", "difference", WEAK, rows),
         gaps("Exact match, strong internalisation", "difference", STRONG, rows),
     ]
     about = (
-        "Not of the paper. Both arms begin at the same model and take the same number of optimizer "
+        "Not of the paper. All arms begin at the same model and take the same number of optimizer "
         "steps on the same texts. A step with meta-training costs more time: it adds "
         f"{options.weight:g} times the exact meta-gradient of {options.contexts} definitions, "
-        f"η = {options.inner_lr:g}. The second stage is the same for both. "
-        "The arms differ in more than the step through which the gradient goes: the answers of tag "
-        "1's questions, which plain training has among all other tokens, weigh more with it."
-    )
-    power = {f"strong, {head}": scores.gap(STRONG) for head, scores in rows.items()}
-    power["larger with meta-training"] = OverSeeds(
-        tuple((value,) for value in large.differences(small))
+        f"η = {options.inner_lr:g}; “{ARMS['answers']}” adds the gradient of the same answers at "
+        "η = 0, so that these weigh as much. The second stage is the same for all."
     )
     return Outcome(
         TITLE, tables, findings, [about, *power_notes(power)], paper=PAPER, over_seeds=True
     )
+
+
+def compared(meta: Scores, head: str, control: Scores) -> tuple[list[Finding], OverSeeds]:
+    """Whether more is internalised with meta-training than in another arm, and by how much the
+    strong difference grows.
+    """
+    large, small = meta.gap(STRONG), control.gap(STRONG)
+    assert large is not None and small is not None
+    named = (NamedSeeds(ARMS["meta"], large), NamedSeeds(head, small))
+    claim = f"strong internalisation is larger {ARMS['meta']} than {head}"
+    larger = larger_over_seeds(claim, "difference of D5 and D6", *named)
+    learnt = [
+        NamedSeeds(name, scores.named(STRONG[0]).cell)
+        for name, scores in ((ARMS["meta"], meta), (head, control))
+    ]
+    claim = f"new definitions with tag 1 are learnt more {ARMS['meta']} than {head}"
+    more_learnt = larger_over_seeds(claim, "D5", *learnt)
+    return [larger, more_learnt], OverSeeds(tuple((x,) for x in large.differences(small)))

@@ -23,9 +23,12 @@ from .preset import Preset
 from .varied import grows
 
 TITLE = "Digits in the place of words"
-FRACTIONS = {"qd1consis": 0.3, "qd2incons": 0.3, "d1consis": 0.2, "d2consis": 0.2}
+FRACTIONS = {"qd1consis": 0.3, "qd2incons": 0.3, "d1consis": 0.15, "d2consis": 0.15}
+FRACTIONS |= {"d3consis": 0.1}  # a tag that is never with questions
 TESTED_AT_ONCE = 256
 SHOWN_FROM = 50  # pairs
+CONTROL = (STRONG[0], "d3consis")
+CONTROL_CLAIM = "new definitions with tag 1 are learnt more than with a tag that no question had"
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ def run(repetitions: Sequence[Context], options: Options) -> Outcome:
     tables = [
         gaps("Accuracy of the cell asked for, weak internalisation", "difference", WEAK, rows),
         gaps("Accuracy of the cell asked for, strong internalisation", "difference", STRONG, rows),
+        gaps("Accuracy of the cell asked for, control", "difference", CONTROL, rows),
     ]
     points = [
         (float(count), gap.estimate)
@@ -237,6 +241,7 @@ def judged(pairs: Sequence[int], rows: Mapping[str, Scores]) -> list[Finding]:
         findings += more(WEAK_CLAIM, head, scores, WEAK)
         if count >= SHOWN_FROM:
             findings += more(STRONG_CLAIM, head, scores, STRONG)
+            findings += more(CONTROL_CLAIM, head, scores, CONTROL)
     heads = list(rows)
     claim = "strong internalisation grows with the number of pairs"
     return findings + grows(claim, "digits", rows, heads[-1], heads[0])

@@ -158,16 +158,18 @@ def test_the_meta_gradient_is_weighed_with_and_without_another() -> None:
     material = number_material(lists, OF_NUMBERS, 0, 0)
     model, tokenizer = new_model(ModelSize(16, 1, 2), lists, [material], 0)
 
-    def added(weight: float, before: float | None) -> torch.Tensor:
+    def added(weight: float, before: float | None, inner_lr: float = 0.1) -> torch.Tensor:
         for each in model.parameters():
             each.grad = None if before is None else torch.full_like(each, before)
         options = Options(weight=weight, contexts=2, queries=1)
-        MetaSteps(model, tokenizer, material, options, 0).add_gradient(1)
+        MetaSteps(model, tokenizer, material, options, inner_lr, 0).add_gradient(1)
         return torch.cat([each.grad.flatten() for each in model.parameters()])
 
     once = added(1.0, None)
     assert once.norm() > 0 and torch.allclose(added(0.5, None), once / 2)
     assert torch.allclose(added(0.5, 3.0), once / 2 + 3)
+    no_step = added(1.0, None, inner_lr=0.0)
+    assert no_step.norm() > 0 and not torch.allclose(no_step, once)
 
 
 def test_bad_options_are_named() -> None:
