@@ -17,17 +17,15 @@ def parser_of(
     commands: Mapping[str, Command[Any, Any]], description: str
 ) -> argparse.ArgumentParser:
     """A parser whose result has ``command``, and of the options those alone that were given."""
-    parser = argparse.ArgumentParser(
-        prog="gdprompt",
-        description=description,
-        epilog=f"{DEBUG} after any command shows the traceback of an error.",
-    )
+    epilog = f"{DEBUG} after any command shows the traceback of an error."
+    parser = argparse.ArgumentParser(prog="gdprompt", description=description, epilog=epilog)
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         of_command = added.add_parser(
             name,
             help=command.what,
             description=command.what,
+            epilog=epilog,
             argument_default=argparse.SUPPRESS,
         )
         for field in fields(command.config):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ..artifacts.files import is_empty, write_file, write_folder, write_json
 from ..errors import UserError
 from ..models.architecture import causal_lm
+from ..models.families import type_name
 from ..update.attach import AdaptedModel
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, as_adapter, check_rank
 from .card import card, discarded_of, summary, table
@@ -114,7 +116,11 @@ def save(
 
 
 def whole_model(adapted: AdaptedModel, group: int) -> Any:
-    """The base model at θ' of a group, with its adapters in its weights."""
+    """The base model at θ' of a group, with its adapters in its weights.
+
+    Raises:
+        UserError: if some of its layers are not those that its config makes.
+    """
     base = causal_lm(adapted.model)
     state = {}
     for path, tensor in own_state(base).items():
@@ -125,7 +131,22 @@ def whole_model(adapted: AdaptedModel, group: int) -> Any:
         state |= {f"{layer.name}.{name}": value for name, value in layer.values().items()}
     with torch.device("meta"):
         model: Any = type(base)(base.config)
+    _check_same_layers(base, model)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.generation_config = base.generation_config
     return model
+
+
+def _check_same_layers(base: nn.Module, made: nn.Module) -> None:
+    """A folder has weights and a config: what was put in by hand would not come back."""
+    expected = {name: type(module) for name, module in made.named_modules()}
+    for path, module in base.named_modules():
+        name = WRAPPERS.sub("", path)
+        wraps = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+        if wraps or OF_PEFT.search(path) or expected.get(name, type(module)) is type(module):
+            continue
+        raise UserError(
+            f'form: expected "full" of layers that the config makes, got a {type_name(module)} for '
+            f"the {expected[name].__name__} of {name}; to_state_dict() has its tensors"
+        )

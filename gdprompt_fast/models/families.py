@@ -130,6 +130,7 @@ FAMILIES = (
         final_norm="ln_f",
     ),
 )
+RMS_NORMS = frozenset(f.named(f.rms_norm) for f in FAMILIES if f.rms_norm)
 SCALED_EMBEDDINGS = frozenset(f.named(f.scaled_embedding) for f in FAMILIES if f.scaled_embedding)
 _BY_CAUSAL_LM = {family.named(family.causal_lm): family for family in FAMILIES}
 

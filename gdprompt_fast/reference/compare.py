@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..batch import MetaBatch
 from ..errors import UserError
 from ..meta.config import MetaStepOutput
-from ..models.families import FAMILIES, type_name
+from ..models.families import RMS_NORMS, type_name
 
 Gradients = dict[str, Tensor]
 Step = Callable[..., MetaStepOutput]
-_RMS_NORMS = {family.named(family.rms_norm) for family in FAMILIES if family.rms_norm}
 
 
 def gradients_of(
@@ -71,7 +70,7 @@ def without_upcasts(model: nn.Module) -> Iterator[None]:
     reference to about 1e-7. The rotary tables are fp32 too, but are the same numbers in every
     implementation.
     """
-    classes = {type(m) for m in model.modules() if type_name(m) in _RMS_NORMS}
+    classes = {type(m) for m in model.modules() if type_name(m) in RMS_NORMS}
     before = {c: c.forward for c in classes}
     try:
         for c in classes:

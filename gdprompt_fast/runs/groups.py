@@ -92,7 +92,7 @@ class WeightsConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(WeightsConfig, DeviceConfig, WritingConfig):
+class ModelConfig(WeightsConfig, DeviceConfig):
     """The model."""
 
     model: Path = option(

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..distributed.sharded import StandIn
 from ..errors import UserError
 from ..models.architecture import backbone_and_head, causal_lm, check_adapters
+from ..models.families import type_name
 from ..models.intact import has_own_forward
 from ..models.walk import Modules, modules_of, parameters_of
 from ..rows import GroupedRows
@@ -304,7 +305,8 @@ def _adapted_layer(
             raise UserError(f"model: expected the own forward of {name}, got a replaced one")
         why = "" if rule is None else ", whose rule is for a weight and a bias alone"
         raise UserError(
-            f"inner_params: no rule for parameter {name}.{key} of a {type(module).__name__}{why}"
+            f"inner_params: no rule for parameter {name}.{key} of a {type_name(module)}{why}; "
+            'how to add one: docs/architecture.md, "A norm of your own"'
         )
     return None
 

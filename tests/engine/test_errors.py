@@ -293,7 +293,7 @@ def test_a_parameter_without_a_rule_is_named(tiny_model: Build, make_batch: Buil
     model = tiny_model()
     layer: Any = model.model.layers[1].mlp.up_proj
     layer.scale = nn.Parameter(torch.ones(48, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"of a Linear, whose rule is for a weight and a bias"):
+    with pytest.raises(ValueError, match=r"linear.Linear, whose rule is for a weight and a bias"):
         fast_meta_step(model, make_batch(), objective="gold")
 
 

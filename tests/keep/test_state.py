@@ -204,6 +204,21 @@ def test_a_whole_model_is_theta_prime_with_its_adapters(
         assert read_record(kept.folder)["form"] == "full"
 
 
+def test_a_layer_put_in_by_hand_is_not_kept_as_the_configs(
+    tiny_model: Build, tmp_path: Path
+) -> None:
+    model = tiny_model("llama-tied", FP32)
+
+    class OwnNorm(type(model.model.norm)):  # type: ignore[misc]
+        """A folder would not know of it."""
+
+    model.model.norm.__class__ = OwnNorm
+    update = learnt(model, inner_params="linear")
+    with pytest.raises(UserError, match=r"OwnNorm for the LlamaRMSNorm of model.norm; to_state"):
+        update.save_pretrained(tmp_path / "full", form="full")
+    assert not (tmp_path / "full").exists() and update.to_state_dict(1)
+
+
 def test_a_model_in_bf16_keeps_its_dtype(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model("llama-tied", torch.bfloat16)
     update = learnt(model)
