@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 import gdprompt_fast.meta.compute
 import gdprompt_fast.training.loop
 from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
-from gdprompt_fast.distributed import rank, watch
+from gdprompt_fast.distributed import launched, rank, watch
+from gdprompt_fast.distributed.group import barrier
 from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.training.checkpoint import MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
@@ -180,6 +182,43 @@ def test_a_process_that_is_silent_is_lost(
     first, second, third = ends_of(3, run, longest=15.0)
     assert (first.code, second.code, third.code) == (FAILED, None, FAILED)
     assert (first.errors + third.errors).count("process 1 was lost") == 1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_process_with_the_store_may_vanish(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without closing its connections, as one that is stopped; no call of its store ends then."""
+    monkeypatch.setattr(watch, "BEAT", 0.2)
+    monkeypatch.setattr(watch, "SILENCE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run() -> None:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        with launched():
+            if rank() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            barrier()
+
+    first, *others = ends_of(count, run, longest=6.0)
+    assert first.code is None and {each.code for each in others} == {FAILED}
+    for each in others:
+        assert each.errors == "gdprompt: stopped: the process that began the others was lost\n"
+
+
+def test_processes_do_not_wait_long_for_one_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "JOINING", 1.0)
+
+    def run() -> None:
+        if os.environ["RANK"] != "1":
+            with launched():
+                pass
+
+    ended = ends_of(3, run, longest=10.0)
+    assert [each.code for each in ended] == [FAILED, 0, FAILED]
+    said = "".join(each.errors for each in ended)
+    assert said == "gdprompt: stopped: process 1 has not come within 1 s\n"
 
 
 def test_commands_that_processes_cannot_share_are_errors(tmp_path: Path) -> None:
