@@ -61,8 +61,8 @@ class Replicas:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """What raises inside in one process does in all: its mark goes through the sums of the step,
-        where the others find it.
+        """What raises inside in one process does in all: its mark goes through the sums of the
+        step, where the others find it.
         """
         try:
             yield
@@ -173,8 +173,8 @@ class DDPReplicas(Replicas):
                 parameter for parameter in self._model.parameters() if parameter.grad is None
             ]
             self.reduce()
-            for parameter in without:
-                parameter.grad = None
+            for each in without:
+                each.grad = None
             self._sum(self._marked(5))
 
 
