@@ -66,31 +66,43 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("lost", "sharding"), [(1, "none"), (0, "optimizer"), (0, "full"), (2, "full")]
+    ("count", "lost", "sharding", "then"),
+    [
+        (3, 1, "none", "full"),
+        (2, 0, "optimizer", "full"),
+        (3, 0, "full", "optimizer"),
+        (3, 2, "full", "none"),
+    ],
 )
 def test_a_run_of_which_a_process_was_killed_goes_on(
-    lost: int, sharding: str, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
+    count: int,
+    lost: int,
+    sharding: str,
+    then: str,
+    command: list[str],
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    """With another number of processes, and ends as one that was left alone."""
+    """With another number of processes and sharding, and ends as one that was left alone."""
     killed = tmp_path / "killed"
-    command = [*command, "--output", str(killed), "--sharding", sharding]
+    command = [*command, "--output", str(killed)]
 
     def run() -> None:
         after(5, lost, kill)
-        main(command)
+        main([*command, "--sharding", sharding])
 
     began = time.monotonic()
-    ended = ends_of(3, run)
+    ended = ends_of(count, run)
     assert time.monotonic() - began < 30
     codes = [each.code for each in ended]
     assert codes[lost] == -signal.SIGKILL, ended
-    assert sorted(codes, key=str) == [-signal.SIGKILL, FAILED, FAILED]
+    assert sorted(codes, key=str) == [-signal.SIGKILL, *[FAILED] * (count - 1)]
     said = "".join(each.errors for number, each in enumerate(ended) if number != lost)
     assert said.count("gdprompt") == 1 and "was lost" in said
     assert not (killed / MODEL_FOLDER).exists()
     assert len(read_metrics(killed / METRICS_FILE)) in (4, 5)
 
-    for each in ends_of(2, lambda: main([*command, "--resume"])):
+    for each in ends_of(5 - count, lambda: main([*command, "--resume", "--sharding", then])):
         assert each.code == 0, each.errors
     for name, value in whole.items():
         torch.testing.assert_close(weights(killed)[name], value, rtol=1e-3, atol=1e-5)
