@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -113,9 +114,14 @@ def test_one_that_fails_or_is_lost_ends_the_others(
     assert len(errors) == 1 and said in errors[0], ended
 
 
-def test_the_example_learns(tmp_path: Path) -> None:
+def test_the_example_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "examples" / "meta_trainer.py")
     steps = ("--max_steps", "4", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
-    said = python(str(ROOT / "examples" / "meta_trainer.py"), "--output_dir", str(tmp_path), *steps)
+    monkeypatch.setattr(sys, "argv", [script, "--output_dir", str(tmp_path), *steps])
+    runpy.run_path(script, run_name="__main__")
+    said = capsys.readouterr().out
     before, after = map(float, re.findall(r"(?:before|after) ([\d.]+)", said))
     assert after < before
     assert (tmp_path / "model.safetensors").is_file()

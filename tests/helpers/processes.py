@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -52,6 +53,7 @@ def ends_of(
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # their collections would touch, and so copy, all that is here
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(count):
