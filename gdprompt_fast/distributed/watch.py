@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
@@ -30,12 +31,12 @@ def meet() -> tuple[Store, int, int]:
     """The launcher's store, this process's number and how many there are.
 
     Raises:
-        SystemExit: after ``JOINING`` seconds without one, having said so.
+        SystemExit: after ``JOINING`` seconds without it, having said so.
     """
     try:
         return next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
     except RuntimeError:
-        _say(f"nobody has answered at {os.environ['MASTER_ADDR']} within {JOINING:g} s")
+        _say(f"not all processes have met at {os.environ['MASTER_ADDR']} within {JOINING:g} s")
         raise SystemExit(1) from None
 
 
@@ -71,10 +72,16 @@ class Watch:
         try:
             self._own.wait(names, timedelta(seconds=JOINING))
         except RuntimeError:
-            missing = [str(each) for each, name in enumerate(names) if not self._own.check([name])]
             if self.failed():
-                _say(f"process {', '.join(missing)} has not come within {JOINING:g} s")
+                _say(f"{self._missing(names)} has not come within {JOINING:g} s")
             raise SystemExit(1) from None
+
+    def _missing(self, names: Sequence[str]) -> str:
+        try:
+            there = [self._own.check([name]) for name in names]
+        except RuntimeError:
+            return _STORE
+        return "process " + ", ".join(str(n) for n, here in enumerate(there) if not here)
 
     def stop(self) -> None:
         """Ends the watch; the process that the store goes with waits until all have."""

@@ -51,7 +51,7 @@ class Replicas:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, divisor: int) -> None:
         self._model, self._group, self._divisor = model, group, divisor
-        self._sums = 0  # so far
+        self._sums, self._finishing = 0, False  # so far
 
     def check(self, config: MetaStepConfig) -> None:
         """
@@ -69,7 +69,8 @@ class Replicas:
         except ProcessLost:
             raise
         except Exception:
-            self._give_up()
+            if not self._finishing:
+                self._give_up()
             raise
 
     def _give_up(self) -> None:
@@ -125,6 +126,7 @@ class Replicas:
                 ``.grad`` holds what is of no use then.
             ProcessLost: likewise, if another one has raised something.
         """
+        self._finishing = True
         self.reduce()
         losses = out.outer_loss, out.query_loss, out.lm_loss
         inner = out.inner_loss * (self._own_groups / self._groups)

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from safetensors.torch import load_file
 
 import gdprompt_fast.meta.compute
 import gdprompt_fast.training.loop
+import gdprompt_fast.training.sharded
 from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
 from gdprompt_fast.distributed import launched, rank, watch
 from gdprompt_fast.distributed.group import barrier
+from gdprompt_fast.distributed.sharded import whole as whole_weight
 from gdprompt_fast.meta.failures import found_on_the_device
-from gdprompt_fast.training.checkpoint import MODEL_FOLDER
+from gdprompt_fast.training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from helpers.processes import ends_of
 
@@ -49,6 +52,20 @@ def after(steps: int, number: int, do: Callable[[], Any]) -> None:
     gdprompt_fast.training.loop.fast_meta_step = wrapped
 
 
+def while_writing(number: int, do: Callable[[], Any]) -> None:
+    """Has process ``number`` do something in the middle of the second checkpoint."""
+    write, left = gdprompt_fast.training.sharded.write_tensors, [1]
+
+    def wrapped(path: Path | None, tensors: dict[str, Any]) -> None:
+        left[0] -= 1
+        if left[0] < 0 and rank() == number:
+            whole_weight(next(iter(tensors.values())))
+            do()
+        write(path, tensors)
+
+    gdprompt_fast.training.sharded.write_tensors = wrapped
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / MODEL_FOLDER / "model.safetensors")
 
@@ -66,17 +83,19 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("count", "lost", "sharding", "then"),
+    ("count", "lost", "when", "sharding", "then"),
     [
-        (3, 1, "none", "full"),
-        (2, 0, "optimizer", "full"),
-        (3, 0, "full", "optimizer"),
-        (3, 2, "full", "none"),
+        (3, 1, partial(after, 5), "none", "full"),
+        (2, 0, partial(after, 5), "optimizer", "full"),
+        (3, 0, while_writing, "full", "optimizer"),
+        (3, 2, while_writing, "full", "none"),
     ],
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_a_run_of_which_a_process_was_killed_goes_on(
     count: int,
     lost: int,
+    when: Callable[[int, Callable[[], Any]], None],
     sharding: str,
     then: str,
     command: list[str],
@@ -88,7 +107,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on(
     command = [*command, "--output", str(killed)]
 
     def run() -> None:
-        after(5, lost, kill)
+        when(lost, kill)
         main([*command, "--sharding", sharding])
 
     began = time.monotonic()
@@ -101,6 +120,8 @@ def test_a_run_of_which_a_process_was_killed_goes_on(
     assert said.count("gdprompt") == 1 and "was lost" in said
     assert not (killed / MODEL_FOLDER).exists()
     assert len(read_metrics(killed / METRICS_FILE)) in (4, 5)
+    (kept,) = (killed / CHECKPOINTS).glob("step-*")
+    assert kept.name == ("step-00000002" if when is while_writing else "step-00000004")
 
     for each in ends_of(5 - count, lambda: main([*command, "--resume", "--sharding", then])):
         assert each.code == 0, each.errors
