@@ -152,17 +152,18 @@ def test_a_step_that_fails_in_one_process_fails_in_all(
         caught(ddp, teacher=none)
         caught(sharded, teacher=none)
         if first:
-            monkeypatch.setattr(verify, "_look", refuse)
+            monkeypatch.setattr(verify, "_check_same", refuse)
         ddp.zero_grad()
         caught(ddp, objective="gold", inner_params="linear")
         assert not first or all(parameter.grad is None for parameter in ddp.parameters())
+        caught(sharded, objective="gold", inner_params="linear")
         monkeypatch.undo()
         fast_meta_step(ddp, mine, objective="gold", inner_params="linear")
         return found
 
     mine, *others = in_processes(count, work)
-    assert mine == ["teacher", "teacher", "teacher", "model"]
-    assert others == [["step"] * 4] * (count - 1)
+    assert mine == ["teacher", "teacher", "teacher", "model", "model"]
+    assert others == [["step", "step", "step", "step", "model"]] * (count - 1)
 
 
 @PROCESSES
