@@ -90,9 +90,8 @@ def launched() -> Iterator[None]:
 def _begun() -> Iterator[None]:
     """Inside, there is a process group, which all processes have joined."""
     store, number, size = meet()
-    with watched():  # one may be lost before the group is there
-        assert _watch is not None
-        _watch.wait_for_all()
+    with _watching() as watch:  # one may be lost before the group is there
+        watch.wait_for_all()
         backend = "gloo"
         if torch.cuda.is_available():
             here = int(os.environ.get("LOCAL_RANK", "0"))
@@ -109,16 +108,26 @@ def _begun() -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, the processes of a launcher end together: soon after one fails or is no longer heard
-    of, the others exit with code 1. Nothing changes where nothing was started.
+    """Inside, the processes of a launcher that are a process group already end together: soon after
+    one fails or is no longer heard of, the others exit with code 1.
     """
-    global _watch
-    if _watch is not None or not _are_launched():
+    if dist.is_initialized() and _are_launched():
+        with _watching():
+            yield
+    else:
         yield
+
+
+@contextmanager
+def _watching() -> Iterator[Watch]:
+    """Inside, the processes end together; the watch that sees to it."""
+    global _watch
+    if _watch is not None:
+        yield _watch
         return
     _watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     try:
-        yield
+        yield _watch
     except BaseException as error:
         if not first_to_fail(error) and not isinstance(error, SystemExit):
             raise SystemExit(1) from None

@@ -27,7 +27,7 @@ from gdprompt_fast.training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from helpers.processes import ends_of
 
-STEPS = 6
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize(
     ("count", "lost", "when", "sharding", "then"),
     [
-        (3, 1, partial(after, 5), "none", "full"),
-        (2, 0, partial(after, 5), "optimizer", "full"),
+        (3, 1, partial(after, 4), "none", "full"),
+        (2, 0, partial(after, 4), "optimizer", "full"),
         (3, 0, while_writing, "full", "optimizer"),
         (3, 2, while_writing, "full", "none"),
     ],
@@ -137,7 +137,7 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(
         raise FloatingPointError("inner loss: expected a finite number, got nan")
 
     def run() -> None:
-        after(4, number, fail)
+        after(2, number, fail)
         main([*command, "--output", str(tmp_path), "--sharding", sharding])
 
     ended = ends_of(3, run)

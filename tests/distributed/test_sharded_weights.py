@@ -63,7 +63,7 @@ def test_a_process_holds_the_weights_of_one_block_beyond_its_shard(count: int) -
     """And its gradient, with this process's part of a sum; the head, as large as a block here, is
     held as one, not beside one.
     """
-    layers, vocabulary = 4, 1500
+    layers, vocabulary = 6, 1500
     model = wide_llama(128, vocabulary, layers)
     block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     head = model.lm_head.weight.numel() * 4
@@ -80,7 +80,7 @@ def test_a_process_holds_the_weights_of_one_block_beyond_its_shard(count: int) -
 
     for peak in in_processes(count, work):
         assert 2 * block < peak < (2.1 + 1 / count) * block + activations
-        assert peak < 0.75 * layers * block
+        assert peak < 0.5 * layers * block
 
 
 @pytest.mark.parametrize("count", [2, 3])
