@@ -5,7 +5,7 @@ by FSDP2.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -70,7 +70,8 @@ class Replicas:
             raise
         except Exception:
             if not self._finishing:
-                self._give_up()
+                with suppress(ProcessLost):
+                    self._give_up()
             raise
 
     def _give_up(self) -> None:

@@ -60,6 +60,7 @@ def ends_of(
             arguments = work, rank, count, store.port, init, f"{folder}/{rank}"
             processes.append(context.Process(target=_run, args=arguments))
             processes[-1].start()
+        gc.unfreeze()
         until = time.monotonic() + longest
         codes = []
         for process in processes:
