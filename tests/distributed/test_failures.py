@@ -212,7 +212,7 @@ def test_a_process_that_is_silent_is_lost(
         after(0, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         main([*command, "--output", str(tmp_path)])
 
-    first, second, third = ends_of(3, run, longest=15.0)
+    first, second, third = ends_of(3, run, longest=30.0)
     assert (first.code, second.code, third.code) == (FAILED, None, FAILED)
     assert (first.errors + third.errors).count("process 1 was lost") == 1
 
@@ -232,7 +232,7 @@ def test_the_process_with_the_store_may_vanish(count: int, monkeypatch: pytest.M
                 os.kill(os.getpid(), signal.SIGSTOP)
             barrier()
 
-    first, *others = ends_of(count, run, longest=6.0)
+    first, *others = ends_of(count, run, longest=30.0)
     assert first.code is None and {each.code for each in others} == {FAILED}
     for each in others:
         assert each.errors == "gdprompt: stopped: the process that began the others was lost\n"
@@ -248,7 +248,7 @@ def test_processes_do_not_wait_long_for_one_that_never_comes(
             with launched():
                 pass
 
-    ended = ends_of(3, run, longest=10.0)
+    ended = ends_of(3, run, longest=30.0)
     assert [each.code for each in ended] == [FAILED, 0, FAILED]
     said = "".join(each.errors for each in ended)
     assert said == "gdprompt: stopped: process 1 has not come within 1 s\n"
