@@ -30,7 +30,7 @@ def examples() -> list[Example]:
 
 
 def scores(model: Any, examples: list[Example], lr: float) -> dict[str, Any]:
-    found = evaluate(model, TOKENIZER, examples, InnerStep(lr, steps=2), 2, answer_tokens=3)
+    found = evaluate(model, TOKENIZER, examples, InnerStep(lr, steps=3), 2, answer_tokens=3)
     return {name: vars(of) for name, of in found.items()}
 
 
