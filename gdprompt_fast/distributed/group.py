@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
-from .watch import ProcessLost, Watch
+from .watch import ProcessLost, Watch, meet
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -70,39 +70,76 @@ def launched() -> Iterator[None]:
     Where nothing was started there is one process, and nothing changes. A process group that is
     there already is taken.
     """
-    global _joined, _watch
-    if _joined or not all(os.environ.get(name) for name in _VARIABLES):
-        yield
-        return
-    if int(os.environ["WORLD_SIZE"]) < 2:
+    global _joined
+    if _joined or not _are_launched():
         yield
         return
     own = not dist.is_initialized()
+    with _begun() if own else watched():
+        _joined = True
+        try:
+            yield
+            barrier()
+        finally:
+            _joined = False
     if own:
-        _initialise()
-    _joined, _watch = True, Watch(dist.get_rank(), dist.get_world_size())
-    try:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """Inside, there is a process group, which all processes have joined."""
+    store, number, size = meet()
+    with _watching() as watch:  # one may be lost before the group is there
+        watch.wait_for_all()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            here = int(os.environ.get("LOCAL_RANK", "0"))
+            if here < torch.cuda.device_count():
+                torch.cuda.set_device(here)
+            backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+        store.set_timeout(TIMEOUT)
+        with collective():
+            dist.init_process_group(
+                backend, timeout=TIMEOUT, store=store, rank=number, world_size=size
+            )
         yield
-        barrier()
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, the processes of a launcher that are a process group already end together: soon after
+    one fails or is no longer heard of, the others exit with code 1.
+    """
+    if dist.is_initialized() and _are_launched():
+        with _watching():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _watching() -> Iterator[Watch]:
+    """Inside, the processes end together; the watch that sees to it."""
+    global _watch
+    if _watch is not None:
+        yield _watch
+        return
+    _watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    try:
+        yield _watch
     except BaseException as error:
         if not first_to_fail(error) and not isinstance(error, SystemExit):
             raise SystemExit(1) from None
         raise
     finally:
         _watch.stop()
-        _joined, _watch = False, None
-    if own:
-        dist.destroy_process_group()
+        _watch = None
 
 
-def _initialise() -> None:
-    backend = "gloo"
-    if torch.cuda.is_available():
-        here = int(os.environ.get("LOCAL_RANK", "0"))
-        if here < torch.cuda.device_count():
-            torch.cuda.set_device(here)
-        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+def _are_launched() -> bool:
+    """Whether a launcher has started several processes."""
+    return all(map(os.environ.get, _VARIABLES)) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def first_to_fail(error: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """No process goes on, or waits, for long after another has failed or is gone.
 
 Every process says now and then in the launcher's store that it is there, and listens whether the
-next one still says so. A collective of a lost process may wait for minutes; this does not.
+next one still says so, and the store still answers. A collective of a lost process may wait for
+hours; this does not.
 """
 
 from __future__ import annotations
@@ -10,31 +11,94 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-BEAT, SILENCE = 2.0, 30.0  # seconds between signs of life, and without one until it is lost
+JOINING = 300.0  # seconds that processes wait until all have come
+BEAT, SILENCE = 2.0, 45.0  # seconds between signs of life, and without one until it is lost
 PATIENCE = 5.0  # for another process to say why it failed
+
+_STORE = "the process that began the others"
 
 
 class ProcessLost(RuntimeError):
     """Another process is gone: why is for that one to say."""
 
 
+def meet() -> tuple[Store, int, int]:
+    """The launcher's store, this process's number and how many there are.
+
+    Raises:
+        SystemExit: after ``JOINING`` seconds without it, having said so.
+    """
+    try:
+        return next(rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+    except RuntimeError:
+        _say(f"not all processes have met at {os.environ['MASTER_ADDR']} within {JOINING:g} s")
+        raise SystemExit(1) from None
+
+
 class Watch:
-    """This process's thread that beats, listens, and ends the process where another has failed."""
+    """This process's threads that beat, listen, and end the process where another has failed.
+
+    All processes begin them equally often, if not at the same time: who has not begun is not lost.
+    """
+
+    _begun = 0
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._next = rank, (rank + 1) % world_size
-        self._store, self._own = _connect(), _connect()  # a client waits for its calls in turn
+        self._rank, self._size, self._next = rank, world_size, (rank + 1) % world_size
+        Watch._begun += 1
+        # A client waits for its calls in turn.
+        self._store, self._own = _connect(Watch._begun), _connect(Watch._begun)
+        self._store.add(f"beats {rank}", 1)
         self._said = self._failed = False
+        self._answers = 0  # of the store
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
+        self._beating = threading.Thread(target=self._beat, name="beat", daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+
+    def wait_for_all(self) -> None:
+        """Until all have begun.
+
+        Raises:
+            SystemExit: if some have not after ``JOINING`` seconds; one of the others says so.
+        """
+        names = [f"here {each}" for each in range(self._size)]
+        self._own.set(names[self._rank], "")
+        try:
+            self._own.wait(names, timedelta(seconds=JOINING))
+        except RuntimeError:
+            if self.failed():
+                _say(f"{self._missing(names)} has not come within {JOINING:g} s")
+            raise SystemExit(1) from None
+
+    def _missing(self, names: Sequence[str]) -> str:
+        try:
+            there = [self._own.check([name]) for name in names]
+        except RuntimeError:
+            return _STORE
+        return "process " + ", ".join(str(n) for n, here in enumerate(there) if not here)
 
     def stop(self) -> None:
+        """Ends the watch; the process that the store goes with waits until all have."""
         self._stop.set()
-        self._thread.join()
+        self._beating.join()
+        try:
+            ended = self._own.add("ended", 1)
+            until = time.monotonic() + PATIENCE
+            while self._has_store and ended < self._size and time.monotonic() < until:
+                time.sleep(0.1)
+                ended = self._own.add("ended", 0)
+        except RuntimeError:  # it is gone
+            pass
+
+    @property
+    def _has_store(self) -> bool:
+        return self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def failed(self) -> bool:
         """Has the others end; whether this process was the first to fail, which is to say why."""
@@ -43,8 +107,8 @@ class Watch:
             try:
                 self._said = self._own.add("failures", 1) == 1
                 self._own.set("failed", str(self._rank))
-            except RuntimeError:  # the store went with its process, which said why
-                self._said = False
+            except RuntimeError:  # the store was lost, and with it who was first
+                self._said = True
         return self._said
 
     def others_failed(self) -> bool:
@@ -55,37 +119,61 @@ class Watch:
                 if self._own.check(["failed"]):
                     return True
             except RuntimeError:
-                return True
+                return False
             time.sleep(0.1)
         return self._failed and not self._said
 
-    def _run(self) -> None:
-        heard, since = -1, time.monotonic()
+    def _beat(self) -> None:
+        silence = _Silence()
         while not self._stop.wait(BEAT):
             try:
                 self._store.add(f"beats {self._rank}", 1)
                 failed = self._store.check(["failed"])
                 beats = self._store.add(f"beats {self._next}", 0)
             except RuntimeError:
-                _end("the process that began the others")
-                return
+                _end(_STORE)
+            self._answers += 1
             if failed and not self._failed:
                 _end()
-            now = time.monotonic()
-            if beats != heard:
-                heard, since = beats, now
-            elif now - since > SILENCE and not self._failed:
+            if beats and silence.is_long(beats) and not self._failed:
                 _end(f"process {self._next}" if self.failed() else "")
 
+    def _listen(self) -> None:
+        """Whether the store still answers: a call of one whose machine has vanished never ends."""
+        silence = _Silence()
+        while self._beating.is_alive():
+            self._beating.join(BEAT)
+            if silence.is_long(self._answers):
+                _end(_STORE)
 
-def _connect() -> Store:
+
+class _Silence:
+    """How often in turn a number was found not to have grown: a process that was stopped itself, or
+    had no time to look, blames no other.
+    """
+
+    def __init__(self) -> None:
+        self._number, self._looks = -1, 0
+
+    def is_long(self, number: int) -> bool:
+        """Takes another look."""
+        self._looks = self._looks + 1 if number == self._number else 0
+        self._number = number
+        return self._looks * BEAT > SILENCE
+
+
+def _connect(number: int) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = TCPStore(address, port, is_master=False, wait_for_workers=False)
-    return PrefixStore(f"gdprompt {attempt}", store)
+    return PrefixStore(f"gdprompt {attempt} {number}", store)
 
 
 def _end(lost: str = "") -> None:
     if lost:
-        print(f"gdprompt: stopped: {lost} was lost", file=sys.__stderr__, flush=True)
+        _say(f"{lost} was lost")
     os._exit(1)
+
+
+def _say(what: str) -> None:
+    print(f"gdprompt: stopped: {what}", file=sys.__stderr__, flush=True)

@@ -84,17 +84,26 @@ class _Pending:
     def __init__(self, failures: Failures) -> None:
         self.failures = failures
         self.flag = failures.found_inf.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if failures.device.type == "cuda" else None
-        if self.arrived is not None:
-            self.arrived.record()
+        self.arrived = _arrival(failures.device)
 
-    def check(self) -> bool:
-        """Whether it is here; raises if it is up."""
-        if self.arrived is not None and not self.arrived.query():
+    def check(self, wait: bool) -> bool:
+        """Whether it is here, for which it may wait; raises if it is up."""
+        if self.arrived is not None and wait:
+            self.arrived.synchronize()
+        elif self.arrived is not None and not self.arrived.query():
             return False
         if self.flag:
             self.failures.check()
         return True
+
+
+def _arrival(device: torch.device) -> torch.cuda.Event | None:
+    """What has come about once a GPU has done all that it was given; a CPU has by now."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 _pending: weakref.WeakKeyDictionary[nn.Module, list[_Pending]] = weakref.WeakKeyDictionary()
@@ -102,14 +111,23 @@ _pending: weakref.WeakKeyDictionary[nn.Module, list[_Pending]] = weakref.WeakKey
 
 def pend(model: nn.Module, failures: Failures) -> None:
     """Has a later step on the model raise what this one's values turn out to be."""
-    if failures.device.type == "cuda":
+    if not found_at_once(failures.device):
         _pending.setdefault(model, []).append(_Pending(failures))
 
 
-def raise_pending(model: nn.Module) -> None:
-    """Raises what earlier steps on the model have found, as far as that is known by now."""
+def raise_pending(model: nn.Module, together: bool = False) -> None:
+    """Raises what earlier steps on the model have found, as far as that is known by now.
+
+    Args:
+        together: several processes take the steps, whose flags are the same: all raise at the same
+            step, since they wait for the flags of all but the last one.
+    """
     waiting = _pending.pop(model, [])
-    rest = [each for each in waiting if not each.check()]
+    last = len(waiting) - 1
+    if together:
+        rest = [each for n, each in enumerate(waiting) if n == last or not each.check(wait=True)]
+    else:
+        rest = [each for each in waiting if not each.check(wait=False)]
     if rest:
         _pending[model] = rest
 

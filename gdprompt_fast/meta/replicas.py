@@ -5,7 +5,7 @@ by FSDP2.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from ..batch import MetaBatch
 from ..distributed.group import collective
 from ..distributed.reduce import reduce_gradients
 from ..distributed.sharded import PlainModel, as_plain, group_of, is_sharded
+from ..distributed.watch import ProcessLost
 from ..errors import UserError
 from ..models.architecture import compute_dtype
 from ..update.adapted_layer import Weights, always_there
@@ -27,6 +28,10 @@ from .lm_batch import LMBatch
 from .parts import Part, padding_part
 
 Count = int | Tensor | None
+
+
+def _lost() -> ProcessLost:
+    return ProcessLost("step: expected it to end in all processes, got an error in another one")
 
 
 class Replicas:
@@ -44,14 +49,39 @@ class Replicas:
 
     weights: Weights = staticmethod(always_there)
 
-    def __init__(self, group: dist.ProcessGroup, divisor: int) -> None:
-        self._group, self._divisor = group, divisor
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup, divisor: int) -> None:
+        self._model, self._group, self._divisor = model, group, divisor
+        self._sums, self._finishing = 0, False  # so far
 
     def check(self, config: MetaStepConfig) -> None:
         """
         Raises:
             UserError: for a step that these processes cannot take together.
         """
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What raises inside in one process does in all: its mark goes through the sums of the
+        step, where the others find it.
+        """
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except Exception:
+            if not self._finishing:
+                with suppress(ProcessLost):
+                    self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Takes part, with a mark, in the sums that the others wait in, as far as can be."""
+        if self._sums == 0:
+            self._sum(self._marked(3))
+
+    def _marked(self, zeros: int) -> Tensor:
+        device = next(self._model.parameters()).device
+        return torch.tensor([0.0] * zeros + [1.0], dtype=torch.float64, device=device)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -66,8 +96,11 @@ class Replicas:
         """
         real, device = batch.layout.real, batch.context_ids.device
         rows = real.contexts if lm_batch is None else lm_batch.real
-        own = torch.tensor([real.queries, rows, real.groups], dtype=torch.float64, device=device)
-        queries, rows_of_all, self._groups = self._sum(own.clone()).clamp(min=1)
+        numbers = [real.queries, rows, real.groups, 0.0]
+        own = torch.tensor(numbers, dtype=torch.float64, device=device)
+        of_all = self._sum(own.clone())
+        queries, rows_of_all, self._groups = of_all[:3].clamp(min=1)
+        self._check_counts(of_all[3])
         self._own_groups = own[2]
         whole = (
             here if given is None else given
@@ -75,6 +108,9 @@ class Replicas:
         )
         query, lm = (own.new_tensor(1 / self._divisor) * count for count in whole)
         return query, lm
+
+    def _check_counts(self, mark: Tensor) -> None:
+        """What another process has marked its counts with, where that cannot wait for the end."""
 
     def even(self, parts: list[Part], lm_parts: list[LMBatch]) -> tuple[list[Part], list[LMBatch]]:
         """The parts of a step here, as many as the processes need them to be."""
@@ -89,14 +125,16 @@ class Replicas:
         Raises:
             FloatingPointError: on a CPU, in all processes, if something in one was not finite;
                 ``.grad`` holds what is of no use then.
+            ProcessLost: likewise, if another one has raised something.
         """
+        self._finishing = True
         self.reduce()
         losses = out.outer_loss, out.query_loss, out.lm_loss
         inner = out.inner_loss * (self._own_groups / self._groups)
         own = torch.stack([each.double() for each in (*losses, inner, out.found_inf)])
-        *of_all, inner, failed = self._sum(own)
+        *of_all, inner, failed, mark = self._sum(torch.cat([own, own.new_zeros(1)]))
         error = FloatingPointError("step: expected finite numbers, got others in another process")
-        out.failures.add([error], [failed > 0])
+        out.failures.add([_lost(), error], [mark > 0, failed > 0])
         if found_at_once(out.query_loss.device):
             out.failures.check()
         outer, query, lm = (each / self._divisor for each in of_all)
@@ -110,6 +148,7 @@ class Replicas:
         )
 
     def _sum(self, numbers: Tensor) -> Tensor:
+        self._sums += 1
         with collective():
             dist.all_reduce(numbers, group=self._group)
         return numbers
@@ -121,13 +160,25 @@ class DDPReplicas(Replicas):
     """
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
-        super().__init__(ddp.process_group, dist.get_world_size(ddp.process_group))
+        group = ddp.process_group
+        super().__init__(ddp.module, group, dist.get_world_size(group))
         self._ddp = ddp
 
     def reduce(self) -> None:
         """Averages ``.grad``, but inside ``no_sync()``."""
         if self._ddp.require_backward_grad_sync:
-            reduce_gradients(self._ddp.module.parameters(), self._group, average=True)
+            reduce_gradients(self._model.parameters(), self._group, average=True)
+
+    def _give_up(self) -> None:
+        super()._give_up()
+        if self._sums == 1:
+            without = [
+                parameter for parameter in self._model.parameters() if parameter.grad is None
+            ]
+            self.reduce()
+            for each in without:
+                each.grad = None
+            self._sum(self._marked(5))
 
 
 class Sharded(Replicas):
@@ -136,8 +187,7 @@ class Sharded(Replicas):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(group_of(model), divisor=1)
-        self._model = model
+        super().__init__(model, group_of(model), divisor=1)
 
     def check(self, config: MetaStepConfig) -> None:
         if config.recompute != "block":
@@ -145,6 +195,10 @@ class Sharded(Replicas):
                 'recompute: expected "block" for a model whose weights are sharded, got '
                 f'"{config.recompute}"'
             )
+
+    def _check_counts(self, mark: Tensor) -> None:
+        if mark > 0:
+            raise _lost()
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -140,7 +140,7 @@ def fast_meta_step(
     if replicas is None:
         return _step(model, None, batch, config, teacher, rows, query_count, lm_count)
     replicas.check(config)
-    with replicas.plain():
+    with replicas.plain(), replicas.failing_together():
         return _step(model, replicas, batch, config, teacher, rows, query_count, lm_count)
 
 
@@ -156,7 +156,7 @@ def _step(
 ) -> MetaStepOutput:
     with walked(model):
         ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
-        raise_pending(model)
+        raise_pending(model, together=replicas is not None)
         torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
         inner, device = select_inner(model, config.inner_params), batch.context_ids.device
         if replicas is not None:

@@ -73,17 +73,17 @@ def verify_model(
     if plain is None:
         if _verified.get(model) == now:
             return
-        look()
+        look()()
     elif plain.most(_verified.get(model) != now):
-        _together(plain, look)
+        _together(plain, look())
     _verified[model] = now
 
 
-def _together(plain: PlainModel, look: Callable[[], None]) -> None:
+def _together(plain: PlainModel, judge: Callable[[], None]) -> None:
     """Has all processes refuse what one refuses."""
     error = None
     try:
-        look()
+        judge()
     except UserError as found:
         error = found
     refused = plain.most(error is not None)
@@ -101,7 +101,10 @@ def _look(
     backend: str,
     recompute: str,
     plain: PlainModel | None,
-) -> None:
+) -> Callable[[], None]:
+    """The passes, which the processes of a sharded model take together; what is found in them is
+    judged by calling what is returned.
+    """
     lengths = context_mask.sum(1)
     length = int(lengths.max()) or context_ids.shape[1]  # padding, where a process has no share
     row = context_ids[lengths.argmax()][:length][None]
@@ -114,11 +117,19 @@ def _look(
     with nullcontext() if plain is None else plain.gathering():
         random_states = _random_states()
         own, used = _own_logits(model, row, keep)
-        if random_states != _random_states():
-            _check_deterministic(model, row, keep)
-    if own.isfinite().all():  # otherwise the inner loss is not either, and the step says so
-        _check_same(model, logits, own)
-    _check_gradients(model, used, reached, recompute)
+        drawn = random_states != _random_states()
+        if drawn if plain is None else plain.most(drawn):
+            drawn = _draws(model, row, keep)
+
+    def judge() -> None:
+        if drawn:
+            what = "nothing random in its forward, got random numbers drawn"
+            raise UserError(f"model: expected {what}")
+        if own.isfinite().all():  # otherwise the inner loss is not either, and the step says so
+            _check_same(model, logits, own)
+        _check_gradients(model, used, reached, recompute)
+
+    return judge
 
 
 def _engine_pass(
@@ -180,14 +191,13 @@ def _runs(what: str) -> Iterator[None]:
         ) from error
 
 
-def _check_deterministic(model: nn.Module, row: Tensor, keep: int) -> None:
-    """Refuses a model that draws random numbers, so that the passes of a step would see other
-    models; once more, as another thread may have drawn them before.
+def _draws(model: nn.Module, row: Tensor, keep: int) -> bool:
+    """Whether a model draws random numbers, so that the passes of a step would see other models;
+    asked once more, as another thread may have drawn them before.
     """
     before = _random_states()
     _own_logits(model, row, keep)
-    if before != _random_states():
-        raise UserError("model: expected nothing random in its forward, got random numbers drawn")
+    return before != _random_states()
 
 
 def _random_states() -> list[Any]:

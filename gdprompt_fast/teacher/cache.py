@@ -86,7 +86,8 @@ class TeacherCache:
         key = cache_key(teacher, examples, answer_tokens, batch_size)
         check_cache(folder, key)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / KEY_FILE, key)
+        if not (folder / KEY_FILE).exists():  # processes that read it at once do not write it
+            write_json(folder / KEY_FILE, key)
         shards = _fill(folder, teacher, end_token(examples), examples, answer_tokens, batch_size)
         # A copy: the head that was given may be that of a model about to be trained.
         head = head_of(teacher).clone()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from ..batch import MetaBatch
+from ..distributed.group import watched
 from ..distributed.reduce import reduce_gradients
 from ..errors import UserError
 from ..meta.step import fast_meta_step
@@ -86,8 +87,9 @@ class MetaTrainer(Trainer):
         if args.objective == "kl":
             teacher = model if teacher is None else teacher.eval().to(args.device)
         self._prepared = Prepared(args, collator, model, teacher)
-        train_dataset = self._prepared.data("train", train_dataset)
-        eval_dataset = self._prepared.data("eval", eval_dataset)
+        with watched():
+            train_dataset = self._prepared.data("train", train_dataset)
+            eval_dataset = self._prepared.data("eval", eval_dataset)
         self._prepared.end()
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args.seed)
@@ -103,6 +105,21 @@ class MetaTrainer(Trainer):
             **others,
         )
         check_accelerator(self.accelerator)
+
+    @watched()
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. Of several processes one that fails or is lost ends the others within a
+        minute, and says why; so it is in ``evaluate`` and ``predict``.
+        """
+        return super().train(*args, **kwargs)
+
+    @watched()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(*args, **kwargs)
+
+    @watched()
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -12,12 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gdprompt_fast import LMBatch, MetaBatch, TeacherTargets, fast_meta_step
 from gdprompt_fast.distributed.reduce import reduce_gradients
+from gdprompt_fast.distributed.watch import ProcessLost
 from gdprompt_fast.errors import UserError
+from gdprompt_fast.meta import failures, verify
+from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.meta.share import share_of
 from gdprompt_fast.models.memory import PeakMemory, model_tensors
 from gdprompt_fast.reference.compare import gradients_of, worst_error
 from helpers.models import random_teacher
 from helpers.processes import in_processes
+from helpers.sharding import shard
 
 Build = Callable[..., Any]
 PROCESSES = pytest.mark.parametrize("count", [2, 3])
@@ -115,24 +119,79 @@ def test_a_ddp_model_takes_the_batches_of_all_processes_as_one(
             torch.testing.assert_close(loss, getattr(whole, name))
 
 
-def test_a_ddp_step_that_is_not_finite_in_one_process_fails_in_all(
-    tiny_model: Build, make_batch: Build
+@PROCESSES
+def test_a_step_that_fails_in_one_process_fails_in_all(
+    count: int, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where it is not finite, refuses the model or an argument; and the next one goes on. Of
+    sharded weights likewise before the first pass.
+    """
     batch = make_batch("one-each")
 
-    def work() -> str:
+    def refuse(*args: Any) -> None:
+        raise UserError("model: refused")
+
+    def work() -> list[str]:
+        ddp, first = DistributedDataParallel(tiny_model()), dist.get_rank() == 0
+        sharded = shard(tiny_model())
+        mine = batch.select([dist.get_rank()])[0]
+        predictions = random_teacher(mine).logits
+        assert predictions is not None
+        found, wrong = [], TeacherTargets.from_logits(predictions * torch.nan)
+        right, none = (
+            TeacherTargets.from_logits(predictions),
+            None if first else random_teacher(mine),
+        )
+
+        def caught(model: Any, **options: Any) -> None:
+            with pytest.raises((FloatingPointError, UserError, ProcessLost)) as caught:
+                fast_meta_step(model, mine, recompute="block", **options)
+            found.append(str(caught.value).split(":")[0])
+
+        caught(ddp, teacher=wrong if first else right)
+        caught(ddp, teacher=none)
+        caught(sharded, teacher=none)
+        if first:
+            monkeypatch.setattr(verify, "_check_same", refuse)
+        ddp.zero_grad()
+        caught(ddp, objective="gold", inner_params="linear")
+        assert not first or all(parameter.grad is None for parameter in ddp.parameters())
+        caught(sharded, objective="gold", inner_params="linear")
+        monkeypatch.undo()
+        fast_meta_step(ddp, mine, objective="gold", inner_params="linear")
+        return found
+
+    mine, *others = in_processes(count, work)
+    assert mine == ["teacher", "teacher", "teacher", "model", "model"]
+    assert others == [["step", "step", "step", "step", "model"]] * (count - 1)
+
+
+@PROCESSES
+def test_processes_that_learn_of_a_failure_late_raise_at_the_same_step(
+    count: int, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, of which one knows before its next step, and the others do not yet."""
+    batch = make_batch("one-each")
+
+    class Arrival:
+        query, synchronize = staticmethod(lambda: dist.get_rank() == 0), staticmethod(lambda: None)
+
+    def work() -> int:
+        monkeypatch.setattr(failures, "_arrival", lambda device: Arrival())
         ddp, mine = DistributedDataParallel(tiny_model()), batch.select([dist.get_rank()])[0]
         predictions = random_teacher(mine).logits
         assert predictions is not None
-        if dist.get_rank() == 1:
-            predictions = predictions * torch.nan
-        with pytest.raises(FloatingPointError) as caught:
-            fast_meta_step(ddp, mine, teacher=TeacherTargets.from_logits(predictions))
-        return str(caught.value)
+        with found_on_the_device():
+            for step in range(4):
+                bad = step == 1 and dist.get_rank() == count - 1
+                teacher = TeacherTargets.from_logits(predictions * (torch.nan if bad else 1))
+                try:
+                    fast_meta_step(ddp, mine, teacher=teacher)
+                except FloatingPointError:
+                    return step
+        return -1
 
-    here, there = in_processes(2, work)
-    assert here == "step: expected finite numbers, got others in another process"
-    assert "teacher" in there
+    assert in_processes(count, work, longest=30.0) == [3] * count
 
 
 def test_gradients_are_summed_within_the_memory_of_a_bucket(tiny_model: Build) -> None:

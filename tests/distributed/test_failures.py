@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,17 @@ from safetensors.torch import load_file
 
 import gdprompt_fast.meta.compute
 import gdprompt_fast.training.loop
+import gdprompt_fast.training.sharded
 from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
-from gdprompt_fast.distributed import rank, watch
+from gdprompt_fast.distributed import launched, rank, watch
+from gdprompt_fast.distributed.group import barrier
+from gdprompt_fast.distributed.sharded import whole as whole_weight
 from gdprompt_fast.meta.failures import found_on_the_device
-from gdprompt_fast.training.checkpoint import MODEL_FOLDER
+from gdprompt_fast.training.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from helpers.processes import ends_of
 
-STEPS = 6
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,20 @@ def after(steps: int, number: int, do: Callable[[], Any]) -> None:
     gdprompt_fast.training.loop.fast_meta_step = wrapped
 
 
+def while_writing(number: int, do: Callable[[], Any]) -> None:
+    """Has process ``number`` do something in the middle of the second checkpoint."""
+    write, left = gdprompt_fast.training.sharded.write_tensors, [1]
+
+    def wrapped(path: Path | None, tensors: dict[str, Any]) -> None:
+        left[0] -= 1
+        if left[0] < 0 and rank() == number:
+            whole_weight(next(iter(tensors.values())))
+            do()
+        write(path, tensors)
+
+    gdprompt_fast.training.sharded.write_tensors = wrapped
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / MODEL_FOLDER / "model.safetensors")
 
@@ -64,31 +83,47 @@ def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("lost", "sharding"), [(1, "none"), (0, "optimizer"), (0, "full"), (2, "full")]
+    ("count", "lost", "when", "sharding", "then"),
+    [
+        (3, 1, partial(after, 4), "none", "full"),
+        (2, 0, partial(after, 4), "optimizer", "full"),
+        (3, 0, while_writing, "full", "optimizer"),
+        (3, 2, while_writing, "full", "none"),
+    ],
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_a_run_of_which_a_process_was_killed_goes_on(
-    lost: int, sharding: str, command: list[str], whole: dict[str, torch.Tensor], tmp_path: Path
+    count: int,
+    lost: int,
+    when: Callable[[int, Callable[[], Any]], None],
+    sharding: str,
+    then: str,
+    command: list[str],
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    """With another number of processes, and ends as one that was left alone."""
+    """With another number of processes and sharding, and ends as one that was left alone."""
     killed = tmp_path / "killed"
-    command = [*command, "--output", str(killed), "--sharding", sharding]
+    command = [*command, "--output", str(killed)]
 
     def run() -> None:
-        after(5, lost, kill)
-        main(command)
+        when(lost, kill)
+        main([*command, "--sharding", sharding])
 
     began = time.monotonic()
-    ended = ends_of(3, run)
+    ended = ends_of(count, run)
     assert time.monotonic() - began < 30
     codes = [each.code for each in ended]
     assert codes[lost] == -signal.SIGKILL, ended
-    assert sorted(codes, key=str) == [-signal.SIGKILL, FAILED, FAILED]
+    assert sorted(codes, key=str) == [-signal.SIGKILL, *[FAILED] * (count - 1)]
     said = "".join(each.errors for number, each in enumerate(ended) if number != lost)
     assert said.count("gdprompt") == 1 and "was lost" in said
     assert not (killed / MODEL_FOLDER).exists()
     assert len(read_metrics(killed / METRICS_FILE)) in (4, 5)
+    (kept,) = (killed / CHECKPOINTS).glob("step-*")
+    assert kept.name == ("step-00000002" if when is while_writing else "step-00000004")
 
-    for each in ends_of(2, lambda: main([*command, "--resume"])):
+    for each in ends_of(5 - count, lambda: main([*command, "--resume", "--sharding", then])):
         assert each.code == 0, each.errors
     for name, value in whole.items():
         torch.testing.assert_close(weights(killed)[name], value, rtol=1e-3, atol=1e-5)
@@ -102,7 +137,7 @@ def test_an_error_in_one_process_is_said_once_and_ends_all(
         raise FloatingPointError("inner loss: expected a finite number, got nan")
 
     def run() -> None:
-        after(4, number, fail)
+        after(2, number, fail)
         main([*command, "--output", str(tmp_path), "--sharding", sharding])
 
     ended = ends_of(3, run)
@@ -177,9 +212,46 @@ def test_a_process_that_is_silent_is_lost(
         after(0, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         main([*command, "--output", str(tmp_path)])
 
-    first, second, third = ends_of(3, run, longest=15.0)
+    first, second, third = ends_of(3, run, longest=30.0)
     assert (first.code, second.code, third.code) == (FAILED, None, FAILED)
     assert (first.errors + third.errors).count("process 1 was lost") == 1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_process_with_the_store_may_vanish(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without closing its connections, as one that is stopped; no call of its store ends then."""
+    monkeypatch.setattr(watch, "BEAT", 0.2)
+    monkeypatch.setattr(watch, "SILENCE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run() -> None:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        with launched():
+            if rank() == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            barrier()
+
+    first, *others = ends_of(count, run, longest=30.0)
+    assert first.code is None and {each.code for each in others} == {FAILED}
+    for each in others:
+        assert each.errors == "gdprompt: stopped: the process that began the others was lost\n"
+
+
+def test_processes_do_not_wait_long_for_one_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "JOINING", 1.0)
+
+    def run() -> None:
+        if os.environ["RANK"] != "1":
+            with launched():
+                pass
+
+    ended = ends_of(3, run, longest=30.0)
+    assert [each.code for each in ended] == [FAILED, 0, FAILED]
+    said = "".join(each.errors for each in ended)
+    assert said == "gdprompt: stopped: process 1 has not come within 1 s\n"
 
 
 def test_commands_that_processes_cannot_share_are_errors(tmp_path: Path) -> None:

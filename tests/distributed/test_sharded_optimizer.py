@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from helpers.training import GOLD, ROOMY, TOKENIZER, tiny_llama
 
 Weights = dict[str, torch.Tensor]
 SHARDED = dataclasses.replace(GOLD, sharding="optimizer", steps=5, checkpoint_every=2, batch_size=3)
+KINDS = [(2, "none", "optimizer"), (3, "optimizer", "none")]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,13 @@ def assert_close(got: Weights, expected: Weights) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "sharding", "then"), KINDS)
 def test_a_checkpoint_goes_on_in_another_number_of_processes(
-    count: int, examples: list[Example], tmp_path: Path
+    count: int, sharding: str, then: str, examples: list[Example], tmp_path: Path
 ) -> None:
-    """Begun in ``count`` processes, stopped at step 3, and continued in others, from step 2."""
+    """Begun in ``count`` processes, stopped at step 3, and continued from step 2 in others, of
+    which each has a part of the state, or all of it; and in one.
+    """
     expected = trained(SHARDED, examples, tmp_path / "one")
     begun = tmp_path / "begun"
 
@@ -62,20 +66,19 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(
 
         loop.fast_meta_step = three_times
         with pytest.raises((InterruptedError, SystemExit)), launched():
-            trained(SHARDED, examples, begun)
+            trained(dataclasses.replace(SHARDED, sharding=sharding), examples, begun)
 
     def go_on() -> Weights:
         with launched():
-            return trained(SHARDED, examples, begun)
+            return trained(dataclasses.replace(SHARDED, sharding=then), examples, begun)
 
     in_processes(count, begin, init=False)
     state = torch.load(begun / "checkpoints" / "step-00000002" / "training_state.pt")["optimizer"]
     shapes = [parameter.shape for parameter in tiny_llama().parameters()]
     assert [each["exp_avg"].shape for each in state["state"].values()] == shapes
-    if count == 2:
-        assert_close(trained(SHARDED, examples, begun), expected)
-        return
-    for got in in_processes(2, go_on, init=False):
+    shutil.copytree(begun, tmp_path / "alone")
+    assert_close(trained(SHARDED, examples, tmp_path / "alone"), expected)
+    for got in in_processes(5 - count, go_on, init=False):
         assert_close(got, expected)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gdprompt_fast import fast_meta_step
@@ -17,10 +18,12 @@ from gdprompt_fast.data import Example, tokenise_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.distributed import launched
 from gdprompt_fast.distributed.sharded import whole
+from gdprompt_fast.evaluation.held_out import HeldOut
 from gdprompt_fast.meta.gathered import shard
 from gdprompt_fast.reference.compare import without_upcasts
 from gdprompt_fast.teacher import Teacher, TeacherCache, TeacherOnTheFly
 from gdprompt_fast.training import loop
+from gdprompt_fast.training.best import BEST_FILE, BEST_FOLDER
 from gdprompt_fast.training.checkpoint import MODEL_FOLDER
 from gdprompt_fast.training.metrics import METRICS_FILE, read_metrics
 from gdprompt_fast.training.options import TrainOptions
@@ -65,10 +68,10 @@ def trained(name: str, examples: list[Example], output: Path, divided: bool) -> 
         teacher = TeacherCache.build(output / "teacher", own, examples, 3, batch_size=2)
     elif options.objective == "kl":
         teacher = TeacherOnTheFly(own, examples, 3, batch_size=1)
+    held_out = HeldOut(examples[4:], every=2, batch_size=2) if name == BEGUN[0] else None
+    more: dict[str, Any] = dict(joint=examples[:joint] or None, held_out=held_out)
     with without_upcasts(tiny_llama()):
-        loop.meta_train(
-            model, TOKENIZER, examples, options, output, teacher, examples[:joint] or None
-        )
+        loop.meta_train(model, TOKENIZER, examples, options, output, teacher, **more)
     return {key: whole(value).clone() for key, value in model.state_dict().items()}
 
 
@@ -132,6 +135,10 @@ def test_runs_end_as_those_of_one_process_which_went_on_in_another_number(
 
 def check_model_files(one: Path, many: Path) -> None:
     """A model is in the files of one process."""
+    folders = [at / BEGUN[0] / BEST_FOLDER for at in (one, many)]
+    best = [json.loads((folder / BEST_FILE).read_text()) for folder in folders]
+    assert best[1] == pytest.approx(best[0], rel=1e-5)
+    assert_close(*(load_file(folder / "model.safetensors") for folder in reversed(folders)))
     for name in CASES:
         files = [sorted(p.name for p in (at / name / MODEL_FOLDER).iterdir()) for at in (one, many)]
         assert files[0] == files[1], name

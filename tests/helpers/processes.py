@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -47,24 +48,34 @@ def in_processes(
 def ends_of(
     count: int, work: Callable[[], Any], init: bool = False, longest: float = LONGEST
 ) -> list[Ended]:
-    """How ``count`` processes end that do some work; those that have not after ``longest`` seconds
-    are killed and have None for an exit code.
+    """How ``count`` processes end that do some work; those that have not after ``longest`` seconds,
+    or are stopped when all others have, are killed and have None for an exit code.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # their collections would touch, and so copy, all that is here
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(count):
             arguments = work, rank, count, store.port, init, f"{folder}/{rank}"
             processes.append(context.Process(target=_run, args=arguments))
             processes[-1].start()
+        gc.unfreeze()
         until = time.monotonic() + longest
+        while time.monotonic() < until and any(map(_runs, processes)):
+            time.sleep(0.02)
         codes = []
         for process in processes:
-            process.join(max(0.0, until - time.monotonic()))
             codes.append(process.exitcode)
             process.kill()
         return [Ended(code, *_left(f"{folder}/{rank}")) for rank, code in enumerate(codes)]
+
+
+def _runs(process: Any) -> bool:
+    if not process.is_alive():
+        return False
+    with open(f"/proc/{process.pid}/stat", encoding="utf-8") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] != "T"
 
 
 def _left(path: str) -> tuple[str, Any]:

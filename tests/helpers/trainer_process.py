@@ -1,4 +1,4 @@
-"""A process of a run that torchrun starts; its arguments are those of ``run``."""
+"""A process of a run that accelerate starts; its arguments are those of ``run``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class InOrder(MetaTrainer):
 
 
 def run(output: Path, size: int, accumulated: int) -> None:
-    """Trains on 16 rows, evaluates on 8, and has the first process write what came of it."""
+    """Trains on 24 rows, evaluates on 12, and has every process write what came of it."""
     args = arguments(
         output,
         max_steps=3,
@@ -39,7 +39,7 @@ def run(output: Path, size: int, accumulated: int) -> None:
         save_strategy="steps",
         save_steps=3,
     )
-    data = make_people_data(16, 8, seed=0)
+    data = make_people_data(24, 12, seed=0)
     model = tiny_llama().double()
     trainer = InOrder(model, args, data.train, data.test, processing_class=TOKENIZER)
     trainer.train()
