@@ -155,7 +155,7 @@ class Objective:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 for loss in losses():
-                    values.append(float(loss))
+                    values.append(float(loss.detach()))
                     grads = torch.autograd.grad(loss, list(of.values()), allow_unused=True)
                     for name, grad in zip(of, grads, strict=True):
                         if grad is not None:
