@@ -145,9 +145,14 @@ def _for_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-@cache
 def hints(config: type) -> Mapping[str, Any]:
-    """The types of a dataclass's fields, by name; evaluated once, a parser asks for each option."""
+    """The types of a dataclass's fields, by name."""
+    return _evaluated(config)
+
+
+@cache
+def _evaluated(config: type) -> Mapping[str, Any]:
+    """Once a class: a parser asks for every option."""
     found = get_type_hints(config)
     return {each.name: found[each.name] for each in fields(config)}
 
