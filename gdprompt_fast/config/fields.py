@@ -10,6 +10,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -144,8 +145,14 @@ def _for_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def hints(config: type) -> dict[str, Any]:
+def hints(config: type) -> Mapping[str, Any]:
     """The types of a dataclass's fields, by name."""
+    return _evaluated(config)
+
+
+@cache
+def _evaluated(config: type) -> Mapping[str, Any]:
+    """Once a class: a parser asks for every option."""
     found = get_type_hints(config)
     return {each.name: found[each.name] for each in fields(config)}
 

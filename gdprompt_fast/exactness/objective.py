@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -74,74 +74,88 @@ class Objective:
 
     def value(self) -> float:
         """φ."""
-        return self.query_loss() + self.step.lm_weight * self.lm_loss()
+        inner: dict[int, float] = {}
+        query_loss = self.query_loss(inner)
+        return query_loss + self.step.lm_weight * self.lm_loss(inner)
 
-    def query_loss(self) -> float:
-        """The mean over queries of the outer loss at θ'."""
+    def query_loss(self, inner: dict[int, float] | None = None) -> float:
+        """The mean over queries of the outer loss at θ'; ``inner`` is given the groups' L at θ."""
         total = []
         for group in self.groups_with_queries:
-            with self.adapted(group), torch.no_grad():
+            with self.adapted(group) as loss, torch.no_grad():
                 total += [float(loss) for loss in self._outer(group)]
+            if inner is not None:
+                inner[group] = loss
         return math.fsum(total)
 
-    def lm_loss(self) -> float:
-        """L_LM at θ; 0 where λ is."""
+    def lm_loss(self, inner: dict[int, float] | None = None) -> float:
+        """L_LM at θ; 0 where λ is.
+
+        Args:
+            inner: L at θ of groups, of which that of the same contexts is the mean.
+        """
         if self.step.lm_weight == 0:
             return 0.0
         with torch.no_grad():
-            return math.fsum(float(loss) for loss in self._lm())
+            if self.step.lm_batch is not None:
+                return math.fsum(float(loss) for loss in self._lm())
+            known = inner or {}
+            sizes = self.step.batch.context_group.bincount().tolist()
+            return math.fsum(
+                size / sum(sizes) * (known[group] if group in known else self._inner_loss(group))
+                for group, size in enumerate(sizes)
+            )
 
     def inner_loss(self) -> float:
         """The mean over groups of the inner loss at θ."""
         groups = self.step.batch.groups
         with torch.no_grad():
-            losses = [float(loss) for group in range(groups) for loss in self._inner(group)]
-        return math.fsum(losses) / groups
+            return math.fsum(map(self._inner_loss, range(groups))) / groups
+
+    def _inner_loss(self, group: int) -> float:
+        return math.fsum(float(loss) for loss in self._inner(group))
 
     @contextmanager
-    def adapted(self, group: int) -> Iterator[None]:
-        """Inside, the model is at θ' of a group: θ − η ∇L, materialised."""
-        with self._steps(group, self.step.inner_steps):
-            yield
-
-    @contextmanager
-    def _steps(self, group: int, count: int) -> Iterator[None]:
-        if count == 0:
-            yield
-            return
-        gradient = self.inner_gradient(group, self.inner)
-        with moved(self.model, gradient, -self.step.inner_lr):
-            del gradient
-            with self._steps(group, count - 1):
-                yield
+    def adapted(self, group: int) -> Iterator[float]:
+        """Inside, the model is at θ' of a group: θ − η ∇L, materialised. Yields L(θ)."""
+        with ExitStack() as steps:
+            losses = []
+            for _ in range(self.step.inner_steps):
+                gradient, loss = self._gradient(lambda: self._inner(group), self.inner)
+                steps.enter_context(moved(self.model, gradient, -self.step.inner_lr))
+                del gradient
+                losses.append(loss)
+            yield losses[0]
 
     def inner_gradient(self, group: int, of: dict[str, nn.Parameter]) -> Vector:
         """∇L of a group at the weights the model has."""
-        return self._gradient(lambda: self._inner(group), of)
+        return self._gradient(lambda: self._inner(group), of)[0]
 
     def outer_gradient(self, group: int) -> Vector:
         """∂outer/∂θ' of a group's queries, of all that is trained or moved."""
         with self.adapted(group):
-            return self._gradient(lambda: self._outer(group), {**self.inner, **self.trained})
+            return self._gradient(lambda: self._outer(group), {**self.inner, **self.trained})[0]
 
     def lm_gradient(self) -> Vector:
         """λ ∇L_LM."""
         if self.step.lm_weight == 0:
             return {}
-        gradient = self._gradient(self._lm, self.trained)
+        gradient, _ = self._gradient(self._lm, self.trained)
         return {name: self.step.lm_weight * tensor for name, tensor in gradient.items()}
 
     def _gradient(
         self, losses: Callable[[], Iterator[Tensor]], of: dict[str, nn.Parameter]
-    ) -> Vector:
-        """The gradient of the sum of ``losses``, one graph at a time."""
+    ) -> tuple[Vector, float]:
+        """The gradient of the sum of ``losses``, one graph at a time, and the sum."""
         frozen = [p for p in of.values() if not p.requires_grad]
         total: Vector = {}
+        values = []
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 for loss in losses():
+                    values.append(float(loss.detach()))
                     grads = torch.autograd.grad(loss, list(of.values()), allow_unused=True)
                     for name, grad in zip(of, grads, strict=True):
                         if grad is not None:
@@ -149,7 +163,7 @@ class Objective:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-        return total
+        return total, math.fsum(values)
 
     def _inner(self, group: int) -> Iterator[Tensor]:
         batch = self.step.batch

@@ -44,8 +44,9 @@ def copied(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
     whatever hooks of a gradient do to them is lost. Buffers stay, as transformers keeps rotary
     tables in fp32 whatever the weights; but what is wider than ``dtype`` would widen all.
     """
-    copies = {name: p.data.to(dtype or p.dtype, copy=True) for name, p in model.named_parameters()}
-    with _exchanged(model, copies), _numbers_in(dtype), _no_buffer_wider(model, dtype):
+    named = dict(model.named_parameters())
+    copies = {name: p.data.to(dtype or p.dtype, copy=True) for name, p in named.items()}
+    with _exchanged(named, copies), _numbers_in(dtype), _no_buffer_wider(model, dtype):
         yield
 
 
@@ -83,13 +84,12 @@ def _numbers_in(dtype: torch.dtype | None) -> Iterator[None]:
 def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
     """Inside, the model is at θ + step · direction."""
     named = dict(model.named_parameters())
-    with _exchanged(model, {n: named[n].data.add(v, alpha=step) for n, v in direction.items()}):
+    with _exchanged(named, {n: named[n].data.add(v, alpha=step) for n, v in direction.items()}):
         yield
 
 
 @contextmanager
-def _exchanged(model: nn.Module, data: Mapping[str, Tensor]) -> Iterator[None]:
-    named = dict(model.named_parameters())
+def _exchanged(named: Mapping[str, nn.Parameter], data: Mapping[str, Tensor]) -> Iterator[None]:
     before = {name: named[name].data for name in data}
     try:
         for name, tensor in data.items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
 from ..models.memory import PeakMemory
+from .shapes import DEVICE_OF
 from .timeline import Timeline
 
 LOSS_TILES = "loss tiles"
@@ -34,6 +36,16 @@ class PeakParts(PeakMemory):
         super().__init__()
         for name, tensors in present.items():
             self.mark(name, tensors)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As that of :class:`ShapesOnly`, which is always around this."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF:
+            return args[0].fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def mark(self, part: str, tensors: Iterable[Tensor]) -> None:
         """The storages of these tensors belong to ``part``, and did from the start."""

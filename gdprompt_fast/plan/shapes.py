@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DEVICE_OF = torch.ops.prim.device.default  # half of all calls, and of fake tensors alone
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _aten = torch.ops.aten
 _INDEXING = {
@@ -35,8 +36,13 @@ class ShapesOnly(TorchDispatchMode):
         super().__init__()
         self._fake = FakeTensorMode()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and to be kept from it takes time at every call."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # half of all calls
+        if func is DEVICE_OF:
             return args[0].fake_device
         kwargs = kwargs or {}
         tensors = list(_tensors(args))

@@ -36,7 +36,7 @@ def measured(sweep: str, case: str, way: str, **row: Any) -> dict[str, Any]:
 
 
 def test_a_tiny_run_leaves_every_row_a_figure_and_nothing_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    full_figures: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     results = tmp_path / "compare.jsonl"
     command = ["--tiny", "--case", "tiny", "--sweep", "examples", "--ways", *WAYS]

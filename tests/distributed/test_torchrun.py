@@ -1,7 +1,8 @@
-"""``torchrun -m gdprompt_fast``, as a user runs it."""
+"""``train`` in two processes from end to end, once by ``torchrun``, as a user runs it."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -16,39 +17,36 @@ from helpers.paths import ROOT
 from helpers.processes import in_processes
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+def by_torchrun(*arguments: str) -> str:
+    """What ``torchrun -m gdprompt_fast`` prints."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, "-m", "gdprompt_fast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def of_the_launcher(arguments: list[str]) -> str:
-    """What two processes of torchrun print."""
-    done = torchrun(*arguments)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def forked(arguments: list[str]) -> str:
-    """What two processes print that are forked."""
+def forked(*arguments: str) -> str:
+    """What the command prints in processes that have the imports behind them."""
 
-    def work() -> str:
+    def run() -> str:
         assert main(arguments) == 0
-        return sys.stdout.getvalue()  # type: ignore[attr-defined]
+        assert isinstance(sys.stdout, io.StringIO)
+        return sys.stdout.getvalue()
 
-    return "".join(in_processes(2, work, init=False))
+    return "".join(in_processes(2, run, init=False))
 
 
 @pytest.mark.parametrize(
-    ("start", "sharding"),
+    ("launch", "sharding"),
     [
-        (of_the_launcher, ["optimizer"]),
+        (by_torchrun, ["optimizer"]),
         (forked, ["full", "--recompute", "block", "--no-check"]),
     ],
 )
 def test_train_from_end_to_end(
-    start: Callable[[list[str]], str],
+    launch: Callable[..., str],
     sharding: list[str],
     model_folder: Path,
     triples: Path,
@@ -61,8 +59,8 @@ def test_train_from_end_to_end(
     files = ["--model", str(model_folder), "--data", str(triples), "--test-data", str(triples)]
     sizes = ["--steps", "2", "--batch-size", "3", "--inner-lr-grid", "0.1", "--answer-tokens", "3"]
     more = ["--teacher-batch-size", "4", "--eval-batch-size", "4", "--sharding", *sharding]
-    printed = start(["train", *files, *sizes, *more, "--device", "cpu", "--output", str(output)])
-    assert printed.count("model, metrics and figure:") == 1
+    said = launch("train", *files, *sizes, *more, "--device", "cpu", "--output", str(output))
+    assert said.count("model, metrics and figure:") == 1
     assert len(read_metrics(output / METRICS_FILE)) == 2
     for name in ("results.json", "figure.png", "model/model.safetensors", "teacher/key.json"):
         assert (output / name).is_file()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import socket
 import tempfile
@@ -10,17 +12,12 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
-
-from gradio_client import Client
-from gradio_client.exceptions import AppError
-
 from gdprompt_fast.app.examples import unseen_samples
-from gdprompt_fast.app.server import listening_socket, opened, url_of
 from gdprompt_fast.app.student import Options
 from gdprompt_fast.bundled import meta_trained_folder
 from gdprompt_fast.cli.main import main
@@ -28,21 +25,40 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.runs import AppConfig
 from helpers.pages import PEOPLE, RATE, said, student_in, text_of
 
+if TYPE_CHECKING:
+    from gradio_client import Client
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None,
+    reason="the page needs gradio: pip install -e '.[app]'",
+)
 PASSAGE, QUESTION = PEOPLE[0]["context"], PEOPLE[0]["query"]
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def server() -> ModuleType:
+    """With it comes gradio, seconds that only a process with these tests to run spends."""
+    return importlib.import_module("gdprompt_fast.app.server")
+
+
+@pytest.fixture(scope="module")
+def url(server: ModuleType) -> Iterator[str]:
     student = student_in(Path())
-    listening = listening_socket("127.0.0.1", 0)
+    listening = server.listening_socket("127.0.0.1", 0)
     model, tokenizer = student.model, student.tokenizer
-    with opened(model, tokenizer, Options(), "about", RATE, unseen_samples(), listening):
-        yield url_of(listening)
+    with server.opened(model, tokenizer, Options(), "about", RATE, unseen_samples(), listening):
+        yield server.url_of(listening)
+
+
+def client_of(url: str, files: str | bool) -> Client:
+    from gradio_client import Client
+
+    return Client(url, verbose=False, download_files=files, analytics_enabled=False)
 
 
 @pytest.fixture
 def client(url: str, tmp_path: Path) -> Client:
-    return Client(url, verbose=False, download_files=str(tmp_path), analytics_enabled=False)
+    return client_of(url, str(tmp_path))
 
 
 def html_of(shown: Any) -> str:
@@ -105,34 +121,39 @@ def test_files_of_the_machine_are_not_served(url: str) -> None:
 
 
 def test_what_is_no_request_of_the_page_is_refused(client: Client) -> None:
+    from gradio_client.exceptions import AppError
+
     with pytest.raises((ValueError, AppError)):
         client.predict(PASSAGE, api_name="/no-such-request")
 
 
-def test_nothing_is_left_when_the_page_closes(monkeypatch: Any, tmp_path: Path) -> None:
+def test_nothing_is_left_when_the_page_closes(
+    server: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    student, listening = student_in(tmp_path), listening_socket("127.0.0.1", 0)
-    with opened(student.model, student.tokenizer, Options(), "", RATE, [], listening) as server:
-        url = url_of(listening)
-        client = Client(url, verbose=False, download_files=False, analytics_enabled=False)
+    student, listening = student_in(tmp_path), server.listening_socket("127.0.0.1", 0)
+    page = student.model, student.tokenizer, Options(), "", RATE, [], listening
+    with server.opened(*page) as thread:
+        url = server.url_of(listening)
+        client = client_of(url, False)
         client.predict(PASSAGE, RATE, api_name="/adapter")
         client.close()
         assert list(tmp_path.glob("gdprompt-app-*/*"))
-    assert not server.is_alive() and not list(tmp_path.glob("gdprompt-app-*"))
+    assert not thread.is_alive() and not list(tmp_path.glob("gdprompt-app-*"))
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url)
 
 
-def test_it_listens_on_the_loopback_address_unless_told_otherwise() -> None:
+def test_it_listens_on_the_loopback_address_unless_told_otherwise(server: ModuleType) -> None:
     assert AppConfig().host == "127.0.0.1"
-    with listening_socket(AppConfig().host, 0) as listening:
+    with server.listening_socket(AppConfig().host, 0) as listening:
         assert listening.getsockname()[0] == "127.0.0.1"
-    with listening_socket("0.0.0.0", 0) as listening:
-        assert url_of(listening).startswith("http://127.0.0.1:")
+    with server.listening_socket("0.0.0.0", 0) as listening:
+        assert server.url_of(listening).startswith("http://127.0.0.1:")
 
 
 def test_an_address_that_is_not_to_be_had_is_one_clear_line(
-    capsys: pytest.CaptureFixture[str],
+    server: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -140,7 +161,7 @@ def test_an_address_that_is_not_to_be_had_is_one_clear_line(
     message = f"error: host, port: expected an address to listen on, got 127.0.0.1 port {port}"
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="host, port: expected an address to listen on, got 256"):
-        listening_socket("256.0.0.1", 0)
+        server.listening_socket("256.0.0.1", 0)
 
 
 @pytest.mark.parametrize(

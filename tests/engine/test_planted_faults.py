@@ -133,7 +133,7 @@ def no_cotangents_of_inputs(patch: Patch) -> None:
 
 
 ZERO = torch.zeros_like
-# name of a model of conftest, and what is planted in the engine
+# name of a model of ``MODELS``, and what is planted in the engine
 ENGINE: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "the second-order term is dropped": ("llama-tied", first_order_only),
     "the inner rate is off by 1 %": ("llama-tied", scaled_inner_lr),

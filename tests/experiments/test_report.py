@@ -76,7 +76,9 @@ def test_without_a_standard_error_nothing_is_an_improvement() -> None:
     )
 
 
-def test_the_figure_is_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
+def test_the_figure_is_drawn_with_and_without_evaluations(
+    full_figures: None, tmp_path: Path
+) -> None:
     metrics = [{"step": step, "query_loss": 1 / step} for step in range(1, 50)]
     draw_figure({"before": BEFORE, "after": AFTER}, metrics, tmp_path / "both.png")
     draw_figure({}, metrics, tmp_path / "curve.png")

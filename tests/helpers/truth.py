@@ -28,15 +28,18 @@ def objective(
     """outer(θ − η ∇L(θ)) + λ L_LM(θ) with gold responses, a group at a time."""
     inner = list(select_inner(model, inner_params).values())
     trained = [(p, p.requires_grad) for p in model.parameters()]
-    total = 0.0
+    total, at_theta = 0.0, []  # and the contexts' losses at θ
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(any(parameter is p for p in inner))
         for group in range(batch.groups):
             rows = (batch.context_group == group).nonzero().flatten().tolist()
             before = [p.detach().clone() for p in inner]
-            for _ in range(inner_steps):
-                loss = torch.stack([_nll(model, batch, row) for row in rows]).mean()
+            for step in range(inner_steps):
+                losses = torch.stack([_nll(model, batch, row) for row in rows])
+                if step == 0:
+                    at_theta.append(losses.detach())
+                loss = losses.mean()
                 gradients = torch.autograd.grad(loss, inner, allow_unused=True)
                 with torch.no_grad():
                     for p, g in zip(inner, gradients, strict=True):
@@ -50,12 +53,7 @@ def objective(
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-    if lm_weight:
-        with torch.no_grad():
-            contexts = range(len(batch.context_ids))
-            lm = torch.stack([_nll(model, batch, row) for row in contexts]).mean()
-        total += lm_weight * float(lm)
-    return total
+    return total + lm_weight * float(torch.cat(at_theta).mean())
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
