@@ -24,6 +24,7 @@ from ..loading import find_model, fingerprint_of, load_tokenizer
 from .context import UNTRAINED, IclContext, load_once
 from .methods import RANDOM, randomise
 from .metrics import Answers, Observed, sim_am, sim_am_delta, sim_aou
+from .observing import check_finite
 from .recording import record
 from .stages import numbers, tensor_of
 
@@ -156,7 +157,7 @@ def _observe(model: nn.Module, example: Example, row: array[int], device: torch.
     """
     ids = torch.tensor([[*row, example.response[0]]], device=device)
     last = ids.shape[1] - 1
-    recorded = record(model, ids, torch.tensor([[last, last - 1]], device=device))
+    recorded = check_finite(record(model, ids, torch.tensor([[last, last - 1]], device=device)))
     ends = zip(reversed(example.query), reversed(example.prompt), strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
     scores = recorded.scores[..., last - shared :].clone()

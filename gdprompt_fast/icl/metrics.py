@@ -145,6 +145,11 @@ class Answers:
         set_right = self.to_right(self.ft)
         return Ratio(set_right & (self.icl == self.gold), set_right)
 
+    def icl_of_wrong(self) -> Ratio:
+        """Of all that ZSL answers wrong, what ICL answers right."""
+        wrong = self.zsl != self.gold
+        return Ratio(wrong & (self.icl == self.gold), wrong)
+
     def to_right(self, by: Tensor) -> Tensor:
         """The examples that ``by`` answers right and ZSL wrong, [N] bool."""
         return (self.zsl != self.gold) & (by == self.gold)
@@ -167,6 +172,11 @@ class RatioCell(Cell):
     """
 
     ratios: tuple[Ratio, ...] = field(default=(), compare=False)
+
+    @property
+    def of_each_seed(self) -> list[float]:
+        """The ratio of every seed's own counts."""
+        return [float(each.part.sum().double() / each.whole.sum()) for each in self.ratios]
 
     def first(self, counts: Sequence[int]) -> Cell:
         """The ratio of the counts of so many first examples of every seed."""

@@ -40,12 +40,24 @@ def observe(batches: Iterator[Batch], prompts: Prompts, count: int) -> Observed:
     parts: dict[int, tuple[Tensor, Tensor, int]] = {}
     for batch in batches:
         scores = scores_on_query(batch, width)
-        logits = batch.recorded.logits[:, 1, prompts.options]
+        logits = check_finite(batch.recorded).logits[:, 1, prompts.options]
         for row, index in enumerate(batch.indices):
             answer = int(logits[row].argmax())
             parts[index] = batch.recorded.attention[row].cpu(), scores[row].cpu(), answer
     attention, score, predicted = zip(*(parts[index] for index in range(count)), strict=True)
     return Observed(torch.stack(attention), torch.stack(score), torch.tensor(predicted))
+
+
+def check_finite(recorded: Recorded) -> Recorded:
+    """What is recorded, if it can be compared.
+
+    Raises:
+        FloatingPointError: if some of it is not finite.
+    """
+    for name in ("logits", "attention", "scores"):
+        if not getattr(recorded, name).isfinite().all():
+            raise FloatingPointError(f"icl: expected finite {name}, got others; a rate too large?")
+    return recorded
 
 
 def scores_on_query(batch: Batch, width: int) -> Tensor:

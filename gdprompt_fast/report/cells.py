@@ -40,6 +40,11 @@ class Cell:
         return [fmean(values) for values in self.values]
 
     @property
+    def of_each_seed(self) -> list[float]:
+        """The number of every seed by itself; NaN where it has none."""
+        return self.per_seed
+
+    @property
     def mean(self) -> float:
         """The mean of the seeds' means."""
         return fmean(self.per_seed)

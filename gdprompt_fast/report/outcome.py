@@ -71,7 +71,7 @@ class Table:
             "mean": _number(scale * cell.mean),
             **_spread(cell.estimate, scale),
             "examples": cell.examples,
-            "per_seed": [_number(scale * mean) for mean in cell.per_seed],
+            "per_seed": [_number(scale * own) for own in cell.of_each_seed],
             "paper": self.paper.get((row, column)),
         }
 

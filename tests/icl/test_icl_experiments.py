@@ -88,8 +88,17 @@ def test_at_rate_0_nothing_is_similar_and_nothing_changes(done: Path) -> None:
             assert all(cell["mean"] is None for cell in row(table, rate_0))
     markdown = (done / "results" / "icl-table2.md").read_text()
     assert f"| {rate_0}        | ? ± ?" in markdown and "nan" not in markdown
-    for table in content(done, "table1")["tables"][1:]:
-        assert all(cell["mean"] in (0, None) for cell in row(table, rate_0)), table["title"]
+    for table in content(done, "table1")["tables"]:
+        if table["title"] not in ("Accuracy", "The most frequent answer's share"):
+            assert all(cell["mean"] in (0, None) for cell in row(table, rate_0)), table["title"]
+
+
+def test_shares_are_between_0_and_100_for_every_seed_too(done: Path) -> None:
+    for table in content(done, "table1")["tables"]:
+        for each in table["rows"]:
+            for cell in each["cells"]:
+                shares = [cell["mean"], *cell["per_seed"]]
+                assert all(share is None or 0 <= share <= 100 for share in shares), each["head"]
 
 
 def test_the_papers_numbers_stand_beside_ours_in_table_1(done: Path) -> None:

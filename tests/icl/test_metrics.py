@@ -166,6 +166,12 @@ def test_counting_identities(rows: list[tuple[int, int, int, int]]) -> None:
     assert math.isclose(share(same.jaccard()), 1) if changed else math.isnan(share(same.jaccard()))
 
 
+def test_what_icl_sets_right_of_all_that_is_wrong_is_counted_with_or_without_ft() -> None:
+    answers = labels([0, 0, 1, 1], [1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 1, 0])
+    assert math.isclose(share(answers.icl_of_wrong()), 2 / 3, rel_tol=1e-6)
+    assert math.isnan(share(answers.rec2ftp()))
+
+
 def test_at_rate_0_no_label_changes() -> None:
     answers = labels([0, 1, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1])
     assert not answers.jaccard().part.any()
@@ -186,6 +192,7 @@ def test_a_ratio_is_of_the_counts_of_all_seeds_also_where_one_has_none() -> None
     none, some = torch.zeros(4, dtype=torch.int64), torch.tensor([1, 1, 0, 1])
     cell = ratio_cell([Ratio(none, none), Ratio(torch.tensor([1, 0, 0, 1]), some)])
     assert math.isclose(cell.mean, 2 / 3) and math.isfinite(cell.se)
+    assert math.isnan(cell.of_each_seed[0]) and math.isclose(cell.of_each_seed[1], 2 / 3)
     assert math.isnan(ratio_cell([Ratio(none, none)]).mean)
 
 

@@ -10,6 +10,7 @@ from gdprompt_fast.errors import UserError
 from gdprompt_fast.icl.methods import (
     CLIPPED_L2,
     FT,
+    LINEARISED,
     RANDOM,
     RATE_0,
     Method,
@@ -132,6 +133,15 @@ def test_fine_tuning_that_diverges_is_an_error(prompts: Prompts) -> None:
     ):
         pass
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_an_expansion_that_diverges_is_an_error(prompts: Prompts) -> None:
+    model = tiny("llama-tied").float()
+    with (
+        recorder_after(Method(LINEARISED, 1e38), model, prompts) as recorder,
+        pytest.raises(FloatingPointError, match="icl: expected finite logits, got others"),
+    ):
+        observe(recorded_rows(recorder, [prompts.bos], prompts, 3, 2, CPU), prompts, 3)
 
 
 def test_a_clip_of_nothing_leaves_the_model_where_it_is(prompts: Prompts) -> None:
