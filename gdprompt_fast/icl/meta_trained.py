@@ -97,6 +97,9 @@ def check(repetitions: Sequence[IclContext], options: Options) -> None:
             raise UserError(f"pairs.{name}: file: expected a file of triples, got {its.file}")
 
 
+UNTRAINED_HEAD = "control: untrained model"
+
+
 @dataclass(frozen=True)
 class _Row:
     """A model, and what is done to it."""
@@ -128,11 +131,18 @@ def run(repetitions: Sequence[IclContext], options: Options) -> Outcome:
         "Controls, on the base model: rate 0; a random update, in every weight as long as the "
         "step's at the trained rate; an untrained model of the same configuration with fresh "
         "weights.",
-        "Controls are of the first of the triples.",
+        *[_counts(name, options.pair(name)) for name in options.pairs],
         "The paper has no such models: no numbers of its stand here.",
         *rounding_note([_base_model(repetitions[0], options.pair(n)) for n in options.pairs]),
     ]
     return Outcome(TITLE, tables, findings, notes, paper=paper.PAPER)
+
+
+def _counts(name: str, its: PairOptions) -> str:
+    return (
+        f"{name}: {its.examples} triples a seed, for controls the first "
+        f"{its.control_examples or its.examples} of them."
+    )
 
 
 def _base_model(ctx: IclContext, its: PairOptions) -> nn.Module:
@@ -154,7 +164,7 @@ class _Pair:
         return rows | {
             "control: random update": _Row(BASE, RANDOM, its.inner_lr, True),
             "control: rate 0": _Row(BASE, RATE_0, 0.0, True),
-            "control: untrained model": _Row(UNTRAINED, FT, its.inner_lr, True),
+            UNTRAINED_HEAD: _Row(UNTRAINED, FT, its.inner_lr, True),
         }
 
     def shown(self, row: _Row) -> list[Shown]:
@@ -203,9 +213,15 @@ class _Pair:
         return Table(f"{self.name}: first tokens changed by ICL and by FT", list(RATIOS), rows)
 
     def findings(self, similar: Sequence[Table], changed: Table) -> list[Finding]:
-        """Whether a meta-trained model is above the base at each of its rates."""
+        """Whether a meta-trained model is above the base at each of its rates, and above what can
+        do nothing.
+        """
         found = []
         for name in self.options.meta_trained:
+            for table, where in zip(similar, POINT_NAMES, strict=True):
+                claim = f"{self.name}, {name}: FT is nearer to ICL than untrained, at the {where}"
+                of = above(claim, table, f"meta-trained, {name}", UNTRAINED_HEAD)
+                found += [each for each in of if each.where == SIM_AOU]
             for base in [head for head in self.rows() if head.startswith("base")]:
                 for table, where in zip(similar, POINT_NAMES, strict=True):
                     claim = f"{self.name}, {name}: FT is nearer to ICL than {base}, at the {where}"
