@@ -13,6 +13,7 @@ from gdprompt_fast.experiments import (
 )
 from gdprompt_fast.report import results_page
 from helpers.experiments import content
+from helpers.paths import ROOT
 
 
 class Balanced(HTMLParser):
@@ -64,3 +65,16 @@ def test_the_page_has_the_runs_of_the_demo_and_of_train(tmp_path: Path) -> None:
     text = results_page(tmp_path)
     assert "Run: demo" in text and "accuracy before" in text
     assert text.count("data:image/png;base64,iVBOR") == 1
+
+
+def test_one_page_holds_the_results_of_all_three_papers_that_the_docs_have(tmp_path: Path) -> None:
+    for folder, name in (
+        ("experiments-small", "table4"),
+        ("experiments-internalisation", "number-lists"),
+        ("experiments-icl", "icl-table1"),
+    ):
+        for ending in ("json", "png"):
+            shutil.copy(ROOT / "docs" / folder / f"{name}.{ending}", tmp_path)
+    page = results_page(tmp_path)
+    for paper in ("arXiv 2506.20989", "arXiv 2310.15047", "arXiv 2311.07772"):
+        assert paper in page
