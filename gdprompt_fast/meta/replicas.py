@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..models.architecture import compute_dtype
 from ..update.adapted_layer import Weights, always_there
 from .config import MetaStepConfig, MetaStepOutput
-from .failures import found_at_once
+from .failures import Failures, found_at_once, pend
 from .gathered import units_of
 from .lm_batch import LMBatch
 from .parts import Part, padding_part
@@ -70,7 +70,7 @@ class Replicas:
             raise
         except Exception:
             if not self._finishing:
-                with suppress(ProcessLost):
+                with suppress(Exception):  # of which the first one is to be told
                     self._give_up()
             raise
 
@@ -178,7 +178,19 @@ class DDPReplicas(Replicas):
             self.reduce()
             for each in without:
                 each.grad = None
-            self._sum(self._marked(5))
+            self._pend(self._sum(self._marked(5))[-1])
+
+    def _pend(self, failed: Tensor) -> None:
+        """Has the step raise that raises in the others, where they learn late of this failure.
+
+        Args:
+            failed: the number of processes that have.
+        """
+        if found_at_once(failed.device):
+            return
+        failures = Failures(failed.device)
+        failures.add([_lost()], [failed < dist.get_world_size(self._group)])
+        pend(self._model, failures)
 
 
 class Sharded(Replicas):
