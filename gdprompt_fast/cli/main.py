@@ -60,9 +60,10 @@ def _run(arguments: list[str], errors: TextIO) -> int:
     command = commands[given.pop("command")]
     try:
         return _prepare_and_work(command, given, debug, errors)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         hint = f"; {command.continued_by}" if command.continued_by else ""
-        print(f"\ngdprompt {command.name}: interrupted{hint}", file=sys.stderr)
+        if first_to_fail(error):
+            print(f"\ngdprompt {command.name}: interrupted{hint}", file=errors, flush=True)
         return INTERRUPTED
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
@@ -84,17 +85,38 @@ class Watch:
         return "process " + ", ".join(str(n) for n, here in enumerate(there) if not here)
 
     def stop(self) -> None:
-        """Ends the watch; the process that the store goes with waits until all have."""
+        """Ends the watch; where the store goes with this process, no sooner than all others, but
+        those that are lost, have ended theirs.
+        """
         self._stop.set()
         self._beating.join()
         try:
-            ended = self._own.add("ended", 1)
-            until = time.monotonic() + PATIENCE
-            while self._has_store and ended < self._size and time.monotonic() < until:
-                time.sleep(0.1)
-                ended = self._own.add("ended", 0)
+            self._own.set(f"ended {self._rank}", "")
+            if self._has_store:
+                self._wait_for_others()
         except RuntimeError:  # it is gone
             pass
+
+    def _wait_for_others(self) -> None:
+        silence = {each: _Silence() for each in range(self._size) if each != self._rank}
+        while silence:
+            failed = self._own.check(["failed"])
+            longest = timedelta(seconds=PATIENCE if failed else BEAT)
+            with suppress(RuntimeError):  # some have not after so long
+                self._own.wait([f"ended {each}" for each in silence], longest)
+            if failed:
+                return
+            silence = {
+                each: looks
+                for each, looks in silence.items()
+                if not self._has_ended(each, self._own)
+                and not looks.is_long(self._own.add(f"beats {each}", 0))
+            }
+
+    @staticmethod
+    def _has_ended(rank: int, store: Store) -> bool:
+        ended: bool = store.check([f"ended {rank}"])
+        return ended
 
     @property
     def _has_store(self) -> bool:
@@ -130,12 +152,16 @@ class Watch:
                 self._store.add(f"beats {self._rank}", 1)
                 failed = self._store.check(["failed"])
                 beats = self._store.add(f"beats {self._next}", 0)
+                silent = beats > 0 and silence.is_long(beats)
+                ended = silent and self._has_ended(self._next, self._store)
             except RuntimeError:
                 _end(_STORE)
             self._answers += 1
             if failed and not self._failed:
                 _end()
-            if beats and silence.is_long(beats) and not self._failed:
+            if ended:  # from here on the one after that is listened to
+                self._next, silence = (self._next + 1) % self._size, _Silence()
+            elif silent and not self._failed:
                 _end(f"process {self._next}" if self.failed() else "")
 
     def _listen(self) -> None:

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..distributed.group import check_same, world_size
+from ..distributed.alike import check_same_weights
+from ..distributed.group import world_size
 from ..distributed.sharded import PlainModel, as_plain, is_sharded
 from ..errors import UserError
 from ..models.architecture import causal_lm, compute_dtype
@@ -53,8 +54,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         UserError: naming the process that has other weights.
     """
-    sums = [parameter.detach().sum(dtype=torch.float64) for parameter in model.parameters()]
-    check_same("model: the sum of its weights", float(torch.stack(sums).sum()))
+    check_same_weights("model", model)
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in filter(is_block, model.modules()):
         fully_shard(block, mesh=mesh)

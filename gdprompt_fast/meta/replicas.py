@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..models.architecture import compute_dtype
 from ..update.adapted_layer import Weights, always_there
 from .config import MetaStepConfig, MetaStepOutput
-from .failures import found_at_once
+from .failures import Failures, found_at_once, pend
 from .gathered import units_of
 from .lm_batch import LMBatch
 from .parts import Part, padding_part
@@ -70,14 +70,14 @@ class Replicas:
             raise
         except Exception:
             if not self._finishing:
-                with suppress(ProcessLost):
+                with suppress(Exception):  # of which the first one is to be told
                     self._give_up()
             raise
 
     def _give_up(self) -> None:
         """Takes part, with a mark, in the sums that the others wait in, as far as can be."""
         if self._sums == 0:
-            self._sum(self._marked(3))
+            self._sum(self._marked(5))
 
     def _marked(self, zeros: int) -> Tensor:
         device = next(self._model.parameters()).device
@@ -96,11 +96,12 @@ class Replicas:
         """
         real, device = batch.layout.real, batch.context_ids.device
         rows = real.contexts if lm_batch is None else lm_batch.real
-        numbers = [real.queries, rows, real.groups, 0.0]
+        of_contexts = lm_batch is None and real.contexts > 0
+        numbers = [real.queries, rows, real.groups, lm_batch is not None, of_contexts, 0.0]
         own = torch.tensor(numbers, dtype=torch.float64, device=device)
         of_all = self._sum(own.clone())
         queries, rows_of_all, self._groups = of_all[:3].clamp(min=1)
-        self._check_counts(of_all[3])
+        self._check_counts(*of_all[3:])
         self._own_groups = own[2]
         whole = (
             here if given is None else given
@@ -109,8 +110,13 @@ class Replicas:
         query, lm = (own.new_tensor(1 / self._divisor) * count for count in whole)
         return query, lm
 
-    def _check_counts(self, mark: Tensor) -> None:
-        """What another process has marked its counts with, where that cannot wait for the end."""
+    def _check_counts(self, given: Tensor, of_contexts: Tensor, mark: Tensor) -> None:
+        """What cannot wait for the end.
+
+        Args:
+            given, of_contexts: the processes that take L_LM of an lm_batch, and of contexts.
+            mark: those that have failed.
+        """
 
     def even(self, parts: list[Part], lm_parts: list[LMBatch]) -> tuple[list[Part], list[LMBatch]]:
         """The parts of a step here, as many as the processes need them to be."""
@@ -178,7 +184,19 @@ class DDPReplicas(Replicas):
             self.reduce()
             for each in without:
                 each.grad = None
-            self._sum(self._marked(5))
+            self._pend(self._sum(self._marked(5))[-1])
+
+    def _pend(self, failed: Tensor) -> None:
+        """Has the step raise that raises in the others, where they learn late of this failure.
+
+        Args:
+            failed: the number of processes that have.
+        """
+        if found_at_once(failed.device):
+            return
+        failures = Failures(failed.device)
+        failures.add([_lost()], [failed < dist.get_world_size(self._group)])
+        pend(self._model, failures)
 
 
 class Sharded(Replicas):
@@ -196,9 +214,14 @@ class Sharded(Replicas):
                 f'"{config.recompute}"'
             )
 
-    def _check_counts(self, mark: Tensor) -> None:
+    def _check_counts(self, given: Tensor, of_contexts: Tensor, mark: Tensor) -> None:
         if mark > 0:
             raise _lost()
+        if given > 0 and of_contexts > 0:
+            raise UserError(
+                "lm_batch: expected one in all processes of a sharded model, or none, got "
+                f"{int(given)} with one and {int(of_contexts)} without"
+            )
 
     @contextmanager
     def plain(self) -> Iterator[None]:

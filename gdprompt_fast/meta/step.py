@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -120,28 +122,31 @@ def fast_meta_step(
     Out of memory in the last backward leaves ``.grad`` None where it was None, and where it was
     not, with part of this step added: clear it before going on.
     """
-    if config is None:
-        config = MetaStepConfig(
-            inner_lr,
-            inner_steps,
-            inner_params,
-            objective,
-            outer_reduction,
-            lm_weight,
-            first_order,
-            backend,
-            recompute,
-            verify,
-            micro_groups,
-            capture,
-        )
-    rows = None if lm_batch is None else LMBatch.of(lm_batch)
     model, replicas = replicas_of(model)
-    if replicas is None:
-        return _step(model, None, batch, config, teacher, rows, query_count, lm_count)
-    replicas.check(config)
-    with replicas.plain(), replicas.failing_together():
-        return _step(model, replicas, batch, config, teacher, rows, query_count, lm_count)
+    if replicas is not None:
+        raise_pending(model, together=True)
+    with nullcontext() if replicas is None else replicas.failing_together():
+        if config is None:
+            config = MetaStepConfig(
+                inner_lr,
+                inner_steps,
+                inner_params,
+                objective,
+                outer_reduction,
+                lm_weight,
+                first_order,
+                backend,
+                recompute,
+                verify,
+                micro_groups,
+                capture,
+            )
+        rows = None if lm_batch is None else LMBatch.of(lm_batch)
+        if replicas is None:
+            return _step(model, None, batch, config, teacher, rows, query_count, lm_count)
+        replicas.check(config)
+        with replicas.plain():
+            return _step(model, replicas, batch, config, teacher, rows, query_count, lm_count)
 
 
 def _step(
@@ -156,7 +161,8 @@ def _step(
 ) -> MetaStepOutput:
     with walked(model):
         ran = check_step(model, batch, config, teacher, rows, query_count, lm_count)
-        raise_pending(model, together=replicas is not None)
+        if replicas is None:
+            raise_pending(model)
         torch.clear_autocast_cache()  # held open, it would go on with the weights before an update
         inner, device = select_inner(model, config.inner_params), batch.context_ids.device
         if replicas is not None:

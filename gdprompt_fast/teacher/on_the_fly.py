@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data import Example, batched, end_token
+from ..distributed.alike import check_same_weights
 from ..meta.gathered import opened
 from ..meta.targets import TeacherTargets, head_of
 from .targets import teach
@@ -39,11 +40,15 @@ class TeacherOnTheFly:
         examples: what it answers.
         answer_tokens: the longest greedy answer, in tokens.
         batch_size: examples answered at once.
+
+    Raises:
+        UserError: if several processes have other teachers.
     """
 
     def __init__(
         self, teacher: nn.Module, examples: Sequence[Example], answer_tokens: int, batch_size: int
     ) -> None:
+        check_same_weights("teacher", teacher)
         self.examples = list(examples)
         self._teacher, self._answer_tokens, self._batch_size = teacher, answer_tokens, batch_size
         self._end = end_token(examples)

@@ -109,7 +109,7 @@ class Prepared:
             )
         args = self._args
         folder = Path(args.teacher_cache or f"{args.output_dir}/_teacher", name)
-        with args.main_process_first(desc="the teacher's answers"):
+        with args.main_process_first(local=False, desc="the teacher's answers"):
             cache = TeacherCache.build(
                 folder, self._teacher, examples, args.answer_tokens, args.teacher_batch_size
             )

@@ -105,7 +105,7 @@ def meta_train(
     output.mkdir(parents=True, exist_ok=True)
     check_training(output)
     start = load_checkpoint(output, model, optimizer, samplers)
-    check_alike(trained, start, chain(examples, joint or (), texts or (), [options]))
+    check_alike(model, start, chain(examples, joint or (), texts or (), [options]))
     best = BestModel(output, check_metrics(output / METRICS_FILE, start))
     with (
         closing(MetricsLog(output / METRICS_FILE, start)) as metrics,

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..distributed.alike import check_same_weights
 from ..distributed.group import check_same, share, summed, world_size
 from .options import StepOptions
 
 Unit = list[int]
 
 
-def check_alike(trained: Sequence[nn.Parameter], start: int, read: Iterable[Any]) -> None:
+def check_alike(model: nn.Module, start: int, read: Iterable[Any]) -> None:
     """That all processes begin at the same step with the same weights, examples and options.
 
     Args:
@@ -33,9 +33,7 @@ def check_alike(trained: Sequence[nn.Parameter], start: int, read: Iterable[Any]
         for each in read:
             digest.update(repr(each).encode())
         check_same("data: the hash of examples and options", digest.hexdigest()[:16])
-    if world_size() > 1 and not isinstance(trained[0], DTensor):  # which were alike when divided
-        sums = [parameter.detach().sum(dtype=torch.float64) for parameter in trained]
-        check_same("model: the sum of its weights", float(torch.stack(sums).sum()))
+    check_same_weights("model", model)
 
 
 @dataclass(frozen=True)

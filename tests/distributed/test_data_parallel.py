@@ -151,6 +151,7 @@ def test_a_step_that_fails_in_one_process_fails_in_all(
         caught(ddp, teacher=wrong if first else right)
         caught(ddp, teacher=none)
         caught(sharded, teacher=none)
+        caught(ddp, objective="gold", lm_batch="rows" if first else None)
         if first:
             monkeypatch.setattr(verify, "_check_same", refuse)
         ddp.zero_grad()
@@ -162,36 +163,43 @@ def test_a_step_that_fails_in_one_process_fails_in_all(
         return found
 
     mine, *others = in_processes(count, work)
-    assert mine == ["teacher", "teacher", "teacher", "model", "model"]
-    assert others == [["step", "step", "step", "step", "model"]] * (count - 1)
+    assert mine == ["teacher", "teacher", "teacher", "lm_batch", "model", "model"]
+    assert others == [["step", "step", "step", "step", "step", "model"]] * (count - 1)
 
 
 @PROCESSES
 def test_processes_that_learn_of_a_failure_late_raise_at_the_same_step(
     count: int, tiny_model: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on GPUs, of which one knows before its next step, and the others do not yet."""
+    """As on GPUs, of which one knows before its next step, and the others do not yet; also after
+    what one refused at once.
+    """
     batch = make_batch("one-each")
 
     class Arrival:
         query, synchronize = staticmethod(lambda: dist.get_rank() == 0), staticmethod(lambda: None)
 
-    def work() -> int:
+    def work() -> list[tuple[int, str]]:
         monkeypatch.setattr(failures, "_arrival", lambda device: Arrival())
         ddp, mine = DistributedDataParallel(tiny_model()), batch.select([dist.get_rank()])[0]
         predictions = random_teacher(mine).logits
         assert predictions is not None
+        teacher, wrong = map(TeacherTargets.from_logits, (predictions, predictions * torch.nan))
+        raised = []
         with found_on_the_device():
-            for step in range(4):
-                bad = step == 1 and dist.get_rank() == count - 1
-                teacher = TeacherTargets.from_logits(predictions * (torch.nan if bad else 1))
+            for step in range(8):
+                last = dist.get_rank() == count - 1
+                targets = {1: wrong, 4: None}.get(step, teacher) if last else teacher
                 try:
-                    fast_meta_step(ddp, mine, teacher=teacher)
-                except FloatingPointError:
-                    return step
-        return -1
+                    fast_meta_step(ddp, mine, teacher=targets)
+                except (FloatingPointError, UserError, ProcessLost) as error:
+                    raised.append((step, type(error).__name__))
+        return raised
 
-    assert in_processes(count, work, longest=30.0) == [3] * count
+    *others, last = in_processes(count, work, longest=30.0)
+    late = [(3, "FloatingPointError"), (6, "ProcessLost")]
+    assert others == [late] * (count - 1)
+    assert last == [late[0], (4, "UserError"), late[1]]
 
 
 def test_gradients_are_summed_within_the_memory_of_a_bucket(tiny_model: Build) -> None:

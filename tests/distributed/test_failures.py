@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import gdprompt_fast.meta.compute
 import gdprompt_fast.training.loop
 import gdprompt_fast.training.sharded
-from gdprompt_fast.cli.main import BAD_INPUT, FAILED, main
+from gdprompt_fast.cli.main import BAD_INPUT, FAILED, INTERRUPTED, main
 from gdprompt_fast.distributed import launched, rank, watch
-from gdprompt_fast.distributed.group import barrier
+from gdprompt_fast.distributed.group import barrier, watched
 from gdprompt_fast.distributed.sharded import whole as whole_weight
 from gdprompt_fast.meta.failures import found_on_the_device
 from gdprompt_fast.training.checkpoint import CHECKPOINTS, MODEL_FOLDER
@@ -174,6 +175,20 @@ def test_a_failure_found_on_the_device_of_one_process_stops_all_before_the_updat
     assert not (tmp_path / MODEL_FOLDER).exists()
 
 
+def test_an_interrupt_of_one_process_is_said_once(command: list[str], tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        after(0, 1, interrupt)
+        main([*command, "--output", str(tmp_path)])
+
+    first, second = ends_of(2, run)
+    assert (first.code, second.code) == (FAILED, INTERRUPTED)
+    assert "gdprompt" not in first.errors
+    assert second.errors.count("gdprompt train: interrupted; --resume") == 1
+
+
 def test_an_error_that_nobody_expected_shows_one_traceback(
     command: list[str], tmp_path: Path
 ) -> None:
@@ -236,6 +251,30 @@ def test_the_process_with_the_store_may_vanish(count: int, monkeypatch: pytest.M
     assert first.code is None and {each.code for each in others} == {FAILED}
     for each in others:
         assert each.errors == "gdprompt: stopped: the process that began the others was lost\n"
+
+
+def test_a_process_that_has_ended_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long another goes on, nor is the store, which goes with one that has; but the next
+    one after it may be.
+    """
+    monkeypatch.setattr(watch, "BEAT", 0.1)
+    monkeypatch.setattr(watch, "SILENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run() -> None:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo")
+        with watched():
+            time.sleep(2.5 * (dist.get_rank() == 1))
+        with watched():
+            if dist.get_rank() == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(10.0 * (dist.get_rank() == 0))
+
+    first, second, third = ends_of(3, run, longest=30.0)
+    assert (first.code, second.code, third.code) == (FAILED, 0, None), (first, second)
+    assert first.errors == "gdprompt: stopped: process 2 was lost\n" and not second.errors
 
 
 def test_processes_do_not_wait_long_for_one_that_never_comes(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gdprompt_fast import fast_meta_step
 from gdprompt_fast.reference.compare import gradients_of, worst_error
@@ -148,6 +149,9 @@ def test_a_sharded_model_is_left_as_it_was(tiny_model: Build, make_batch: Build)
             fast_meta_step(model, **part, objective="silver", **SHARDED)
         with pytest.raises(ValueError, match=r"recompute: expected .* whose weights are sharded"):
             fast_meta_step(model, **part, objective="gold")
+        part["lm_batch"] = (ids, ids >= 0) if dist.get_rank() else None
+        with pytest.raises(ValueError, match=r"lm_batch: expected .* 1 with one and 1 without"):
+            fast_meta_step(model, **part, objective="gold", lm_weight=0.5, **SHARDED)
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         return full_gradients(model)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gdprompt_fast.data import Example, tokenise_triples
 from gdprompt_fast.data.people import make_people_data
 from gdprompt_fast.distributed import launched, rank
 from gdprompt_fast.evaluation import InnerStep, evaluate
-from gdprompt_fast.teacher import TeacherCache
+from gdprompt_fast.teacher import TeacherCache, TeacherOnTheFly
 from gdprompt_fast.training.loop import meta_train
 from gdprompt_fast.training.metrics import EVENTS_FOLDER, METRICS_FILE, read_metrics
 from gdprompt_fast.training.options import TrainOptions
@@ -133,14 +134,26 @@ def test_an_evaluation_is_shared_and_an_error_in_it_is_everybodys(examples: list
 def test_processes_with_other_weights_or_examples_do_not_train(
     examples: list[Example], tmp_path: Path
 ) -> None:
-    def work() -> tuple[str, str]:
-        with launched():
-            with pytest.raises(ValueError, match="sum of its weights") as weights:
+    """Frozen ones, and a teacher's, count too, also in another order."""
+
+    def permuted() -> nn.Module:
+        model = initial_model(lora=True)
+        frozen = next(each for each in model.parameters() if not each.requires_grad)
+        frozen.copy_(frozen.flip(0) if rank() else frozen)
+        return model
+
+    def work() -> tuple[str, ...]:
+        with launched(), torch.no_grad():
+            with pytest.raises(ValueError, match="model: the sum of its weights") as weights:
                 meta_train(tiny_llama(seed=rank()), TOKENIZER, examples, GOLD, tmp_path)
+            with pytest.raises(ValueError, match="model: the sum of its weights") as frozen:
+                meta_train(permuted(), TOKENIZER, examples, GOLD, tmp_path)
+            with pytest.raises(ValueError, match="teacher: the sum of its weights") as teacher:
+                TeacherOnTheFly(permuted(), examples, 3, batch_size=2)
             own = examples if rank() == 0 else examples[::-1]
             with pytest.raises(ValueError, match="hash of examples") as data:
                 meta_train(tiny_llama(), TOKENIZER, own, GOLD, tmp_path)
-            return str(weights.value), str(data.value)
+            return tuple(str(each.value) for each in (weights, frozen, teacher, data))
 
     first, second = in_processes(2, work, init=False)
     assert first == second and all(error.endswith("in process 1") for error in first)

@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback
 
+from gdprompt_fast.teacher import TeacherCache
 from helpers.paths import ROOT
 from helpers.processes import ends_of, in_processes
 from helpers.trainer import trainer_on
@@ -112,6 +113,30 @@ def test_one_that_fails_or_is_lost_ends_the_others(
     assert codes.pop(1) in (-signal.SIGKILL, 1) and set(codes) == {1}, ended
     errors = [each.errors for each in ended if "Traceback" in each.errors]
     assert len(errors) == 1 and said in errors[0], ended
+
+
+def test_one_process_of_all_machines_has_the_teacher_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others read the folder, which they share, once it is written."""
+    log, build = tmp_path / "log", TeacherCache.build
+
+    def logged(*args: Any) -> TeacherCache:
+        folder = args[0]
+        found = len(list(folder.glob("*")))
+        cache = build(*args)
+        with log.open("a") as file:
+            file.write(f"{found < len(list(folder.glob('*')))} ")
+        return cache
+
+    def work() -> None:
+        forget_accelerate()
+        os.environ["LOCAL_RANK"] = "0"  # each the first of a machine
+        monkeypatch.setattr(TeacherCache, "build", logged)
+        trainer_on(tmp_path, objective="kl", answer_tokens=3)
+
+    in_processes(2, work, init=False)
+    assert log.read_text().split() == ["True", "False"] * 2  # to train on, and to evaluate
 
 
 def test_the_example_learns(
