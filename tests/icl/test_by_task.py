@@ -31,7 +31,6 @@ def shifted(by: float, spread: float) -> Cell:
     )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     ("by", "spread", "kept"),
     [
@@ -51,7 +50,6 @@ def test_a_number_is_kept_if_the_whole_interval_is_within_the_margin(
     assert finding.shows is kept is (difference.value - 2 * difference.se > -0.02)
 
 
-@pytest.mark.quick
 def test_with_a_control_of_fewer_examples_both_are_of_the_first() -> None:
     """Taken as independent, the spread of examples would hide the difference."""
     method = Cell(((0.1, 0.9, 0.5, 7.0), (0.3, 0.7, 0.2, 7.0)))
@@ -62,7 +60,6 @@ def test_with_a_control_of_fewer_examples_both_are_of_the_first() -> None:
     assert finding.shows and "of the first 3 of each seed." in finding.because
 
 
-@pytest.mark.quick
 def test_a_ratio_of_the_first_examples_is_of_their_counts() -> None:
     part, whole = torch.tensor([1, 0, 1, 1, 1]), torch.tensor([1, 1, 1, 1, 1])
     every = ratio_cell([Ratio(part, whole), Ratio(part.flip(0), whole)])
@@ -72,7 +69,6 @@ def test_a_ratio_of_the_first_examples_is_of_their_counts() -> None:
     assert math.isclose(finding.differences[0].value, 3 / 4 - 1 / 4)
 
 
-@pytest.mark.quick
 def test_a_clip_that_never_acts_is_told_from_one_that_does() -> None:
     undefined = Cell(((math.nan, 1.0), (2.0, 3.0)))
     one = table(**{CAUSAL: WITHOUT, L2: shifted(1e-12, 0), MAX: WITHOUT})
@@ -82,7 +78,6 @@ def test_a_clip_that_never_acts_is_told_from_one_that_does() -> None:
     assert never_clipped(tables, L2) == []
 
 
-@pytest.mark.quick
 def test_what_the_code_logged_stands_beside_ours() -> None:
     tables = {"SimAOU": Table("SimAOU, here", ["Subj"], {"FT": [WITHOUT]}, unit=COSINE)}
     (texts,) = beside_logs(tables, {"SimAOU": {"FT": {"subj": 0.254, "cb": 0.1}}})

@@ -42,7 +42,6 @@ def queries_frozen(name: str, family: str, gradient: Tensor) -> Tensor:
     return gradient
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("family", FAMILIES_OF_ICL)
 def test_it_is_sgd_on_keys_and_values_one_text_at_a_time(family: str, clip: float | None) -> None:
@@ -118,7 +117,6 @@ def local_gradients(model: Any, ids: Tensor, layers: range) -> list[State]:
     return found
 
 
-@pytest.mark.quick
 def test_a_summed_step_moves_every_block_by_its_own_loss() -> None:
     model, texts = tiny("llama-biases"), demonstrations()[:1]
     before = state_of(model)

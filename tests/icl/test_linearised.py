@@ -88,7 +88,6 @@ def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
     assert error <= 1e-9, f"{what}: relative error {error:.1e}"
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES_OF_ICL)
 def test_it_is_the_expansion_of_the_definition(family: str) -> None:
     model = tiny(family)
@@ -103,7 +102,6 @@ def test_it_is_the_expansion_of_the_definition(family: str) -> None:
     assert tangent.norm() > 1e-3 * value.norm()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES_OF_ICL)
 def test_all_that_is_recorded_is_value_plus_tangent(family: str) -> None:
     model = tiny(family)
@@ -121,7 +119,6 @@ def test_all_that_is_recorded_is_value_plus_tangent(family: str) -> None:
         assert tangent.norm() > 1e-4 * value.norm(), name
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES_OF_ICL)
 @pytest.mark.parametrize("lr", [0.5, 0.003])
 def test_the_first_update_is_the_ordinary_one_to_the_bit(family: str, lr: float) -> None:

@@ -24,8 +24,6 @@ from gdprompt_fast.icl.metrics import (
     sim_aou_random,
 )
 
-pytestmark = pytest.mark.quick
-
 N, P, L, H, T, D = 3, 2, 2, 2, 5, 4
 
 

@@ -48,7 +48,6 @@ def plain(model: torch.nn.Module, before: list[int], query: list[int]) -> tuple[
     return recorded.attention[0], scores
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", FAMILIES_OF_ICL)
 def test_demonstrations_run_once_give_what_whole_rows_give(name: str, prompts: Prompts) -> None:
     model = tiny(name)

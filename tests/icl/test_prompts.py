@@ -11,8 +11,6 @@ from gdprompt_fast.icl.prompts import Prompts, demonstrations, make_prompts
 from gdprompt_fast.icl.tasks import Item, shuffled
 from helpers.icl_tasks import vocabulary
 
-pytestmark = pytest.mark.quick
-
 TOKENIZER = word_tokenizer(vocabulary())
 DEMOS = [
     Item("Review: red film Sentiment:", 1),

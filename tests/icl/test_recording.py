@@ -28,7 +28,6 @@ def _at(x: Tensor) -> Tensor:
     return x[torch.arange(ROWS)[:, None], POSITIONS]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", FAMILIES_OF_ICL)
 def test_outputs_and_logits_are_those_of_the_models_own_forward(name: str, ids: Tensor) -> None:
     model = tiny(name)
@@ -46,7 +45,6 @@ def test_outputs_and_logits_are_those_of_the_models_own_forward(name: str, ids: 
     torch.testing.assert_close(recorded.attention, torch.stack(own, 2), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", FAMILIES_OF_ICL)
 def test_the_softmax_of_scores_is_the_models_own_attention(name: str, ids: Tensor) -> None:
     model = tiny(name)

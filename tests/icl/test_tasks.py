@@ -14,8 +14,6 @@ from gdprompt_fast.icl.tasks import TASKS, Item, items_of, shuffled
 from helpers.icl_tasks import write_cb, write_lines
 from helpers.paths import SHARED_DATA
 
-pytestmark = pytest.mark.quick
-
 
 def test_lines_have_a_label_and_a_text(tmp_path: Path) -> None:
     train, test = tmp_path / "train", tmp_path / "dev"

@@ -19,8 +19,6 @@ from gdprompt_fast.runs.file_run import read_run_file
 from helpers.paths import ROOT
 from helpers.scripts import docs_script
 
-pytestmark = pytest.mark.quick
-
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NAMING = [*PAGES, ROOT / "CHANGELOG.md"]
