@@ -31,6 +31,7 @@ from .similarities import METRICS, SIM_AM, SIM_AOU, WHAT, rounding_note
 
 TITLE = "ICL and fine-tuning of meta-trained models"
 POINT_NAMES = ("first token of the answer", POINTS[1])
+UNTRAINED_HEAD = "control: untrained model"
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,6 @@ def check(repetitions: Sequence[IclContext], options: Options) -> None:
             folder_of(model)
         if its.file is not None and not Path(its.file).is_file():
             raise UserError(f"pairs.{name}: file: expected a file of triples, got {its.file}")
-
-
-UNTRAINED_HEAD = "control: untrained model"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..models.memory import PeakMemory
-from .shapes import DEVICE_OF
+from .shapes import DEVICE_OF, NeverCompiled
 from .timeline import Timeline
 
 LOSS_TILES = "loss tiles"
 
 
-class PeakParts(PeakMemory):
+class PeakParts(NeverCompiled, PeakMemory):
     """Counts as :class:`PeakMemory` does, and says to which part every byte belongs.
 
     A storage belongs to the part whose name stood in ``part`` when it was made, or to the loss
@@ -36,11 +36,6 @@ class PeakParts(PeakMemory):
         super().__init__()
         for name, tensors in present.items():
             self.mark(name, tensors)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """As that of :class:`ShapesOnly`, which is always around this."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_OF:

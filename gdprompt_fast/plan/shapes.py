@@ -25,7 +25,15 @@ _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _known: dict[Any, _Layout | None] = {}
 
 
-class ShapesOnly(TorchDispatchMode):
+class NeverCompiled(TorchDispatchMode):
+    """Nothing is compiled inside; to be kept from it takes time at every call."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class ShapesOnly(NeverCompiled):
     """Inside, the tensors that are made are fake: they have a shape, a storage and no data.
 
     Token ids, masks and groups are real, and so is what is computed of them alone: the code may
@@ -35,11 +43,6 @@ class ShapesOnly(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in here, and to be kept from it takes time at every call."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE_OF:

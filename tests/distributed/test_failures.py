@@ -232,16 +232,22 @@ def test_a_process_that_is_silent_is_lost(
     assert (first.errors + third.errors).count("process 1 was lost") == 1
 
 
+def store_of_the_first() -> dict[str, str]:
+    """What has the store go with process 0, as without a launcher's agent."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_process_with_the_store_may_vanish(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without closing its connections, as one that is stopped; no call of its store ends then."""
     monkeypatch.setattr(watch, "BEAT", 0.2)
     monkeypatch.setattr(watch, "SILENCE", 2.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    store = store_of_the_first()
 
     def run() -> None:
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        os.environ |= store
         with launched():
             if rank() == 0:
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -259,11 +265,10 @@ def test_a_process_that_has_ended_is_not_lost(monkeypatch: pytest.MonkeyPatch) -
     """
     monkeypatch.setattr(watch, "BEAT", 0.1)
     monkeypatch.setattr(watch, "SILENCE", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    store = store_of_the_first()
 
     def run() -> None:
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+        os.environ |= store
         dist.init_process_group("gloo")
         with watched():
             time.sleep(2.5 * (dist.get_rank() == 1))

@@ -46,6 +46,13 @@ def commands(script: str) -> list[list[str]]:
     return [words for words in found if words]
 
 
+def test_results_name_no_folder_of_a_machine() -> None:
+    files = sorted((ROOT / "docs").rglob("*.json"))
+    assert files
+    for path in files:
+        assert not re.search(r'": "/', path.read_text(encoding="utf-8")), path
+
+
 def of_pages(part: Callable[[Path], list[Any]]) -> list[Any]:
     return [
         pytest.param(each, id=f"{page.relative_to(ROOT)} {number}")
